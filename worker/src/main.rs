@@ -1,0 +1,2 @@
+//! Turret.
+fn main() {}
