@@ -1,0 +1,5 @@
+//! The engine.
+
+pub mod arena;
+pub mod handle;
+pub mod row;

@@ -1,0 +1,250 @@
+//! What a caller asks of the engine for one row, and the stream of what comes back.
+//!
+//! A row is one sequence of a batch: its prompt, the lenses applied to it (and to nothing else in the
+//! batch), how its tokens are chosen and when it ends. Events travel over a ring that is allocated once,
+//! when the row is submitted, so that emitting a token allocates nothing. It is bounded by the row's own
+//! length: the engine never waits for a slow reader.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use futures::task::AtomicWaker;
+use parking_lot::Mutex;
+
+use super::handle::{BaseId, LensId};
+
+/// One row to compute.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowRequest {
+    /// The base the row was prepared for. A row for a base that is not active is refused, so a switch that
+    /// happens between the caller's decision and its submit cannot give an answer from other weights.
+    pub base: BaseId,
+    /// Token ids of the prompt; at least one.
+    pub prompt: Vec<u32>,
+    /// Lenses applied to this row, in order, unmerged.
+    pub lenses: Vec<RowLens>,
+    /// How the next token is chosen.
+    pub sampling: Sampling,
+    /// Tokens that end the row. The ending token is reported by [`FinishReason::Stop`], not as a token.
+    pub stop_token_ids: Vec<u32>,
+    /// The row ends after this many generated tokens. `prompt + max_new_tokens` must fit the context; zero is
+    /// allowed and only scores the prompt.
+    pub max_new_tokens: u32,
+    /// Report each generated token's log-probability and this many best alternatives (of the raw
+    /// log-softmax, before temperature).
+    pub logprobs: Option<u8>,
+    /// Report the same for every token of the prompt but the first, before the first token.
+    pub prompt_logprobs: Option<u8>,
+}
+
+/// A lens on a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowLens {
+    /// Which lens.
+    pub lens: LensId,
+    /// Multiplies the lens's own scale (alpha / rank for LoRA).
+    pub scale: f32,
+}
+
+/// How the next token is chosen from the logits. Randomness is a function of (seed, token index) alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy; ties go to the lowest token id.
+    pub temperature: f32,
+    /// Keep the smallest set of best tokens whose probabilities reach this sum. 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many best tokens. 0 keeps all.
+    pub top_k: u32,
+    /// Keep tokens at least this probable relative to the best. 0 keeps all.
+    pub min_p: f32,
+    /// Seed of the row's random numbers.
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// The most probable token, always.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 };
+}
+
+/// What a row reports, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RowEvent {
+    /// Log-probabilities of prompt tokens 1.. (the first has none). Only when asked for; once, before any token.
+    Prompt(Vec<TokenLogprobs>),
+    /// One generated token.
+    Token {
+        /// Its id.
+        id: u32,
+        /// Its log-probabilities, when asked for.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The row is done. The last event.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+    /// The row cannot go on. The last event.
+    Failed(RowFailure),
+}
+
+/// The log-probability of a token, and the best alternatives at its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// The best tokens with their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a row ended by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// This stop token was chosen.
+    Stop {
+        /// The token.
+        token: u32,
+    },
+    /// `max_new_tokens` were generated.
+    Length,
+}
+
+/// Why the engine gave a row up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RowFailure {
+    /// [`super::handle::EngineHandle::abort_rows`] ended it.
+    #[error("the row was aborted before it finished; send the request again")]
+    Aborted,
+    /// The model computed something that is not a number, so no token can be chosen.
+    #[error("the model's output at token {position} is not finite; the base or a lens is damaged")]
+    NotFinite {
+        /// Position in the sequence.
+        position: u32,
+    },
+    /// A kernel failed.
+    #[error("the forward pass failed: {0}")]
+    Device(String),
+    /// The engine thread ended.
+    #[error("the engine stopped")]
+    EngineStopped,
+}
+
+/// Tokens a row used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, the stop token included.
+    pub generated_tokens: u32,
+}
+
+struct Ring {
+    events: VecDeque<RowEvent>,
+    closed: bool,
+}
+
+struct Shared {
+    ring: Mutex<Ring>,
+    waker: AtomicWaker,
+    cancelled: AtomicBool,
+}
+
+/// The engine's end of a row's events.
+pub(crate) struct RowSender(Arc<Shared>);
+
+/// The caller's end: a stream that ends after `Finished` or `Failed`. Dropping it cancels the row, which leaves the
+/// batch before the next step.
+pub struct RowStream {
+    shared: Arc<Shared>,
+    done: bool,
+}
+
+/// The two ends of a row's events, with room for `max_new_tokens`.
+pub(crate) fn row_channel(max_new_tokens: u32) -> (RowSender, RowStream) {
+    let events = VecDeque::with_capacity(max_new_tokens as usize + 2);
+    let shared = Arc::new(Shared {
+        ring: Mutex::new(Ring { events, closed: false }),
+        waker: AtomicWaker::new(),
+        cancelled: AtomicBool::new(false),
+    });
+    (RowSender(shared.clone()), RowStream { shared, done: false })
+}
+
+impl RowSender {
+    /// Hands an event to the reader; never waits.
+    pub(crate) fn send(&self, event: RowEvent) {
+        self.0.ring.lock().events.push_back(event);
+        self.0.waker.wake();
+    }
+
+    /// Whether the reader went away.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for RowSender {
+    fn drop(&mut self) {
+        self.0.ring.lock().closed = true;
+        self.0.waker.wake();
+    }
+}
+
+impl RowStream {
+    /// The next event; `None` after the last one.
+    pub async fn next(&mut self) -> Option<RowEvent> {
+        std::future::poll_fn(|cx| self.poll(cx)).await
+    }
+
+    fn take(&mut self) -> Poll<Option<RowEvent>> {
+        let mut ring = self.shared.ring.lock();
+        match ring.events.pop_front() {
+            Some(event) => {
+                self.done = matches!(event, RowEvent::Finished { .. } | RowEvent::Failed(_));
+                Poll::Ready(Some(event))
+            }
+            None if ring.closed => {
+                self.done = true;
+                Poll::Ready(Some(RowEvent::Failed(RowFailure::EngineStopped)))
+            }
+            None => Poll::Pending,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<RowEvent>> {
+        if self.done {
+            return Poll::Ready(None);
+        }
+        if let ready @ Poll::Ready(_) = self.take() {
+            return ready;
+        }
+        self.shared.waker.register(cx.waker());
+        self.take()
+    }
+}
+
+impl futures::Stream for RowStream {
+    type Item = RowEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<RowEvent>> {
+        self.poll(cx)
+    }
+}
+
+impl Drop for RowStream {
+    fn drop(&mut self) {
+        self.shared.cancelled.store(true, Ordering::Release);
+    }
+}
+
+impl std::fmt::Debug for RowStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RowStream").field("done", &self.done).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,122 @@
+//! What a lens is: a small checkpoint over a base, applied to the rows that ask for it.
+//!
+//! One file per kind. Opening a lens reads headers only and checks everything against the base; what cannot be honoured
+//! exactly is refused with the name of the tensor or key, so a lens is never half loaded.
+
+pub mod lora;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::engine::arena::Region;
+use crate::model::config::ModelConfig;
+use crate::model::lora::DeltaLayout;
+use crate::model::tensor_file::TensorFileError;
+
+/// Where everything of a lens goes, and how many bytes that takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LensLayout {
+    /// Bytes of the region.
+    pub bytes: u64,
+    /// Its low-rank deltas.
+    pub deltas: DeltaLayout,
+}
+
+/// A lens whose weights are all in place.
+#[derive(Debug)]
+pub struct FilledLens {
+    pub(crate) base: Arc<ModelConfig>,
+    pub(crate) layout: LensLayout,
+    pub(crate) region: Region,
+}
+
+impl FilledLens {
+    /// Takes a region that was filled by other means than a folder, laid out as `layout` for a base of this architecture.
+    pub fn new(base: Arc<ModelConfig>, layout: LensLayout, region: Region) -> Self {
+        assert_eq!(region.len() as u64, layout.bytes, "the region was reserved for this layout");
+        Self { base, layout, region }
+    }
+}
+
+/// Why a lens cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LensError {
+    /// A file of the lens cannot be read.
+    #[error("failed to read `{path}`")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The tensor file is refused.
+    #[error(transparent)]
+    File(#[from] TensorFileError),
+    /// The lens's own description is not what the format says.
+    #[error("`{path}` is malformed: {what}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The lens was made for a base of another shape.
+    #[error("the lens does not fit this base: {what}")]
+    BaseMismatch {
+        /// What differs.
+        what: String,
+    },
+    /// A setting that would change the answer and that is not computed.
+    #[error("adapter_config.json: `{key}` = {value} is not supported")]
+    UnsupportedSetting {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+    /// A tensor that would change the answer and that is not computed.
+    #[error("tensor `{tensor}` is not supported: {why}")]
+    UnsupportedTensor {
+        /// The tensor.
+        tensor: String,
+        /// What is missing for it.
+        why: &'static str,
+    },
+}
+
+/// The kinds of failure that a user can act on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LensFailure {
+    /// It belongs to another base.
+    BaseMismatch,
+    /// It needs something this version does not compute.
+    UnsupportedTensors,
+    /// A file ends too early.
+    Truncated,
+    /// A file is not what its format says, or holds numbers that are not finite.
+    Malformed,
+    /// A file cannot be read.
+    Unreadable,
+    /// The caller cancelled the load.
+    Cancelled,
+}
+
+impl LensError {
+    /// Which kind of failure this is.
+    pub fn failure(&self) -> LensFailure {
+        match self {
+            Self::BaseMismatch { .. } => LensFailure::BaseMismatch,
+            Self::UnsupportedSetting { .. }
+            | Self::UnsupportedTensor { .. }
+            | Self::File(TensorFileError::Dtype { .. }) => LensFailure::UnsupportedTensors,
+            Self::Malformed { .. }
+            | Self::File(TensorFileError::Malformed { .. } | TensorFileError::NotFinite { .. }) => {
+                LensFailure::Malformed
+            }
+            Self::File(TensorFileError::Truncated { .. }) => LensFailure::Truncated,
+            Self::File(TensorFileError::Cancelled) => LensFailure::Cancelled,
+            Self::Io { .. } | Self::File(TensorFileError::Io { .. }) => LensFailure::Unreadable,
+        }
+    }
+}

@@ -1,0 +1,460 @@
+//! The weights of a base: which tensors its files must have, where each goes in device memory, and how they get
+//! there.
+//!
+//! [`BaseFolder::open`] reads only headers. It maps every tensor to a place in one [`Region`], with q, k and v, and gate and
+//! up, laid beside each other so that they are one matrix for the kernels. Matrices keep one dtype, vectors
+//! (norms and biases) are always f32. A tensor that is missing, that has another shape, or that this
+//! architecture does not know is refused by name.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::config::{ConfigError, ModelConfig};
+use super::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
+use crate::engine::arena::Region;
+
+/// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Dtype {
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    BF16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+        })
+    }
+}
+
+/// Why a base cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseError {
+    /// A file that must be there cannot be read.
+    #[error("failed to read `{path}`")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// `config.json` is refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A tensor file is refused.
+    #[error(transparent)]
+    File(#[from] TensorFileError),
+    /// The list of shards is refused.
+    #[error("`{path}` is malformed: {what}")]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A tensor of this architecture is not in the files.
+    #[error("tensor `{0}` is missing")]
+    MissingTensor(String),
+    /// A tensor has another shape than `config.json` implies.
+    #[error("tensor `{tensor}` has shape {found:?}, config.json implies {expected:?}")]
+    Shape {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What it should be.
+        expected: Vec<usize>,
+    },
+    /// A tensor that this architecture does not have, and that would change what it computes.
+    #[error("tensor `{0}` is not part of this architecture")]
+    UnexpectedTensor(String),
+}
+
+/// A matrix in device memory, row-major `[outputs, inputs]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Matrix {
+    /// Bytes from the start of the region.
+    pub offset: usize,
+    /// Rows.
+    pub outputs: usize,
+    /// Columns.
+    pub inputs: usize,
+    /// Kind of numbers.
+    pub dtype: Dtype,
+}
+
+/// An f32 vector in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vector {
+    /// Bytes from the start of the region.
+    pub offset: usize,
+    /// Numbers.
+    pub len: usize,
+}
+
+/// Where the tensors of one decoder block are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Norm before attention.
+    pub attention_norm: Vector,
+    /// q, k and v below each other.
+    pub qkv: Matrix,
+    /// Their biases.
+    pub qkv_bias: Option<Vector>,
+    /// Norm on every head of q and of k.
+    pub qk_norm: Option<(Vector, Vector)>,
+    /// Output of attention.
+    pub o: Matrix,
+    /// Its bias.
+    pub o_bias: Option<Vector>,
+    /// Norm before the feed-forward block.
+    pub mlp_norm: Vector,
+    /// gate and up below each other.
+    pub gate_up: Matrix,
+    /// Their biases.
+    pub gate_up_bias: Option<Vector>,
+    /// Output of the feed-forward block.
+    pub down: Matrix,
+    /// Its bias.
+    pub down_bias: Option<Vector>,
+}
+
+/// Where everything of a base is, and how many bytes that takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BaseLayout {
+    /// Bytes of the region.
+    pub bytes: u64,
+    /// Dtype of all matrices.
+    pub dtype: Dtype,
+    /// Embedding.
+    pub embedding: Matrix,
+    /// Decoder blocks.
+    pub layers: Vec<Layer>,
+    /// Norm before the head.
+    pub final_norm: Vector,
+    /// Head; the embedding when they are tied.
+    pub head: Matrix,
+}
+
+/// A tensor file's content on its way to a place in the region.
+struct Move {
+    tensor: String,
+    shape: Vec<usize>,
+    offset: usize,
+    dtype: Dtype,
+}
+
+/// Places of a region start at multiples of this, a cache line.
+const ALIGNMENT: usize = 64;
+
+/// Lays tensors out one after the other.
+struct Planner {
+    dtype: Dtype,
+    end: usize,
+    moves: Vec<Move>,
+}
+
+impl Planner {
+    fn start(&mut self) -> usize {
+        self.end = self.end.next_multiple_of(ALIGNMENT);
+        self.end
+    }
+
+    fn push(&mut self, tensor: String, shape: Vec<usize>, dtype: Dtype) {
+        let bytes = shape.iter().product::<usize>() * dtype.bytes();
+        self.moves.push(Move { tensor, shape, offset: self.end, dtype });
+        self.end += bytes;
+    }
+
+    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Matrix {
+        let (offset, dtype) = (self.start(), self.dtype);
+        for (prefix, outputs) in parts {
+            self.push(format!("{prefix}.weight"), vec![*outputs, inputs], dtype);
+        }
+        Matrix { offset, outputs: parts.iter().map(|p| p.1).sum(), inputs, dtype }
+    }
+
+    fn bias(&mut self, has: bool, parts: &[(String, usize)]) -> Option<Vector> {
+        let offset = self.start();
+        has.then(|| {
+            for (prefix, outputs) in parts {
+                self.push(format!("{prefix}.bias"), vec![*outputs], Dtype::F32);
+            }
+            Vector { offset, len: parts.iter().map(|p| p.1).sum() }
+        })
+    }
+
+    fn norm(&mut self, prefix: String, len: usize) -> Vector {
+        let offset = self.start();
+        self.push(format!("{prefix}.weight"), vec![len], Dtype::F32);
+        Vector { offset, len }
+    }
+
+    fn layer(&mut self, c: &ModelConfig, index: usize) -> Layer {
+        let at = |name: &str| format!("model.layers.{index}.{name}");
+        let qkv = [
+            (at("self_attn.q_proj"), c.q_size()),
+            (at("self_attn.k_proj"), c.kv_size()),
+            (at("self_attn.v_proj"), c.kv_size()),
+        ];
+        let o = [(at("self_attn.o_proj"), c.hidden_size)];
+        let gate_up = [(at("mlp.gate_proj"), c.intermediate_size), (at("mlp.up_proj"), c.intermediate_size)];
+        let down = [(at("mlp.down_proj"), c.hidden_size)];
+        Layer {
+            attention_norm: self.norm(at("input_layernorm"), c.hidden_size),
+            qkv: self.matrix(&qkv, c.hidden_size),
+            qkv_bias: self.bias(c.qkv_bias, &qkv),
+            qk_norm: c.qk_norm.then(|| {
+                (self.norm(at("self_attn.q_norm"), c.head_dim), self.norm(at("self_attn.k_norm"), c.head_dim))
+            }),
+            o: self.matrix(&o, c.q_size()),
+            o_bias: self.bias(c.o_bias, &o),
+            mlp_norm: self.norm(at("post_attention_layernorm"), c.hidden_size),
+            gate_up: self.matrix(&gate_up, c.hidden_size),
+            gate_up_bias: self.bias(c.mlp_bias, &gate_up),
+            down: self.matrix(&down, c.intermediate_size),
+            down_bias: self.bias(c.mlp_bias, &down),
+        }
+    }
+}
+
+impl BaseLayout {
+    /// Where everything of a base of this architecture goes, with matrices of this dtype.
+    pub fn of(config: &ModelConfig, dtype: Dtype) -> Self {
+        Self::plan(config, dtype).0
+    }
+
+    fn plan(config: &ModelConfig, dtype: Dtype) -> (Self, Vec<Move>) {
+        let mut planner = Planner { dtype, end: 0, moves: Vec::new() };
+        let embedding =
+            planner.matrix(&[("model.embed_tokens".into(), config.vocab_size)], config.hidden_size);
+        let layers = (0..config.layers).map(|index| planner.layer(config, index)).collect();
+        let final_norm = planner.norm("model.norm".into(), config.hidden_size);
+        let head = if config.tie_word_embeddings {
+            embedding
+        } else {
+            planner.matrix(&[("lm_head".into(), config.vocab_size)], config.hidden_size)
+        };
+        let bytes = planner.start() as u64;
+        (Self { bytes, dtype, embedding, layers, final_norm, head }, planner.moves)
+    }
+}
+
+/// A folder in the Hugging Face layout whose headers have been read and checked.
+pub struct BaseFolder {
+    config: Arc<ModelConfig>,
+    layout: BaseLayout,
+    files: Vec<TensorFile>,
+    /// Tensor name to its file.
+    tensors: HashMap<String, usize>,
+    moves: Vec<Move>,
+}
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+/// Largest JSON file that is read from a model folder.
+const MAX_JSON_BYTES: u64 = 64 << 20;
+
+/// Files of a base folder that a worker reads beside its tensors, where they exist.
+pub const BASE_SIDE_FILES: &[&str] = &[
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+
+/// Names of all files that a worker reads from a base folder, sorted: what a digest of the base covers.
+pub fn base_files(folder: &Path) -> Result<Vec<String>, BaseError> {
+    let mut files: Vec<String> =
+        BASE_SIDE_FILES.iter().filter(|f| folder.join(f).exists()).map(|&f| f.to_owned()).collect();
+    let shards = shard_names(folder)?;
+    if folder.join(INDEX).exists() {
+        files.push(INDEX.to_owned());
+    }
+    files.extend(shards);
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+/// The safetensors files of a base folder: one, or those that the index names.
+fn shard_names(folder: &Path) -> Result<Vec<String>, BaseError> {
+    let path = folder.join(INDEX);
+    if !path.exists() {
+        return Ok(vec![SINGLE.to_owned()]);
+    }
+    let malformed = |what: String| BaseError::Index { path: path.clone(), what };
+    let text = read_json(&path)?;
+    let index: serde_json::Value = serde_json::from_str(&text).map_err(|e| malformed(e.to_string()))?;
+    let map =
+        index["weight_map"].as_object().ok_or_else(|| malformed("it has no `weight_map` object".into()))?;
+    let mut names = Vec::new();
+    for (tensor, file) in map {
+        let name = file.as_str().unwrap_or("");
+        if name.is_empty() || name.contains(['/', '\\', '\0']) || name == "." || name == ".." {
+            return Err(malformed(format!("`{tensor}` is in {file}, which is not a plain file name")));
+        }
+        names.push(name.to_owned());
+    }
+    names.sort();
+    names.dedup();
+    if names.is_empty() {
+        return Err(malformed("its `weight_map` is empty".into()));
+    }
+    Ok(names)
+}
+
+/// A JSON file of a model folder as text; size-capped.
+pub(crate) fn read_json(path: &Path) -> Result<String, BaseError> {
+    use std::io::Read;
+    let io = |source| BaseError::Io { path: path.into(), source };
+    let file = std::fs::File::open(path).map_err(io)?;
+    let mut text = String::new();
+    file.take(MAX_JSON_BYTES + 1).read_to_string(&mut text).map_err(io)?;
+    if text.len() as u64 > MAX_JSON_BYTES {
+        return Err(BaseError::Index {
+            path: path.into(),
+            what: format!("it is larger than {MAX_JSON_BYTES} bytes"),
+        });
+    }
+    Ok(text)
+}
+
+impl BaseFolder {
+    /// Reads `config.json` and all safetensors headers. `dtype` absent keeps the numbers as stored (with mixed ones, the
+    /// smallest that holds them all).
+    pub fn open(folder: &Path, dtype: Option<Dtype>) -> Result<Self, BaseError> {
+        let config = Arc::new(ModelConfig::parse(&read_json(&folder.join("config.json"))?)?);
+        let mut files = Vec::new();
+        let mut tensors = HashMap::new();
+        for name in shard_names(folder)? {
+            let file = TensorFile::open(&folder.join(name))?;
+            for tensor in file.names() {
+                if let Some(other) = tensors.insert(tensor.clone(), files.len()) {
+                    let other: &TensorFile = &files[other];
+                    let what = format!("tensor `{tensor}` is also in `{}`", other.path().display());
+                    return Err(BaseError::Index { path: file.path().into(), what });
+                }
+            }
+            files.push(file);
+        }
+        let dtype = match dtype {
+            Some(dtype) => dtype,
+            None => stored_dtype(&files, &tensors)?,
+        };
+        let (layout, moves) = BaseLayout::plan(&config, dtype);
+        let mut known = BTreeMap::new();
+        for wanted in &moves {
+            let &file =
+                tensors.get(&wanted.tensor).ok_or_else(|| BaseError::MissingTensor(wanted.tensor.clone()))?;
+            let found = files[file].shape(&wanted.tensor).expect("the map was made from this file's names");
+            if found != wanted.shape {
+                return Err(BaseError::Shape {
+                    tensor: wanted.tensor.clone(),
+                    found: found.to_vec(),
+                    expected: wanted.shape.clone(),
+                });
+            }
+            files[file].dtype(&wanted.tensor)?;
+            known.insert(wanted.tensor.as_str(), ());
+        }
+        let mut extra: Vec<_> =
+            tensors.keys().filter(|t| !known.contains_key(t.as_str()) && !is_ignorable(t)).collect();
+        extra.sort();
+        if let Some(tensor) = extra.first() {
+            return Err(BaseError::UnexpectedTensor((*tensor).clone()));
+        }
+        Ok(Self { config, layout, files, tensors, moves })
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Arc<ModelConfig> {
+        &self.config
+    }
+
+    /// Where everything will be, and how many bytes that takes.
+    pub fn layout(&self) -> &BaseLayout {
+        &self.layout
+    }
+
+    /// Reads all weights into a region of `layout().bytes`.
+    pub fn fill(&self, mut region: Region, on_progress: OnProgress<'_>) -> Result<FilledBase, BaseError> {
+        assert_eq!(region.len() as u64, self.layout.bytes, "the region was reserved for this layout");
+        let total_bytes = self.layout.bytes;
+        let mut done_bytes = 0;
+        for wanted in &self.moves {
+            let bytes = wanted.shape.iter().product::<usize>() * wanted.dtype.bytes();
+            let to = &mut region.bytes_mut()[wanted.offset..wanted.offset + bytes];
+            self.files[self.tensors[&wanted.tensor]].read(
+                &wanted.tensor,
+                wanted.dtype,
+                to,
+                &mut |written| {
+                    done_bytes += written;
+                    on_progress(Progress { done_bytes, total_bytes })
+                },
+            )?;
+        }
+        Ok(FilledBase { config: self.config.clone(), layout: self.layout.clone(), region })
+    }
+}
+
+/// Tensors that may be there and mean nothing: a head beside a tied embedding, and frequencies that follow from the
+/// config.
+fn is_ignorable(tensor: &str) -> bool {
+    tensor == "lm_head.weight" || tensor.ends_with(".rotary_emb.inv_freq")
+}
+
+fn stored_dtype(files: &[TensorFile], tensors: &HashMap<String, usize>) -> Result<Dtype, BaseError> {
+    let mut all = None;
+    for (tensor, &file) in tensors {
+        if files[file].shape(tensor).is_none_or(|shape| shape.len() < 2) {
+            continue;
+        }
+        let dtype = files[file].dtype(tensor)?;
+        all = match all {
+            None => Some(dtype),
+            Some(other) if other == dtype => all,
+            // Neither half kind holds the other.
+            Some(_) => Some(Dtype::F32),
+        };
+    }
+    Ok(all.unwrap_or(Dtype::F32))
+}
+
+/// A base whose weights are all in place.
+#[derive(Debug)]
+pub struct FilledBase {
+    pub(crate) config: Arc<ModelConfig>,
+    pub(crate) layout: BaseLayout,
+    pub(crate) region: Region,
+}
+
+impl FilledBase {
+    /// Takes a region that was filled by other means than a folder, laid out as `layout`.
+    pub fn new(config: Arc<ModelConfig>, layout: BaseLayout, region: Region) -> Self {
+        assert_eq!(region.len() as u64, layout.bytes, "the region was reserved for this layout");
+        Self { config, layout, region }
+    }
+}
