@@ -1,0 +1,481 @@
+//! The worker document: all that a worker is told, and how it is made.
+//!
+//! [`compile`] is pure: one placement, the groups it names, the public keys and what is known of
+//! earlier documents go in; a document, or the reasons why there is none, comes out. The document
+//! has a **digest** over everything that matters to a worker and a **sequence** number that only
+//! grows, so that a late message never undoes a newer one.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    condition::reason,
+    group::{Dtype, LensKind, ModelGroup},
+    placement::{ModelPlacement, ModelPlacementSpec},
+    quantity::{ByteQuantity, InvalidQuantity},
+    source::Source,
+    token::PublicKey,
+};
+
+/// Version of the document and of the control protocol. A worker refuses a document of a protocol
+/// that it does not know.
+pub const PROTOCOL: u32 = 1;
+
+/// What a worker is told. Travels as JSON: compressed in a ConfigMap, plain in `PUT /control/v1/document`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerDocument {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// The placement it was made for.
+    pub placement: PlacementIdentity,
+    /// Grows with every change; a worker ignores a smaller one and refuses the same one with
+    /// another digest.
+    pub sequence: u64,
+    /// `sha256:…` over everything else in the document, see [`WorkerDocument::compute_digest`].
+    pub digest: String,
+    /// The groups to serve, sorted by name.
+    pub groups: Vec<DocumentGroup>,
+    /// Name of the group whose base a new worker makes active first.
+    pub default_group: String,
+    /// Memory budgets.
+    pub memory: MemoryBudgets,
+    /// Batching limits.
+    pub batching: BatchingLimits,
+    /// Rule of base switches.
+    pub switching: SwitchingRule,
+    /// Limits of what waits.
+    pub admission: AdmissionLimits,
+    /// Names of the volumes mounted below the worker's volumes folder, sorted.
+    pub source_volumes: Vec<String>,
+    /// Keys whose tokens are accepted, sorted. Empty without a cluster.
+    pub public_keys: Vec<PublicKey>,
+}
+
+/// Which placement a document belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlacementIdentity {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID: scopes the sequence and is the audience of tokens.
+    pub uid: String,
+}
+
+/// A group as a worker sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DocumentGroup {
+    /// What clients call it.
+    pub name: String,
+    /// Name of the ModelGroup.
+    pub object_name: String,
+    /// Namespace of the ModelGroup.
+    pub namespace: String,
+    /// UID of the ModelGroup.
+    pub uid: String,
+    /// Generation of the ModelGroup that this is.
+    pub generation: i64,
+    /// The base.
+    pub base: DocumentBase,
+    /// The lenses, sorted by name.
+    pub lenses: Vec<DocumentLens>,
+}
+
+/// A base as a worker sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DocumentBase {
+    /// Groups with equal keys share the base in memory and never switch for each other.
+    pub key: BaseKey,
+    /// Where its files are.
+    pub source: Source,
+    /// Number format in memory; absent: as stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Dtype>,
+}
+
+/// Identity of what is active on a worker: which weights, in which number format.
+///
+/// Written `IDENTITY/DTYPE`, where IDENTITY is the declared digest, or the URI where none is
+/// declared (then two spellings of one place count as two bases), and DTYPE `stored` when absent.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BaseKey(pub String);
+
+impl BaseKey {
+    /// The key of a base.
+    pub fn of(source: &Source, dtype: Option<Dtype>) -> Self {
+        let identity = source.digest.as_deref().unwrap_or(source.uri.trim_end_matches('/'));
+        match dtype {
+            Some(dtype) => Self(format!("{identity}/{dtype:?}")),
+            None => Self(format!("{identity}/stored")),
+        }
+    }
+}
+
+impl std::fmt::Display for BaseKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A lens as a worker sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DocumentLens {
+    /// Its name in the group.
+    pub name: String,
+    /// What it is; absent: detected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<LensKind>,
+    /// Where its files are.
+    pub source: Source,
+    /// A name for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display_name: Option<String>,
+    /// Strength, thousandths.
+    pub scale_milli: i32,
+}
+
+/// Memory budgets in bytes. Absent: the worker's own default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryBudgets {
+    /// All device memory the worker may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_bytes: Option<u64>,
+    /// The part of it for lenses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lens_bytes: Option<u64>,
+    /// Disk for fetched files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+}
+
+/// Limits of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BatchingLimits {
+    /// Longest sequence in tokens; absent: what the base allows, at most 8192.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_context_tokens: Option<u32>,
+    /// Most rows in a step.
+    pub max_running_rows: u32,
+    /// Most prompt tokens in a step.
+    pub prefill_chunk_tokens: u32,
+}
+
+/// Rule of base switches, seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SwitchingRule {
+    /// A base with rows stays at least this long.
+    pub min_hold_seconds: u32,
+    /// A request over another base waits at most this long before the active one is drained.
+    pub max_wait_seconds: u32,
+    /// Rows of the leaving base may go on this long.
+    pub drain_seconds: u32,
+}
+
+/// Limits of what waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AdmissionLimits {
+    /// Requests that may wait on a worker.
+    pub max_queued_requests: u32,
+    /// How long one may wait, seconds.
+    pub hold_seconds: u32,
+}
+
+impl Default for BatchingLimits {
+    fn default() -> Self {
+        Self { max_context_tokens: None, max_running_rows: 64, prefill_chunk_tokens: 512 }
+    }
+}
+
+impl Default for SwitchingRule {
+    fn default() -> Self {
+        Self { min_hold_seconds: 30, max_wait_seconds: 120, drain_seconds: 30 }
+    }
+}
+
+impl Default for AdmissionLimits {
+    fn default() -> Self {
+        Self { max_queued_requests: 512, hold_seconds: 300 }
+    }
+}
+
+impl WorkerDocument {
+    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0 and `digest` empty.
+    pub fn compute_digest(&self) -> String {
+        let bare = Self { sequence: 0, digest: String::new(), ..self.clone() };
+        let json = serde_json::to_vec(&bare).expect("a document of strings and numbers is JSON");
+        format!("sha256:{}", hex::encode(Sha256::digest(json)))
+    }
+
+    /// Reads a document as gzip of JSON, the form it has in a ConfigMap.
+    pub fn from_gzip(bytes: &[u8]) -> Result<Self, std::io::Error> {
+        let limited = std::io::Read::take(flate2::read::GzDecoder::new(bytes), MAX_JSON_BYTES);
+        Ok(serde_json::from_reader(limited)?)
+    }
+
+    /// Writes it as gzip of JSON. The same document always gives the same bytes.
+    pub fn to_gzip(&self) -> Vec<u8> {
+        let mut encoder = flate2::GzBuilder::new().mtime(0).write(Vec::new(), flate2::Compression::new(6));
+        serde_json::to_writer(&mut encoder, self).expect("writing to memory cannot fail");
+        encoder.finish().expect("writing to memory cannot fail")
+    }
+
+    /// The group that clients call `name`.
+    pub fn group(&self, name: &str) -> Option<&DocumentGroup> {
+        self.groups.iter().find(|g| g.name == name)
+    }
+}
+
+/// Largest document a worker reads, uncompressed: guards against a decompression bomb. 16 groups
+/// of 256 lenses with the longest fields stay below half of it.
+pub const MAX_JSON_BYTES: u64 = 16 << 20;
+
+/// What is known of earlier documents of the same placement.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Previous {
+    /// Sequence and digest of the document that is stored.
+    pub stored: Option<(u64, String)>,
+    /// Largest sequence that any worker of the placement reports.
+    pub reported: u64,
+}
+
+/// Something about a placement that keeps it, or one of its groups, from being served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// A constant of [`reason`].
+    pub reason: &'static str,
+    /// For a person.
+    pub message: String,
+}
+
+/// What compiling gave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Compiled {
+    /// The document, over all groups that can be served. `None` when there is none.
+    pub document: Option<WorkerDocument>,
+    /// What is wrong with the placement; empty when all of it can be carried out.
+    pub problems: Vec<Problem>,
+}
+
+/// Makes the worker document of a placement.
+///
+/// `groups` holds what exists, by namespace and name. A group that is missing, being deleted or
+/// lives in another namespace is left out and named in `problems`; the others are served. An unusable
+/// value in the placement itself gives no document, so that workers go on with the one they have.
+///
+/// The sequence stays as stored while the digest does, and no worker reports a larger one;
+/// otherwise it is one more than the largest known.
+pub fn compile(
+    placement: &ModelPlacement,
+    groups: &BTreeMap<(String, String), &ModelGroup>,
+    public_keys: &[PublicKey],
+    previous: &Previous,
+) -> Compiled {
+    let namespace = placement.metadata.namespace.as_deref().unwrap_or_default();
+    let mut problems = Vec::new();
+    let mut served = Vec::new();
+    for placed in &placement.spec.groups {
+        let (group_namespace, name) = placed.target(namespace);
+        if group_namespace != namespace {
+            problems.push(Problem {
+                reason: reason::CROSS_NAMESPACE,
+                message: format!(
+                    "group `{}` refers to namespace `{group_namespace}`; groups of other namespaces are not served yet: \
+                     create the ModelGroup in `{namespace}`",
+                    placed.name
+                ),
+            });
+            continue;
+        }
+        match groups.get(&(group_namespace.to_owned(), name.to_owned())) {
+            Some(group) if group.metadata.deletion_timestamp.is_none() => {
+                served.push(document_group(&placed.name, group));
+            }
+            _ => problems.push(Problem {
+                reason: reason::GROUP_NOT_FOUND,
+                message: format!(
+                    "there is no ModelGroup `{name}` in namespace `{group_namespace}`; create it, or remove it from spec.groups"
+                ),
+            }),
+        }
+    }
+    served.sort_by(|a, b| a.name.cmp(&b.name));
+    let document = match assemble(placement, served, public_keys, previous) {
+        Ok(document) => document,
+        Err(problem) => {
+            problems.push(problem);
+            None
+        }
+    };
+    Compiled { document, problems }
+}
+
+fn assemble(
+    placement: &ModelPlacement,
+    groups: Vec<DocumentGroup>,
+    public_keys: &[PublicKey],
+    previous: &Previous,
+) -> Result<Option<WorkerDocument>, Problem> {
+    let spec = &placement.spec;
+    let memory = memory(spec)?;
+    let Some(first) = groups.first() else { return Ok(None) };
+    let default_group = match &spec.default_group_name {
+        Some(name) if groups.iter().any(|g| g.name == *name) => name.clone(),
+        _ => first.name.clone(),
+    };
+    let mut source_volumes: Vec<String> = spec.source_volumes.iter().map(|v| v.name.clone()).collect();
+    source_volumes.sort();
+    let mut public_keys = public_keys.to_vec();
+    public_keys.sort();
+    let mut document = WorkerDocument {
+        protocol: PROTOCOL,
+        placement: PlacementIdentity {
+            namespace: placement.metadata.namespace.clone().unwrap_or_default(),
+            name: placement.metadata.name.clone().unwrap_or_default(),
+            uid: placement.metadata.uid.clone().unwrap_or_default(),
+        },
+        sequence: 0,
+        digest: String::new(),
+        groups,
+        default_group,
+        memory,
+        batching: batching(spec),
+        switching: switching(spec),
+        admission: admission(spec),
+        source_volumes,
+        public_keys,
+    };
+    document.digest = document.compute_digest();
+    document.sequence = match &previous.stored {
+        Some((sequence, digest)) if *digest == document.digest && *sequence >= previous.reported => *sequence,
+        stored => 1 + previous.reported.max(stored.as_ref().map_or(0, |s| s.0)),
+    };
+    Ok(Some(document))
+}
+
+fn document_group(name: &str, group: &ModelGroup) -> DocumentGroup {
+    let mut lenses: Vec<DocumentLens> = group
+        .spec
+        .lenses
+        .iter()
+        .map(|lens| DocumentLens {
+            name: lens.name.clone(),
+            kind: lens.kind,
+            source: lens.source.clone(),
+            display_name: lens.display_name.clone(),
+            scale_milli: lens.scale_milli(),
+        })
+        .collect();
+    lenses.sort_by(|a, b| a.name.cmp(&b.name));
+    let base = &group.spec.base;
+    DocumentGroup {
+        name: name.into(),
+        object_name: group.metadata.name.clone().unwrap_or_default(),
+        namespace: group.metadata.namespace.clone().unwrap_or_default(),
+        uid: group.metadata.uid.clone().unwrap_or_default(),
+        generation: group.metadata.generation.unwrap_or_default(),
+        base: DocumentBase {
+            key: BaseKey::of(&base.source, base.dtype),
+            source: base.source.clone(),
+            dtype: base.dtype,
+        },
+        lenses,
+    }
+}
+
+fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
+    let read = |field: &str, quantity: Option<&ByteQuantity>| {
+        quantity.map(ByteQuantity::bytes).transpose().map_err(|e: InvalidQuantity| Problem {
+            reason: reason::INVALID,
+            message: format!("spec.memory.{field}: {e}"),
+        })
+    };
+    let memory = spec.memory.as_ref();
+    let budgets = MemoryBudgets {
+        device_bytes: read("deviceBudget", memory.and_then(|m| m.device_budget.as_ref()))?,
+        lens_bytes: read("lensBudget", memory.and_then(|m| m.lens_budget.as_ref()))?,
+        disk_bytes: read("diskBudget", memory.and_then(|m| m.disk_budget.as_ref()))?,
+    };
+    if let (Some(device), Some(lens)) = (budgets.device_bytes, budgets.lens_bytes)
+        && lens >= device
+    {
+        return Err(Problem {
+            reason: reason::INVALID,
+            message: format!(
+                "spec.memory.lensBudget ({lens} bytes) is a part of deviceBudget ({device} bytes) and must be smaller"
+            ),
+        });
+    }
+    Ok(budgets)
+}
+
+/// A CRD integer that its schema keeps from being negative.
+fn count(value: Option<i32>, default: u32) -> u32 {
+    value.map_or(default, |v| u32::try_from(v).unwrap_or(default))
+}
+
+fn batching(spec: &ModelPlacementSpec) -> BatchingLimits {
+    let default = BatchingLimits::default();
+    let Some(given) = &spec.batching else { return default };
+    BatchingLimits {
+        max_context_tokens: given.max_context_tokens.and_then(|v| u32::try_from(v).ok()),
+        max_running_rows: count(given.max_running_rows, default.max_running_rows),
+        prefill_chunk_tokens: count(given.prefill_chunk_tokens, default.prefill_chunk_tokens),
+    }
+}
+
+fn switching(spec: &ModelPlacementSpec) -> SwitchingRule {
+    let default = SwitchingRule::default();
+    let Some(given) = &spec.switching else { return default };
+    SwitchingRule {
+        min_hold_seconds: count(given.min_hold_seconds, default.min_hold_seconds),
+        max_wait_seconds: count(given.max_wait_seconds, default.max_wait_seconds),
+        drain_seconds: count(given.drain_seconds, default.drain_seconds),
+    }
+}
+
+fn admission(spec: &ModelPlacementSpec) -> AdmissionLimits {
+    let default = AdmissionLimits::default();
+    let Some(given) = &spec.admission else { return default };
+    AdmissionLimits {
+        max_queued_requests: count(given.max_queued_requests, default.max_queued_requests),
+        hold_seconds: count(given.hold_seconds, default.hold_seconds),
+    }
+}
+
+/// What a worker does with a document it is offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Newer than what it has: take it.
+    Take,
+    /// What it already has.
+    Same,
+    /// Older than what it has: ignore it.
+    Stale,
+    /// The same sequence with other content: somebody else writes documents too. Refuse (409).
+    Conflict,
+}
+
+/// Judges an offered document against the one that is applied.
+pub fn judge(applied: Option<(u64, &str)>, offered: (u64, &str)) -> Verdict {
+    match applied {
+        None => Verdict::Take,
+        Some((sequence, digest)) => match offered.0.cmp(&sequence) {
+            std::cmp::Ordering::Greater => Verdict::Take,
+            std::cmp::Ordering::Less => Verdict::Stale,
+            std::cmp::Ordering::Equal if offered.1 == digest => Verdict::Same,
+            std::cmp::Ordering::Equal => Verdict::Conflict,
+        },
+    }
+}

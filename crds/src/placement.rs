@@ -1,0 +1,377 @@
+//! `ModelPlacement`: where groups run, on how many workers, under which budgets.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{EnvVar, ResourceRequirements, Toleration};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{group::never_observed, quantity::ByteQuantity};
+
+/// Most groups a placement may name.
+pub const MAX_GROUPS: usize = 16;
+
+/// Where groups run.
+#[derive(Clone, Debug, PartialEq, CustomResource, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "turret.dev",
+    version = "v1alpha1",
+    kind = "ModelPlacement",
+    plural = "modelplacements",
+    shortname = "mpl",
+    category = "turret",
+    namespaced,
+    cel,
+    status = "ModelPlacementStatus",
+    derive = "PartialEq",
+    doc = "Which model groups are served where: on how many workers, with which device, under which memory budgets.",
+    scale(spec_replicas_path = ".spec.replicas", status_replicas_path = ".status.replicas", label_selector_path = ".status.selector"),
+    validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("the name of a ModelPlacement names Services and Pods: at most 52 lower-case letters, digits and `-`"),
+    printcolumn(name = "Groups", type_ = "string", json_path = ".status.groupSummary", description = "Groups that are served"),
+    printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Wanted workers"),
+    printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas", description = "Workers that take requests"),
+    printcolumn(name = "Updated", type_ = "integer", json_path = ".status.updatedReplicas", description = "Workers that serve exactly the newest document"),
+    printcolumn(name = "Active", type_ = "string", json_path = ".status.activeSummary", description = "Active base of each worker, counted; refreshed at most once a minute"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", description = "Why it is or is not ready"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "VRAM", type_ = "string", json_path = ".status.deviceMemorySummary", description = "Device memory used / budget over all workers; refreshed at most once a minute", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.defaultGroupName) || self.groups.exists(g, g.name == self.defaultGroupName)").message("defaultGroupName must be the name of one of the groups"),
+)]
+pub struct ModelPlacementSpec {
+    /// The groups that every worker of this placement can serve. 1 to 16.
+    #[schemars(length(min = 1, max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub groups: Vec<PlacedGroup>,
+    /// The group whose base a new worker makes active first. Absent: the first group by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub default_group_name: Option<String>,
+    /// Wanted workers. Yours, or an autoscaler's through the scale subresource: the operator
+    /// never writes it.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0, max = 1024))]
+    pub replicas: i32,
+    /// The device each worker asks for, one per worker. Absent: a worker that computes on the CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<Accelerator>,
+    /// Memory budgets of each worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// How rows are batched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batching: Option<Batching>,
+    /// When a worker changes its active base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switching: Option<Switching>,
+    /// How many requests may wait, and how long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admission: Option<Admission>,
+    /// Volumes that `pvc://NAME/path` sources read. Mounted read-only into every worker.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub source_volumes: Vec<SourceVolume>,
+    /// How long a worker that leaves may finish its running rows, in seconds. Default 120.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub termination_drain_seconds: Option<i32>,
+    /// The worker pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<Worker>,
+}
+
+/// A group that a placement serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PlacedGroup {
+    /// What clients call the group here. Also the name of the ModelGroup, unless `groupRef` says otherwise.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("a group name is a DNS label: lower-case letters, digits and `-`"))]
+    pub name: String,
+    /// The ModelGroup, when it is called otherwise than `name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_ref: Option<GroupRef>,
+}
+
+impl PlacedGroup {
+    /// Namespace and name of the ModelGroup, for a placement in `namespace`.
+    pub fn target<'a>(&'a self, namespace: &'a str) -> (&'a str, &'a str) {
+        match &self.group_ref {
+            Some(r) => (r.namespace.as_deref().unwrap_or(namespace), &r.name),
+            None => (namespace, &self.name),
+        }
+    }
+}
+
+/// Which ModelGroup is meant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupRef {
+    /// Name of the ModelGroup.
+    #[schemars(length(min = 1, max = 63))]
+    pub name: String,
+    /// Its namespace. Absent: the placement's own, which is the only one that is served so far;
+    /// another one is refused with `Accepted=False`, reason `CrossNamespace`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub namespace: Option<String>,
+}
+
+/// The device a worker asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Accelerator {
+    /// An extended resource of a device plugin, such as `nvidia.com/gpu`. Each worker gets one.
+    #[schemars(length(min = 3, max = 316))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$')").message("resourceName must be an extended resource such as nvidia.com/gpu"))]
+    pub resource_name: String,
+}
+
+/// Memory budgets of one worker.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.deviceBudget) || !has(self.lensBudget) || quantity(string(self.lensBudget)).isLessThan(quantity(string(self.deviceBudget)))").message("lensBudget is a part of deviceBudget and must be smaller"),
+)]
+pub struct Memory {
+    /// Device memory the worker may use for bases, lenses, KV cache and workspace together.
+    /// Absent: what the device has, or on a CPU worker 80 % of the container's memory limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_budget: Option<ByteQuantity>,
+    /// The part of it that lenses may take; beyond it the least recently used are evicted.
+    /// Absent: an eighth of the device budget.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lens_budget: Option<ByteQuantity>,
+    /// Disk the worker may use for files it fetched. Absent: 64Gi. It is requested as ephemeral
+    /// storage, so changing it replaces the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_budget: Option<ByteQuantity>,
+}
+
+/// How rows are batched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Batching {
+    /// Longest sequence, prompt and answer together, in tokens. Absent: what the base allows, at most 8192.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 16, max = 10_485_760))]
+    pub max_context_tokens: Option<i32>,
+    /// Most rows in one step. Default 64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub max_running_rows: Option<i32>,
+    /// Prompt tokens computed in one step, so that long prompts do not hold up running rows. Default 512.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 16, max = 65_536))]
+    pub prefill_chunk_tokens: Option<i32>,
+}
+
+/// When a worker changes its active base. Requests over another base wait; the switch happens
+/// when the active base has no rows, or when it has been active `minHoldSeconds` and the oldest
+/// waiter has waited `maxWaitSeconds`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Switching {
+    /// How long a base stays active at least while it has rows, in seconds. Default 30.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub min_hold_seconds: Option<i32>,
+    /// How long requests over another base wait at most before the active one is drained, in seconds. Default 120.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub max_wait_seconds: Option<i32>,
+    /// How long rows of the base that leaves may go on, in seconds; rows that need longer are
+    /// ended with 503 and Retry-After. Default 30.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub drain_seconds: Option<i32>,
+}
+
+/// How many requests may wait, and how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Admission {
+    /// Requests that may wait on one worker; more are refused with 429. Default 512.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub max_queued_requests: Option<i32>,
+    /// How long a request may wait, on a worker or held by the gateway, in seconds. Default 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub hold_seconds: Option<i32>,
+}
+
+/// A volume that `pvc://NAME/path` sources read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceVolume {
+    /// The NAME in `pvc://NAME/path`.
+    #[schemars(length(min = 1, max = 50))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("a volume name is a DNS label: lower-case letters, digits and `-`"))]
+    pub name: String,
+    /// The claim that holds the files.
+    pub persistent_volume_claim: ClaimRef,
+}
+
+/// A PersistentVolumeClaim of the placement's namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClaimRef {
+    /// Its name.
+    #[schemars(length(min = 1, max = 253))]
+    pub claim_name: String,
+}
+
+/// The worker pods. A change here replaces them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Worker {
+    /// Image. Absent: the operator's default for its own version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    pub image: Option<String>,
+    /// CPU and memory. The memory limit is the wall; the budgets in `memory` move inside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
+    /// Labels a node must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that are tolerated.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub tolerations: Vec<Toleration>,
+    /// Priority class of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub priority_class_name: Option<String>,
+    /// Service account of the pods. Workers need none: absent, the namespace's default without a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub service_account_name: Option<String>,
+    /// Runtime class of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub runtime_class_name: Option<String>,
+    /// Further environment variables, such as `TURRET_DEVICE`, `TURRET_THREADS`, `RUST_LOG`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub env: Vec<Env>,
+    /// Further labels of the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    #[x_kube(validation = Rule::new("self.all(k, !k.startsWith('turret.dev/') && !k.startsWith('app.kubernetes.io/'))").message("podLabels must not set turret.dev/ or app.kubernetes.io/ labels: the operator selects its pods by them"))]
+    pub pod_labels: BTreeMap<String, String>,
+    /// Further annotations of the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 64))]
+    pub pod_annotations: BTreeMap<String, String>,
+}
+
+/// CPU and memory of a worker, as in a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Resources {
+    /// What the scheduler sets aside.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub requests: BTreeMap<String, CpuOrBytes>,
+    /// What is never exceeded.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub limits: BTreeMap<String, CpuOrBytes>,
+}
+
+/// A quantity of any resource, as a Pod takes it.
+pub type CpuOrBytes = k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+
+impl From<Resources> for ResourceRequirements {
+    fn from(value: Resources) -> Self {
+        let some = |map: BTreeMap<_, _>| (!map.is_empty()).then_some(map);
+        Self { requests: some(value.requests), limits: some(value.limits), ..Self::default() }
+    }
+}
+
+/// One environment variable with a literal value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Env {
+    /// Its name.
+    #[schemars(length(min = 1, max = 128))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z_][A-Za-z0-9_]*$')").message("an environment variable's name has letters, digits and `_` only"))]
+    pub name: String,
+    /// Its value.
+    #[serde(default)]
+    #[schemars(length(max = 4096))]
+    pub value: String,
+}
+
+impl From<Env> for EnvVar {
+    fn from(value: Env) -> Self {
+        Self { name: value.name, value: Some(value.value), value_from: None }
+    }
+}
+
+/// What the operator observed of a placement.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelPlacementStatus {
+    /// Generation of the spec that this status speaks of; -1 before the operator has seen it.
+    #[serde(default = "never_observed")]
+    pub observed_generation: i64,
+    /// `Ready`, `Available`, `Reconciling`, `Stalled`, `Accepted`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// Worker pods that exist.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<i32>,
+    /// Workers that take requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_replicas: Option<i32>,
+    /// Workers that report that they serve exactly the newest document.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub updated_replicas: Option<i32>,
+    /// Label selector of the worker pods, for the scale subresource.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<String>,
+    /// Names of the groups that are served, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_summary: Option<String>,
+    /// Active base of each worker, counted, for people: `gemma2-9b×2`. Refreshed at most once a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_summary: Option<String>,
+    /// Device memory used / budget over all workers, for people. Refreshed at most once a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_memory_summary: Option<String>,
+    /// Image of the workers, as resolved when the placement was last changed: a newer operator
+    /// with another default does not replace running pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker_image: Option<String>,
+    /// Sequence number of the newest worker document.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub document_sequence: Option<i64>,
+    /// When the summaries that move with traffic were last refreshed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summarized_at: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>,
+}
+
+fn one() -> i32 {
+    1
+}
+
+impl ModelPlacementSpec {
+    /// How long a leaving worker may finish its rows, seconds.
+    pub fn termination_drain_seconds(&self) -> i32 {
+        self.termination_drain_seconds.unwrap_or(120)
+    }
+}

@@ -1,0 +1,308 @@
+//! What a worker says of itself: its state report and the stream of its changes.
+//!
+//! `GET /control/v1/state` answers a [`WorkerReport`]; with `?watch=true` it streams
+//! newline-delimited JSON of [`StateEvent`]: a full snapshot first, then changes. Operator and
+//! gateway both read this stream, and nobody keeps a second list of what a worker holds.
+//! [`diff`] and [`WorkerReport::apply`] are inverse: a reader that applies every change has
+//! exactly the report the worker has.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{condition::FailureReason, document::BaseKey};
+
+/// The state of one worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerReport {
+    /// [`crate::document::PROTOCOL`].
+    pub protocol: u32,
+    /// Who reports. Does not change while a worker lives.
+    pub worker: WorkerIdentity,
+    /// Everything that moves, in one value.
+    pub state: WorkerState,
+    /// The bases it knows, sorted by key.
+    pub bases: Vec<BaseReport>,
+    /// The lenses it knows, sorted by group and name.
+    pub lenses: Vec<LensReport>,
+}
+
+/// Who reports.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerIdentity {
+    /// Name of the pod, or of the host without a cluster.
+    pub name: String,
+    /// Differs in every life of the process: a reader that sees another one starts afresh.
+    pub instance: String,
+    /// Version of the worker.
+    pub version: String,
+    /// The device it computes on.
+    pub device: DeviceReport,
+}
+
+/// The device of a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceReport {
+    /// `cpu` or `cuda`.
+    pub kind: String,
+    /// Its name, such as `AMD EPYC, 2 threads`.
+    pub name: String,
+    /// Memory the device has, bytes.
+    pub total_bytes: u64,
+}
+
+/// The part of a report that moves.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerState {
+    /// The document that is applied, in all its parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub document: Option<AppliedDocument>,
+    /// Whether it takes requests: its first base is active and it is not draining.
+    pub ready: bool,
+    /// Whether it is leaving: it finishes what runs and takes nothing new.
+    pub draining: bool,
+    /// The active base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_base: Option<BaseKey>,
+    /// The base it is switching to, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switching_to: Option<BaseKey>,
+    /// Bytes used and allowed in each tier this worker has.
+    pub tiers: Vec<TierReport>,
+    /// Rows that are computed.
+    pub running_rows: u32,
+    /// Requests that wait, for a place in the batch or for their base.
+    pub waiting_rows: u32,
+    /// Base switches so far.
+    pub switches: u64,
+    /// Evictions of lenses so far.
+    pub evictions: u64,
+}
+
+/// Which document is applied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AppliedDocument {
+    /// Its sequence.
+    pub sequence: u64,
+    /// Its digest.
+    pub digest: String,
+}
+
+/// Where an artifact is held, lowest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Tier {
+    /// Only at its source.
+    Remote,
+    /// On the worker's disk, or on a mounted volume.
+    Disk,
+    /// In host memory.
+    Host,
+    /// In device memory (on a CPU worker, memory is the device).
+    Device,
+}
+
+/// Bytes of a tier.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TierReport {
+    /// Which tier.
+    pub tier: Tier,
+    /// Bytes that bases use.
+    pub base_bytes: u64,
+    /// Bytes that lenses use.
+    pub lens_bytes: u64,
+    /// Bytes set aside for KV cache and workspace.
+    pub working_bytes: u64,
+    /// Bytes allowed in all.
+    pub budget_bytes: u64,
+    /// Bytes allowed for lenses.
+    pub lens_budget_bytes: u64,
+}
+
+/// How far an artifact is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "phase", rename_all_fields = "camelCase")]
+pub enum ArtifactState {
+    /// Its files are being found and checked.
+    Resolving,
+    /// It is on its way to the device.
+    Loading {
+        /// 0 to 100.
+        percent: u8,
+    },
+    /// It can be served at once, or be loaded when a request asks for it.
+    Ready,
+    /// It cannot be served.
+    Failed {
+        /// For machines.
+        reason: FailureReason,
+        /// For people.
+        message: String,
+        /// Seconds since the epoch when it is tried again; absent: not before something changes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        retry_at: Option<u64>,
+    },
+}
+
+impl ArtifactState {
+    /// Whether it can be served.
+    pub fn is_ready(&self) -> bool {
+        // A load after the first starts from files that were found good.
+        matches!(self, Self::Ready | Self::Loading { .. })
+    }
+}
+
+/// A base on a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BaseReport {
+    /// Its key.
+    pub key: BaseKey,
+    /// Groups (as clients call them) over it, sorted.
+    pub groups: Vec<String>,
+    /// How far it is.
+    pub state: ArtifactState,
+    /// The highest tier that holds it.
+    pub tier: Tier,
+    /// Digest of its files, once computed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// Bytes in device memory, once its headers are read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+}
+
+/// A lens on a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LensReport {
+    /// Its group, as clients call it.
+    pub group: String,
+    /// Its name.
+    pub name: String,
+    /// How far it is.
+    pub state: ArtifactState,
+    /// The highest tier that holds it.
+    pub tier: Tier,
+    /// Digest of its files, once computed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// Bytes in device memory, once its headers are read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Rows that use it now.
+    pub active_rows: u32,
+    /// Requests it has answered.
+    pub served: u64,
+}
+
+/// One line of the state stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub enum StateEvent {
+    /// The whole report. First on every stream.
+    Snapshot(Box<WorkerReport>),
+    /// What changed since the line before.
+    Change(Change),
+    /// Nothing changed; sent every few seconds so that a dead connection is noticed.
+    Heartbeat,
+}
+
+/// What changed between two reports of one process.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Change {
+    /// The new moving part, when it changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<WorkerState>,
+    /// New and changed bases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<BaseReport>,
+    /// Bases that are no longer known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed_bases: Vec<BaseKey>,
+    /// New and changed lenses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lenses: Vec<LensReport>,
+    /// Lenses (group, name) that are no longer known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed_lenses: Vec<(String, String)>,
+}
+
+impl LensReport {
+    fn id(&self) -> (&str, &str) {
+        (&self.group, &self.name)
+    }
+}
+
+/// What turns `old` into `new`; `None` when nothing does. Both are of one process and sorted.
+pub fn diff(old: &WorkerReport, new: &WorkerReport) -> Option<Change> {
+    let change = Change {
+        state: (old.state != new.state).then(|| new.state.clone()),
+        bases: new.bases.iter().filter(|b| !old.bases.contains(b)).cloned().collect(),
+        removed_bases: old
+            .bases
+            .iter()
+            .filter(|b| !new.bases.iter().any(|n| n.key == b.key))
+            .map(|b| b.key.clone())
+            .collect(),
+        lenses: new
+            .lenses
+            .iter()
+            .filter(|l| match old.lenses.binary_search_by(|o| o.id().cmp(&l.id())) {
+                Ok(at) => old.lenses[at] != **l,
+                Err(_) => true,
+            })
+            .cloned()
+            .collect(),
+        removed_lenses: old
+            .lenses
+            .iter()
+            .filter(|l| new.lenses.binary_search_by(|n| n.id().cmp(&l.id())).is_err())
+            .map(|l| (l.group.clone(), l.name.clone()))
+            .collect(),
+    };
+    (change != Change::default()).then_some(change)
+}
+
+impl WorkerReport {
+    /// Applies a change as its stream gives it.
+    pub fn apply(&mut self, change: Change) {
+        if let Some(state) = change.state {
+            self.state = state;
+        }
+        self.bases.retain(|b| !change.removed_bases.contains(&b.key));
+        for base in change.bases {
+            match self.bases.binary_search_by(|b| b.key.cmp(&base.key)) {
+                Ok(at) => self.bases[at] = base,
+                Err(at) => self.bases.insert(at, base),
+            }
+        }
+        self.lenses.retain(|l| !change.removed_lenses.iter().any(|(g, n)| *g == l.group && *n == l.name));
+        for lens in change.lenses {
+            match self.lenses.binary_search_by(|l| l.id().cmp(&lens.id())) {
+                Ok(at) => self.lenses[at] = lens,
+                Err(at) => self.lenses.insert(at, lens),
+            }
+        }
+    }
+
+    /// The lens of a group, by name.
+    pub fn lens(&self, group: &str, name: &str) -> Option<&LensReport> {
+        let at = self.lenses.binary_search_by(|l| l.id().cmp(&(group, name))).ok()?;
+        Some(&self.lenses[at])
+    }
+
+    /// The base under a group.
+    pub fn base_of(&self, group: &str) -> Option<&BaseReport> {
+        self.bases.iter().find(|b| b.groups.iter().any(|g| g == group))
+    }
+
+    /// Whether it serves exactly the document with this sequence and digest.
+    pub fn serves(&self, sequence: u64, digest: &str) -> bool {
+        self.state.document.as_ref().is_some_and(|d| d.sequence == sequence && d.digest == digest)
+    }
+}
