@@ -9,3 +9,4 @@ pub mod engine;
 pub mod kernels;
 pub mod lens;
 pub mod model;
+pub mod synth;
