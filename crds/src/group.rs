@@ -65,7 +65,7 @@ pub struct Base {
     pub dtype: Option<Dtype>,
 }
 
-/// Number format of weights in device memory.
+/// Number format of the weights in device memory. Absent: as stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub enum Dtype {
     /// 32-bit IEEE float.
@@ -107,7 +107,7 @@ impl Lens {
     }
 }
 
-/// The kind of a lens.
+/// What the checkpoint is. Absent: detected from its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub enum LensKind {
     /// A low-rank adapter as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`.

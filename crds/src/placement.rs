@@ -110,16 +110,18 @@ impl PlacedGroup {
 }
 
 /// Which ModelGroup is meant.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct GroupRef {
     /// Name of the ModelGroup.
     #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("groupRef.name is the name of a ModelGroup: lower-case letters, digits and `-`"))]
     pub name: String,
     /// Its namespace. Absent: the placement's own, which is the only one that is served so far;
     /// another one is refused with `Accepted=False`, reason `CrossNamespace`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("groupRef.namespace is the name of a namespace: lower-case letters, digits and `-`"))]
     pub namespace: Option<String>,
 }
 
@@ -220,11 +222,12 @@ pub struct SourceVolume {
 }
 
 /// A PersistentVolumeClaim of the placement's namespace.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ClaimRef {
     /// Its name.
     #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("claimName is the name of a PersistentVolumeClaim: lower-case letters, digits, `-` and `.`"))]
     pub claim_name: String,
 }
 
@@ -235,6 +238,7 @@ pub struct Worker {
     /// Image. Absent: the operator's default for its own version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9][-a-zA-Z0-9._/:@]*$')").message("image is an image reference such as registry.example.org/turret/worker:1.0, without spaces"))]
     pub image: Option<String>,
     /// CPU and memory. The memory limit is the wall; the budgets in `memory` move inside it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -250,15 +254,18 @@ pub struct Worker {
     pub tolerations: Vec<Toleration>,
     /// Priority class of the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253))]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("priorityClassName is the name of a PriorityClass: lower-case letters, digits, `-` and `.`"))]
     pub priority_class_name: Option<String>,
     /// Service account of the pods. Workers need none: absent, the namespace's default without a token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253))]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("serviceAccountName is the name of a ServiceAccount: lower-case letters, digits, `-` and `.`"))]
     pub service_account_name: Option<String>,
     /// Runtime class of the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253))]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("runtimeClassName is the name of a RuntimeClass: lower-case letters, digits, `-` and `.`"))]
     pub runtime_class_name: Option<String>,
     /// Further environment variables, such as `TURRET_DEVICE`, `TURRET_THREADS`, `RUST_LOG`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -277,8 +284,11 @@ pub struct Worker {
 }
 
 /// CPU and memory of a worker, as in a Pod.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)").message("a request must not be larger than the limit of the same resource"),
+)]
 pub struct Resources {
     /// What the scheduler sets aside.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -306,7 +316,10 @@ impl From<Resources> for ResourceRequirements {
 pub struct Env {
     /// Its name.
     #[schemars(length(min = 1, max = 128))]
-    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z_][A-Za-z0-9_]*$')").message("an environment variable's name has letters, digits and `_` only"))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^[A-Za-z_][A-Za-z0-9_]*$')").message("an environment variable's name has letters, digits and `_` only"),
+        validation = Rule::new("!(self in ['TURRET_NAMESPACE', 'TURRET_WORKER_NAME', 'TURRET_ACCELERATOR'])").message("TURRET_NAMESPACE, TURRET_WORKER_NAME and TURRET_ACCELERATOR are set by the operator"),
+    )]
     pub name: String,
     /// Its value.
     #[serde(default)]

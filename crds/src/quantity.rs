@@ -87,6 +87,7 @@ impl JsonSchema for ByteQuantity {
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
             "x-kubernetes-int-or-string": true,
+            "minimum": 0,
             "pattern": r"^[0-9]+(\.[0-9]{1,9})?([KMGTPE]i|[kMGTPE])?$",
             "maxLength": 32
         })

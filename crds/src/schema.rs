@@ -27,6 +27,9 @@ fn default_status(root: &mut JSONSchemaProps) {
 /// an explicit null is then dropped by the API server like an absent field, before any rule sees it.
 fn tidy(schema: &mut JSONSchemaProps) {
     schema.nullable = None;
+    if schema.description.as_deref().is_some_and(|d| d.starts_with("Quantity is a fixed-point")) {
+        bound_quantity(schema);
+    }
     if schema.format.as_deref().is_some_and(|f| f.starts_with("uint") || f == "double") {
         schema.format = None;
     }
@@ -37,11 +40,23 @@ fn tidy(schema: &mut JSONSchemaProps) {
         JSONSchemaPropsOrArray as Items, JSONSchemaPropsOrBool as Additional,
     };
     match schema.items.as_mut() {
-        Some(Items::Schema(item)) => tidy(item),
-        Some(Items::Schemas(items)) => items.iter_mut().for_each(tidy),
-        None => {}
+        Some(Items::Schema(item)) => {
+            tidy(item);
+            // A default inside a list item shows as a permanent difference in GitOps tools.
+            item.properties.iter_mut().flat_map(|p| p.values_mut()).for_each(|p| p.default = None);
+        }
+        Some(Items::Schemas(_)) | None => {}
     }
     if let Some(Additional::Schema(value)) = schema.additional_properties.as_mut() {
         tidy(value);
     }
+}
+
+/// Gives Kubernetes' quantity the bounds that its own schema lacks, so that CEL rules can read it,
+/// and one sentence in place of a page.
+fn bound_quantity(schema: &mut JSONSchemaProps) {
+    schema.description = Some("A quantity as in a Pod: `500m`, `2`, `4Gi`.".into());
+    schema.pattern = Some(r"^[0-9]+(\.[0-9]{1,9})?(m|[kMGTPE]|[KMGTPE]i)?$".into());
+    schema.max_length = Some(32);
+    schema.minimum = Some(0.0);
 }

@@ -14,7 +14,7 @@ pub struct Source {
     /// `file:///path` (a folder in the worker's own file system, below a root the worker was given).
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(
-        validation = Rule::new("self.matches('^(file:///|pvc://[a-z0-9]|https://[^/])')").message("uri must begin with pvc://NAME/, https://host/ or file:///"),
+        validation = Rule::new("self.matches('^(file:///|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?(/|$)|https://[^/])')").message("uri must begin with pvc://NAME/, https://host/ or file:///"),
         validation = Rule::new("!self.matches('(^|/)[.][.](/|$)')").message("uri must not contain `..`: a source cannot leave its root"),
         validation = Rule::new("!self.matches('[?#\\\\s]')").message("uri must not contain spaces, `?` or `#`"),
     )]
@@ -61,6 +61,9 @@ pub enum InvalidUri {
     /// The path climbs out of its root.
     #[error("`{0}` must not contain `..`: a source cannot leave its root")]
     Escapes(String),
+    /// A character that would be read differently in different places.
+    #[error("`{0}` must not contain spaces, `?` or `#`")]
+    Character(String),
 }
 
 impl Source {
@@ -70,6 +73,9 @@ impl Source {
         if uri.split('/').any(|segment| segment == "..") {
             return Err(InvalidUri::Escapes(uri.into()));
         }
+        if uri.contains(|c: char| c.is_ascii_whitespace() || c == '?' || c == '#') {
+            return Err(InvalidUri::Character(uri.into()));
+        }
         if let Some(path) = uri.strip_prefix("file://")
             && path.starts_with('/')
         {
@@ -77,7 +83,7 @@ impl Source {
         }
         if let Some(rest) = uri.strip_prefix("pvc://") {
             let (volume, path) = rest.split_once('/').unwrap_or((rest, ""));
-            if !volume.is_empty() {
+            if is_dns_label(volume) {
                 return Ok(SourceLocation::Volume { volume, path: path.trim_matches('/') });
             }
         }
@@ -89,6 +95,11 @@ impl Source {
         }
         Err(InvalidUri::Scheme(uri.into()))
     }
+}
+
+fn is_dns_label(text: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    !text.is_empty() && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
 }
 
 /// The digest of a set of files: SHA-256 over the sorted lines `"<sha256 hex>  <path>\n"`,
@@ -132,11 +143,16 @@ mod tests {
 
     #[test]
     fn uris_that_name_nothing_or_climb_are_refused() {
-        for uri in ["models/a", "file://models", "pvc:///a", "https:///a", "http://a/b", "ftp://a", ""] {
+        for uri in
+            ["models/a", "file://models", "pvc:///a", "pvc://A/b", "https:///a", "http://a/b", "ftp://a", ""]
+        {
             assert!(matches!(source(uri).location(), Err(InvalidUri::Scheme(_))), "{uri}");
         }
         for uri in ["file:///a/../b", "pvc://v/..", "https://h/../x"] {
             assert!(matches!(source(uri).location(), Err(InvalidUri::Escapes(_))), "{uri}");
+        }
+        for uri in ["file:///a b", "https://h/x?y", "pvc://v/a#b"] {
+            assert!(matches!(source(uri).location(), Err(InvalidUri::Character(_))), "{uri}");
         }
     }
 
