@@ -1,0 +1,95 @@
+//! Valid objects at the largest size the schemas allow: the API server charges CEL rules by it.
+
+use serde_json::{Map, Value, json};
+
+/// The largest valid object of a kind.
+pub fn largest(kind: &str) -> Value {
+    match kind {
+        "ModelGroup" => group(),
+        "ModelPlacement" => placement(),
+        other => panic!("no kind is called {other}"),
+    }
+}
+
+fn padded(start: &str, length: usize) -> String {
+    format!("{start}{}", "a".repeat(length - start.len()))
+}
+
+fn named(n: usize, length: usize) -> String {
+    padded(&format!("n{n}-"), length)
+}
+
+fn source(uri: &str) -> Value {
+    json!({"uri": padded(uri, 1024), "digest": format!("sha256:{}", "0".repeat(64))})
+}
+
+fn map(count: usize, value: impl Fn(usize) -> Value) -> Value {
+    // 253 characters before the slash and 63 behind it is the longest key Kubernetes knows.
+    let key = |n: usize| format!("{}/{}", named(n, 253), "a".repeat(63));
+    Value::Object((0..count).map(|n| (key(n), value(n))).collect::<Map<_, _>>())
+}
+
+fn group() -> Value {
+    let lens = |n: usize| {
+        json!({
+            "name": named(n, 63),
+            "kind": "LoRA",
+            "source": source("https://models.example.org/"),
+            "displayName": "a".repeat(128),
+            "scaleMilli": -16000,
+        })
+    };
+    json!({
+        "apiVersion": "turret.dev/v1alpha1",
+        "kind": "ModelGroup",
+        "metadata": {"name": "a".repeat(63)},
+        "spec": {
+            "base": {"source": source("pvc://models/"), "dtype": "BF16"},
+            "lenses": (0..256).map(lens).collect::<Vec<_>>(),
+        },
+    })
+}
+
+fn placement() -> Value {
+    let groups: Vec<_> = (0..16)
+        .map(|n| json!({"name": named(n, 63), "groupRef": {"name": named(n, 63), "namespace": "a".repeat(63)}}))
+        .collect();
+    let volumes: Vec<_> = (0..16)
+        .map(|n| json!({"name": named(n, 50), "persistentVolumeClaim": {"claimName": "a".repeat(253)}}))
+        .collect();
+    let env: Vec<_> = (0..64)
+        .map(|n| json!({"name": padded(&format!("N{n}_"), 128), "value": "a".repeat(4096)}))
+        .collect();
+    let toleration =
+        json!({"key": "a".repeat(63), "operator": "Equal", "value": "a".repeat(63), "effect": "NoExecute", "tolerationSeconds": 30});
+    json!({
+        "apiVersion": "turret.dev/v1alpha1",
+        "kind": "ModelPlacement",
+        "metadata": {"name": "a".repeat(52)},
+        "spec": {
+            "groups": groups,
+            // The last one, so that the rule looks at all of them.
+            "defaultGroupName": named(15, 63),
+            "replicas": 1024,
+            "accelerator": {"resourceName": format!("{}/{}", "a".repeat(253), "a".repeat(62))},
+            "memory": {"deviceBudget": padded("1", 1).repeat(18), "lensBudget": "9".repeat(17), "diskBudget": "1Pi"},
+            "batching": {"maxContextTokens": 10_485_760, "maxRunningRows": 4096, "prefillChunkTokens": 65_536},
+            "switching": {"minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600},
+            "admission": {"maxQueuedRequests": 65_536, "holdSeconds": 3600},
+            "sourceVolumes": volumes,
+            "terminationDrainSeconds": 3600,
+            "worker": {
+                "image": "a".repeat(512),
+                "resources": {"requests": map(16, |_| json!("999999999.999999999m")), "limits": map(16, |_| json!("999999999.999999999Ti"))},
+                "nodeSelector": map(32, |_| json!("a".repeat(63))),
+                "tolerations": vec![toleration; 32],
+                "priorityClassName": "a".repeat(253),
+                "serviceAccountName": "a".repeat(253),
+                "runtimeClassName": "a".repeat(253),
+                "env": env,
+                "podLabels": map(32, |_| json!("a".repeat(63))),
+                "podAnnotations": map(64, |_| json!("a".repeat(1024))),
+            },
+        },
+    })
+}
