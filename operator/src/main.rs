@@ -1,2 +1,42 @@
-//! Turret.
-fn main() {}
+//! `turret-operator`: the controllers, the gateway, and what the chart is generated from.
+
+use clap::{Parser, Subcommand};
+use turret_operator::{gateway, print, run, telemetry};
+
+/// One base, many lenses: serves ModelGroups and ModelPlacements on Kubernetes.
+#[derive(Parser)]
+#[command(name = "turret-operator", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the controllers.
+    Run(Box<run::RunArgs>),
+    /// Run the gateway: the data path from clients to workers.
+    Gateway(Box<gateway::GatewayArgs>),
+    /// Print both CustomResourceDefinitions as YAML.
+    Crds,
+    /// Print the RBAC rules that the operator and the gateway use, as YAML.
+    #[command(hide = true)]
+    Rbac,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Run(args) => {
+            telemetry::start();
+            run::run(*args).await
+        }
+        Command::Gateway(args) => {
+            telemetry::start();
+            gateway::run(*args).await
+        }
+        Command::Crds => print::crds(std::io::stdout().lock()),
+        Command::Rbac => print::rbac(std::io::stdout().lock()),
+    }
+}

@@ -1,0 +1,470 @@
+//! What there is to ask for, per namespace: pure.
+//!
+//! In a cluster the catalog is what is *declared* (ModelGroups and the ModelPlacements that name
+//! them), so that a lens is known from the moment it is applied and unknown from the moment it is
+//! removed, whatever the workers have heard by then. Without a cluster it is what the workers report.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use turret_crds::{
+    ModelGroup, ModelName, ModelPlacement, WorkerReport,
+    document::AdmissionLimits,
+    model_name::{self, UnknownModel},
+};
+
+/// All namespaces and what they serve.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Catalog {
+    /// By name.
+    pub namespaces: BTreeMap<String, Arc<Namespace>>,
+    /// Whether everything there is has been seen. Until then a name that is not found may still appear.
+    pub complete: bool,
+}
+
+/// What one namespace serves.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Namespace {
+    /// By the name that clients use.
+    pub groups: BTreeMap<String, Group>,
+    /// By name.
+    pub placements: BTreeMap<String, Placement>,
+}
+
+/// A group that some placement serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Group {
+    /// Where its base comes from, or the base's key without a cluster.
+    pub base: String,
+    /// Seconds since the epoch when it was made; 0 when unknown.
+    pub created: i64,
+    /// By name.
+    pub lenses: BTreeMap<String, Lens>,
+    /// Names of the placements that serve it, sorted.
+    pub placements: Vec<String>,
+}
+
+/// A lens of a group.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lens {
+    /// A name for people.
+    pub display_name: Option<String>,
+}
+
+/// What matters of a placement to requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Its UID: the audience of tokens for its workers. Empty without a cluster.
+    pub uid: String,
+    /// The group that is meant when a request names none; `None` where there is no such rule.
+    pub default_group: Option<String>,
+    /// How many workers are wanted.
+    pub replicas: i32,
+    /// Limits of what waits.
+    pub admission: AdmissionLimits,
+}
+
+/// Where a name is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope<'a> {
+    /// In this namespace.
+    Namespace(&'a str),
+    /// In all of them; the name must then exist in just one.
+    Anywhere,
+}
+
+/// What a request is for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Target {
+    /// The namespace.
+    pub namespace: String,
+    /// The group, and the lens if one is meant.
+    pub model: ModelName,
+}
+
+/// Why a name leads nowhere. The text is meant for the client.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResolveError {
+    /// Nothing is served in that namespace.
+    #[error("nothing is served in the namespace `{0}`")]
+    UnknownNamespace(String),
+    /// The name is unknown, or is that of several lenses, within one namespace.
+    #[error(transparent)]
+    Model(#[from] UnknownModel),
+    /// The name exists in several namespaces and the request names none.
+    #[error(
+        "`{name}` exists in several namespaces; send the header X-Turret-Namespace with one of {}, \
+         or use the path /ns/NAMESPACE/v1/…", .namespaces.join(", ")
+    )]
+    AmbiguousNamespace {
+        /// What was asked for.
+        name: String,
+        /// Where it exists, sorted.
+        namespaces: Vec<String>,
+    },
+    /// The request names no model, and there is no single one that could be meant.
+    #[error("the request names no `model`; it must be one of {}", .groups.join(", "))]
+    ModelMissing {
+        /// The groups it could be.
+        groups: Vec<String>,
+    },
+}
+
+impl ResolveError {
+    /// Whether the thing asked for does not exist (as opposed to: is not said clearly).
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::UnknownNamespace(_) | Self::Model(UnknownModel::NotFound { .. }))
+    }
+}
+
+impl Namespace {
+    /// What a namespace declares, from its objects.
+    ///
+    /// Where two placements call different ModelGroups by one name, the first placement by name
+    /// decides what the name means: an answer must not depend on which worker was free.
+    pub fn declared<'a>(
+        groups: impl IntoIterator<Item = &'a ModelGroup>,
+        placements: impl IntoIterator<Item = &'a ModelPlacement>,
+    ) -> Self {
+        let objects: BTreeMap<&str, &ModelGroup> = groups
+            .into_iter()
+            .filter(|g| g.metadata.deletion_timestamp.is_none())
+            .filter_map(|g| Some((g.metadata.name.as_deref()?, g)))
+            .collect();
+        let placements: BTreeMap<&str, &ModelPlacement> = placements
+            .into_iter()
+            .filter(|p| p.metadata.deletion_timestamp.is_none())
+            .filter_map(|p| Some((p.metadata.name.as_deref()?, p)))
+            .collect();
+        let mut namespace = Self::default();
+        let mut meaning: BTreeMap<&str, &str> = BTreeMap::new();
+        for (placement_name, placement) in placements {
+            let own = placement.metadata.namespace.as_deref().unwrap_or_default();
+            let mut served: Vec<&str> = Vec::new();
+            for placed in &placement.spec.groups {
+                let (group_namespace, object_name) = placed.target(own);
+                let Some(object) = objects.get(object_name).filter(|_| group_namespace == own) else {
+                    continue;
+                };
+                served.push(&placed.name);
+                if *meaning.entry(&placed.name).or_insert(object_name) != object_name {
+                    continue;
+                }
+                let group = namespace.groups.entry(placed.name.clone()).or_insert_with(|| group(object));
+                group.placements.push(placement_name.to_owned());
+            }
+            served.sort_unstable();
+            let default_group = match placement.spec.default_group_name.as_deref() {
+                Some(name) if served.contains(&name) => Some(name),
+                _ => served.first().copied(),
+            };
+            namespace.placements.insert(
+                placement_name.to_owned(),
+                Placement {
+                    uid: placement.metadata.uid.clone().unwrap_or_default(),
+                    default_group: default_group.map(str::to_owned),
+                    replicas: placement.spec.replicas,
+                    admission: admission(placement),
+                },
+            );
+        }
+        namespace
+    }
+
+    /// What workers that nobody declared report, as one placement called `placement`.
+    pub fn reported<'a>(placement: &str, reports: impl IntoIterator<Item = &'a WorkerReport>) -> Self {
+        let mut namespace = Self::default();
+        let mut workers = 0;
+        for report in reports {
+            workers += 1;
+            for base in &report.bases {
+                for name in &base.groups {
+                    let group = namespace.groups.entry(name.clone()).or_default();
+                    group.base = base.key.to_string();
+                    group.placements = vec![placement.to_owned()];
+                }
+            }
+            for lens in &report.lenses {
+                if let Some(group) = namespace.groups.get_mut(&lens.group) {
+                    group.lenses.entry(lens.name.clone()).or_default();
+                }
+            }
+        }
+        namespace.placements.insert(
+            placement.to_owned(),
+            Placement {
+                uid: String::new(),
+                default_group: None,
+                replicas: workers,
+                admission: AdmissionLimits::default(),
+            },
+        );
+        namespace
+    }
+
+    /// The group that is meant when a request names none: the only one there is, or the default
+    /// group of the only placement.
+    fn default_group(&self) -> Option<&str> {
+        if self.groups.len() == 1 {
+            return self.groups.keys().next().map(String::as_str);
+        }
+        match self.placements.len() {
+            1 => self.placements.values().next()?.default_group.as_deref(),
+            _ => None,
+        }
+    }
+
+    fn resolve(&self, name: Option<&str>) -> Result<ModelName, ResolveError> {
+        let Some(name) = name.filter(|n| !n.is_empty()) else {
+            return match self.default_group() {
+                Some(group) => Ok(ModelName { group: group.to_owned(), lens: None }),
+                None => Err(ResolveError::ModelMissing { groups: self.groups.keys().cloned().collect() }),
+            };
+        };
+        let served = self.groups.iter().map(|(g, group)| (g.as_str(), group.lenses.keys().map(String::as_str)));
+        Ok(model_name::resolve(name, served)?)
+    }
+
+    /// How long a request for a group may be held.
+    pub fn hold(&self, group: &str) -> Duration {
+        let seconds = self
+            .placements_of(group)
+            .map(|p| p.admission.hold_seconds)
+            .max()
+            .unwrap_or(AdmissionLimits::default().hold_seconds);
+        Duration::from_secs(seconds.into())
+    }
+
+    /// How many requests a worker of a group may have waiting.
+    pub fn queue_limit(&self, group: &str) -> u32 {
+        let limit = self.placements_of(group).map(|p| p.admission.max_queued_requests).max();
+        limit.unwrap_or(AdmissionLimits::default().max_queued_requests)
+    }
+
+    /// Whether every placement of a group wants no worker at all.
+    pub fn is_scaled_to_zero(&self, group: &str) -> bool {
+        self.placements_of(group).all(|p| p.replicas == 0)
+    }
+
+    fn placements_of(&self, group: &str) -> impl Iterator<Item = &Placement> {
+        let names = self.groups.get(group).map(|g| g.placements.as_slice()).unwrap_or_default();
+        names.iter().filter_map(|name| self.placements.get(name))
+    }
+}
+
+fn group(object: &ModelGroup) -> Group {
+    Group {
+        base: object.spec.base.source.uri.clone(),
+        created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+        lenses: object
+            .spec
+            .lenses
+            .iter()
+            .map(|l| (l.name.clone(), Lens { display_name: l.display_name.clone() }))
+            .collect(),
+        placements: Vec::new(),
+    }
+}
+
+fn admission(placement: &ModelPlacement) -> AdmissionLimits {
+    let mut limits = AdmissionLimits::default();
+    if let Some(given) = &placement.spec.admission {
+        let read = |value: Option<i32>| value.and_then(|v| u32::try_from(v).ok());
+        limits.max_queued_requests = read(given.max_queued_requests).unwrap_or(limits.max_queued_requests);
+        limits.hold_seconds = read(given.hold_seconds).unwrap_or(limits.hold_seconds);
+    }
+    limits
+}
+
+impl Catalog {
+    /// Finds what a request means. A missing `model` means the only group, or the default group of
+    /// the only placement, of the namespace.
+    pub fn resolve(&self, scope: Scope<'_>, model: Option<&str>) -> Result<Target, ResolveError> {
+        match scope {
+            Scope::Namespace(name) => {
+                let namespace = self
+                    .namespaces
+                    .get(name)
+                    .ok_or_else(|| ResolveError::UnknownNamespace(name.to_owned()))?;
+                Ok(Target { namespace: name.to_owned(), model: namespace.resolve(model)? })
+            }
+            Scope::Anywhere => self.resolve_anywhere(model),
+        }
+    }
+
+    fn resolve_anywhere(&self, model: Option<&str>) -> Result<Target, ResolveError> {
+        let asked = model.unwrap_or_default();
+        let mut found = Vec::new();
+        // A name that is ambiguous inside a namespace is there all the same.
+        let mut unclear: Vec<(&str, ResolveError)> = Vec::new();
+        for (name, namespace) in &self.namespaces {
+            match namespace.resolve(model) {
+                Ok(model) => found.push(Target { namespace: name.clone(), model }),
+                Err(error) if error.is_not_found() || namespace.groups.is_empty() => {}
+                Err(error) => unclear.push((name, error)),
+            }
+        }
+        match (found.len(), unclear.len()) {
+            (1, 0) => Ok(found.remove(0)),
+            (0, 1) => Err(unclear.remove(0).1),
+            (0, 0) => Err(UnknownModel::NotFound { name: asked.to_owned() }.into()),
+            _ => {
+                let mut namespaces: Vec<String> = found.into_iter().map(|t| t.namespace).collect();
+                namespaces.extend(unclear.into_iter().map(|(name, _)| name.to_owned()));
+                namespaces.sort();
+                let name = if asked.is_empty() { "a default model" } else { asked };
+                Err(ResolveError::AmbiguousNamespace { name: name.to_owned(), namespaces })
+            }
+        }
+    }
+
+    /// The namespaces of a scope, by name.
+    pub fn within<'a>(&'a self, scope: Scope<'a>) -> impl Iterator<Item = (&'a str, &'a Namespace)> {
+        self.namespaces
+            .iter()
+            .filter(move |(name, _)| match scope {
+                Scope::Namespace(wanted) => *name == wanted,
+                Scope::Anywhere => true,
+            })
+            .map(|(name, namespace)| (name.as_str(), namespace.as_ref()))
+    }
+
+    /// The group of a target, with its namespace.
+    pub fn group(&self, target: &Target) -> Option<(&Namespace, &Group)> {
+        let namespace = self.namespaces.get(&target.namespace)?;
+        Some((namespace, namespace.groups.get(&target.model.group)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn model_group(name: &str, lenses: &[&str]) -> ModelGroup {
+        let lenses: Vec<_> =
+            lenses.iter().map(|l| json!({"name": l, "source": {"uri": format!("pvc://m/{l}")}})).collect();
+        serde_json::from_value(json!({
+            "apiVersion": "turret.dev/v1alpha1", "kind": "ModelGroup",
+            "metadata": {"name": name, "namespace": "lab"},
+            "spec": {"base": {"source": {"uri": format!("pvc://m/{name}")}}, "lenses": lenses},
+        }))
+        .unwrap()
+    }
+
+    fn placement(name: &str, spec: serde_json::Value) -> ModelPlacement {
+        serde_json::from_value(json!({
+            "apiVersion": "turret.dev/v1alpha1", "kind": "ModelPlacement",
+            "metadata": {"name": name, "namespace": "lab", "uid": format!("uid-{name}")}, "spec": spec,
+        }))
+        .unwrap()
+    }
+
+    fn catalog(namespaces: Vec<(&str, Namespace)>) -> Catalog {
+        Catalog {
+            namespaces: namespaces.into_iter().map(|(n, v)| (n.to_owned(), Arc::new(v))).collect(),
+            complete: true,
+        }
+    }
+
+    fn lab() -> Namespace {
+        Namespace::declared(
+            &[model_group("north", &["pirate", "terse"]), model_group("south", &["pirate"])],
+            &[placement("shared", json!({"groups": [{"name": "north"}, {"name": "south"}], "defaultGroupName": "south"}))],
+        )
+    }
+
+    fn find(catalog: &Catalog, scope: Scope<'_>, model: &str) -> Result<String, ResolveError> {
+        let model = (!model.is_empty()).then_some(model);
+        catalog.resolve(scope, model).map(|t| format!("{}/{}", t.namespace, t.model))
+    }
+
+    #[test]
+    fn names_resolve_inside_a_namespace() {
+        let catalog = catalog(vec![("lab", lab())]);
+        let lab = Scope::Namespace("lab");
+        for (asked, found) in [
+            ("north", "lab/north"),
+            ("north:pirate", "lab/north:pirate"),
+            ("terse", "lab/north:terse"),
+            ("", "lab/south"),
+        ] {
+            assert_eq!(find(&catalog, lab, asked).unwrap(), found);
+            assert_eq!(find(&catalog, Scope::Anywhere, asked).unwrap(), found, "anywhere");
+        }
+        let ambiguous = find(&catalog, lab, "pirate").unwrap_err();
+        assert_eq!(ambiguous.to_string(), "`pirate` is a lens of several groups; write one of north:pirate, south:pirate");
+        assert!(!ambiguous.is_not_found());
+        assert_eq!(find(&catalog, Scope::Anywhere, "pirate").unwrap_err(), ambiguous);
+        assert!(find(&catalog, lab, "east").unwrap_err().is_not_found());
+        assert_eq!(
+            find(&catalog, Scope::Namespace("prod"), "north").unwrap_err().to_string(),
+            "nothing is served in the namespace `prod`"
+        );
+    }
+
+    #[test]
+    fn a_name_of_several_namespaces_asks_for_one() {
+        let only = Namespace::declared(
+            &[model_group("north", &[])],
+            &[placement("p", json!({"groups": [{"name": "north"}]}))],
+        );
+        let catalog = catalog(vec![("lab", lab()), ("prod", only)]);
+        let error = find(&catalog, Scope::Anywhere, "north").unwrap_err();
+        assert_eq!(
+            error,
+            ResolveError::AmbiguousNamespace { name: "north".into(), namespaces: vec!["lab".into(), "prod".into()] }
+        );
+        assert!(!error.is_not_found());
+        assert_eq!(find(&catalog, Scope::Anywhere, "south").unwrap(), "lab/south");
+        assert_eq!(find(&catalog, Scope::Namespace("prod"), "").unwrap(), "prod/north");
+        assert!(matches!(find(&catalog, Scope::Anywhere, ""), Err(ResolveError::AmbiguousNamespace { .. })));
+    }
+
+    #[test]
+    fn a_missing_model_is_refused_where_several_could_be_meant() {
+        let two = Namespace::declared(
+            &[model_group("north", &[]), model_group("south", &[])],
+            &[placement("a", json!({"groups": [{"name": "north"}]})), placement("b", json!({"groups": [{"name": "south"}]}))],
+        );
+        let catalog = catalog(vec![("lab", two)]);
+        let error = find(&catalog, Scope::Namespace("lab"), "").unwrap_err();
+        assert_eq!(error.to_string(), "the request names no `model`; it must be one of north, south");
+    }
+
+    #[test]
+    fn only_what_a_placement_serves_is_in_the_catalog() {
+        let mut gone = model_group("gone", &[]);
+        gone.metadata.deletion_timestamp =
+            Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+        let namespace = Namespace::declared(
+            &[model_group("placed", &["a"]), model_group("alone", &[]), gone],
+            &[placement(
+                "p",
+                json!({"groups": [
+                    {"name": "alias", "groupRef": {"name": "placed"}}, {"name": "gone"}, {"name": "missing"},
+                    {"name": "placed", "groupRef": {"name": "placed", "namespace": "prod"}},
+                ], "replicas": 0, "admission": {"holdSeconds": 7}}),
+            )],
+        );
+        assert_eq!(namespace.groups.keys().collect::<Vec<_>>(), ["alias"]);
+        assert_eq!(namespace.groups["alias"].placements, ["p"]);
+        assert_eq!(namespace.placements["p"].default_group.as_deref(), Some("alias"));
+        assert_eq!(namespace.hold("alias"), Duration::from_secs(7));
+        assert_eq!(namespace.queue_limit("alias"), 512);
+        assert!(namespace.is_scaled_to_zero("alias"));
+    }
+
+    #[test]
+    fn a_name_that_two_placements_use_differently_means_what_the_first_says() {
+        let namespace = Namespace::declared(
+            &[model_group("one", &["x"]), model_group("two", &["y"])],
+            &[
+                placement("b", json!({"groups": [{"name": "chat", "groupRef": {"name": "two"}}]})),
+                placement("a", json!({"groups": [{"name": "chat", "groupRef": {"name": "one"}}]})),
+                placement("c", json!({"groups": [{"name": "chat", "groupRef": {"name": "one"}}]})),
+            ],
+        );
+        assert_eq!(namespace.groups["chat"].placements, ["a", "c"]);
+        assert!(namespace.groups["chat"].lenses.contains_key("x"));
+    }
+}

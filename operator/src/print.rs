@@ -1,0 +1,19 @@
+//! What `turret-operator` prints: the CRDs, and the permissions it uses.
+
+use std::io::Write;
+
+use crate::rbac;
+
+/// Writes both CRDs as a YAML stream.
+pub fn crds(mut out: impl Write) -> anyhow::Result<()> {
+    for crd in turret_crds::crds() {
+        writeln!(out, "---")?;
+        serde_yaml::to_writer(&mut out, &crd)?;
+    }
+    Ok(())
+}
+
+/// Writes the RBAC rules as one YAML document.
+pub fn rbac(out: impl Write) -> anyhow::Result<()> {
+    Ok(serde_yaml::to_writer(out, &rbac::rules())?)
+}

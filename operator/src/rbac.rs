@@ -1,0 +1,75 @@
+//! The permissions that operator and gateway use, all of them and no others.
+//!
+//! The chart's roles are generated from here, and the cluster tests compare them with the API
+//! server's audit log: nothing is refused, and nothing is granted that is not used.
+
+use k8s_openapi::api::rbac::v1::PolicyRule;
+use serde::Serialize;
+
+/// Name of the Lease of the leader election.
+pub const LEASE: &str = "turret-operator";
+/// Name of the Secret with the operator's signing key.
+pub const OPERATOR_KEYS: &str = "turret-operator-keys";
+/// Name of the Secret with the gateway's signing key.
+pub const GATEWAY_KEYS: &str = "turret-gateway-keys";
+
+/// Who needs which rules.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rules {
+    /// The operator's, in every namespace it watches: a ClusterRole, or with `--namespace` a Role there.
+    pub operator: Vec<PolicyRule>,
+    /// The operator's, in its own namespace: a Role.
+    pub operator_own_namespace: Vec<PolicyRule>,
+    /// The gateway's, in every namespace it watches.
+    pub gateway: Vec<PolicyRule>,
+    /// The gateway's, in its own namespace: a Role.
+    pub gateway_own_namespace: Vec<PolicyRule>,
+}
+
+fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> PolicyRule {
+    let owned = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+    PolicyRule {
+        api_groups: Some(vec![group.into()]),
+        resources: Some(owned(resources)),
+        verbs: owned(verbs),
+        ..PolicyRule::default()
+    }
+}
+
+fn named(group: &str, resource: &str, names: &[&str], verbs: &[&str]) -> PolicyRule {
+    PolicyRule {
+        resource_names: Some(names.iter().map(ToString::to_string).collect()),
+        ..rule(group, &[resource], verbs)
+    }
+}
+
+/// All rules.
+///
+/// Owned objects are made and changed by server-side apply: the API server asks for `patch`, and
+/// for `create` when the object did not exist (in the audit log that is a `patch` answered 201).
+/// `get` asks, before an object is first made, whether its name is taken.
+pub fn rules() -> Rules {
+    let owned = ["get", "list", "watch", "create", "patch"];
+    Rules {
+        operator: vec![
+            rule("turret.dev", &["modelgroups", "modelplacements"], &["list", "watch"]),
+            rule("turret.dev", &["modelgroups/status", "modelplacements/status"], &["patch"]),
+            rule("", &["configmaps", "services"], &owned),
+            rule("apps", &["deployments"], &owned),
+            rule("policy", &["poddisruptionbudgets"], &owned),
+            rule("", &["pods"], &["list", "watch"]),
+            rule("events.k8s.io", &["events"], &["create", "patch"]),
+        ],
+        operator_own_namespace: vec![
+            rule("coordination.k8s.io", &["leases"], &["create"]),
+            named("coordination.k8s.io", "leases", &[LEASE], &["get", "update"]),
+            named("", "secrets", &[OPERATOR_KEYS, GATEWAY_KEYS], &["list", "watch", "patch"]),
+        ],
+        gateway: vec![
+            rule("turret.dev", &["modelplacements"], &["list", "watch"]),
+            rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
+        ],
+        gateway_own_namespace: vec![named("", "secrets", &[GATEWAY_KEYS], &["list", "watch"])],
+    }
+}
