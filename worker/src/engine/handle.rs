@@ -61,9 +61,12 @@ pub struct LensId(pub(crate) u64);
 /// Why memory cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {
-    /// It does not fit beside what is resident.
+    /// It does not fit beside what is resident now.
     #[error(transparent)]
-    ArenaFull(#[from] CannotFit),
+    ArenaFull(CannotFit),
+    /// It does not fit the budget, whatever else is freed.
+    #[error(transparent)]
+    TooLarge(CannotFit),
     /// The operating system refused.
     #[error("{0}")]
     System(String),
@@ -247,7 +250,7 @@ pub struct Snapshot {
 }
 
 pub(crate) enum Command {
-    ReserveBase { bytes: u64, reply: Reply<Result<Region, ReserveError>> },
+    ReserveBase { layout: Box<BaseLayout>, reply: Reply<Result<Region, ReserveError>> },
     ReserveLens { bytes: u64, reply: Reply<Result<Region, ReserveError>> },
     InstallBase { base: Box<FilledBase>, reply: Reply<BaseId> },
     InstallLens { base: BaseId, lens: Box<FilledLens>, reply: Reply<Result<LensId, ChangeError>> },
@@ -266,7 +269,7 @@ pub(crate) type Reply<T> = oneshot::Sender<T>;
 #[derive(Default)]
 pub(crate) struct Published {
     pub(crate) snapshot: Mutex<Snapshot>,
-    pub(crate) heartbeat: AtomicU64,
+    pub(crate) heartbeat: Arc<AtomicU64>,
 }
 
 /// Commands on their way to the engine thread, at most. A submit beyond it is refused, a control command waits.
@@ -292,8 +295,8 @@ impl EngineHandle {
 
     /// Memory for a base, shrinking the KV cache if that makes room.
     pub async fn reserve_base(&self, layout: &BaseLayout) -> Result<Region, ReserveError> {
-        let bytes = layout.bytes;
-        self.ask(|reply| Command::ReserveBase { bytes, reply }).await.unwrap_or(Err(ReserveError::Stopped))
+        let layout = Box::new(layout.clone());
+        self.ask(|reply| Command::ReserveBase { layout, reply }).await.unwrap_or(Err(ReserveError::Stopped))
     }
 
     /// Memory for a lens, inside the lens budget.

@@ -1,5 +1,506 @@
-//! The engine.
+//! The engine: one thread that owns the device, and everything it may not share.
+//!
+//! - [`handle`]: how everyone else talks to it; start here. [`row`]: what a row is asked and answers.
+//! - [`arena`] and [`memory`]: device memory, and the sums that decide what fits.
+//! - [`schedule`] (pure): which rows compute how many tokens next. `sequence`: one row's life. [`sampler`]: logits to token.
+//! - `step`: one step, from schedule to tokens. This file: the loop around it, and commands between steps.
 
 pub mod arena;
 pub mod handle;
+pub mod memory;
 pub mod row;
+pub mod sampler;
+pub mod schedule;
+mod sequence;
+mod step;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
+
+use arena::{Arena, ArenaError, ArenaUse, Part, Region};
+use handle::{
+    ActivateError, BaseId, COMMANDS, CannotFit, ChangeError, Command, EngineConfig, EngineHandle, LensId, Published, RemoveError,
+    Reply, ReserveError, Snapshot, SubmitError,
+};
+use memory::BaseNeeds;
+use row::{RowFailure, RowRequest, RowStream, row_channel};
+use sequence::Sequence;
+use step::Active;
+
+use crate::kernels::threads::{Pool, allowed_threads};
+use crate::lens::FilledLens;
+use crate::model::kv_cache::BLOCK_TOKENS;
+use crate::model::weights::{BaseLayout, FilledBase};
+
+/// Why the engine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No address space for the arena.
+    #[error("failed to make the device arena")]
+    Arena(#[from] ArenaError),
+    /// No thread.
+    #[error("failed to start the engine thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Lenses on one row, at most.
+const MAX_ROW_LENSES: usize = 8;
+/// Commands handled between two steps, so that they cannot hold up rows.
+const COMMANDS_PER_STEP: usize = 256;
+
+/// The engine.
+pub struct Engine;
+
+impl Engine {
+    /// Starts the engine thread and its compute threads, without any base.
+    pub fn start(config: EngineConfig) -> Result<EngineHandle, StartError> {
+        let (sender, receiver) = mpsc::channel(COMMANDS);
+        let published = Arc::new(Published::default());
+        let arena = Arena::new(machine_bytes().max(config.device_bytes))?;
+        let core = Core {
+            config,
+            arena,
+            pool: Arc::new(Pool::new(allowed_threads())),
+            bases: BTreeMap::new(),
+            lenses: BTreeMap::new(),
+            active: None,
+            running: Vec::new(),
+            waiting: Vec::new(),
+            next_id: 1,
+            seen: ArenaUse::default(),
+            totals: Totals::default(),
+            shutdown: Vec::new(),
+            published: published.clone(),
+        };
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || core.run(receiver))
+            .map_err(StartError::Thread)?;
+        Ok(EngineHandle::new(sender, published))
+    }
+}
+
+/// Memory of this machine, for the size of the address space.
+fn machine_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
+    kib.unwrap_or(64 << 20) * 1024
+}
+
+#[derive(Default)]
+struct Totals {
+    steps: u64,
+    prompt_tokens: u64,
+    generated_tokens: u64,
+    preemptions: u64,
+}
+
+struct Lens {
+    base: BaseId,
+    weights: Arc<FilledLens>,
+    /// Who waits for it to be free; new rows with it are refused.
+    retiring: Vec<Reply<Result<u64, RemoveError>>>,
+}
+
+/// Everything the engine thread owns.
+struct Core {
+    config: EngineConfig,
+    arena: Arena,
+    pool: Arc<Pool>,
+    bases: BTreeMap<BaseId, FilledBase>,
+    lenses: BTreeMap<LensId, Lens>,
+    active: Option<Active>,
+    /// Rows in the batch, oldest first.
+    running: Vec<Sequence>,
+    /// Rows that are not, oldest first; all younger than those that run.
+    waiting: Vec<Sequence>,
+    /// For bases and lenses alike; never used twice.
+    next_id: u64,
+    /// Memory use at the last look, to notice when others freed some.
+    seen: ArenaUse,
+    totals: Totals,
+    /// Who waits for the end; not empty means that no new row is taken.
+    shutdown: Vec<Reply<()>>,
+    published: Arc<Published>,
+}
+
+impl Core {
+    fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut connected = true;
+        loop {
+            let idle = self.running.is_empty() && self.waiting.is_empty();
+            if idle && (!connected || !self.shutdown.is_empty()) {
+                break;
+            }
+            if idle {
+                match commands.blocking_recv() {
+                    Some(command) => self.handle(command),
+                    None => connected = false,
+                }
+            }
+            for _ in 0..COMMANDS_PER_STEP {
+                match commands.try_recv() {
+                    Ok(command) => self.handle(command),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => {
+                        connected = false;
+                        break;
+                    }
+                }
+            }
+            self.drop_cancelled();
+            self.grow_cache();
+            if let Some(active) = &mut self.active
+                && !(self.running.is_empty() && self.waiting.is_empty())
+            {
+                let base = &self.bases[&active.base];
+                active.step(base, &mut self.running, &mut self.waiting, &self.config, &mut self.totals);
+            }
+            self.answer_retired();
+            self.publish();
+        }
+        let Self { bases, lenses, active, shutdown, running, waiting, arena, .. } = self;
+        drop((running, waiting, active, lenses, bases, arena));
+        // Whoever waits for the end sees the channel close after this.
+        drop(commands);
+        for reply in shutdown {
+            let _ = reply.send(());
+        }
+    }
+
+    /// Answers are sent to whoever still waits for them.
+    fn handle(&mut self, command: Command) {
+        self.published.heartbeat.fetch_add(1, Ordering::Relaxed);
+        match command {
+            // A region that nobody receives is dropped here, which frees it.
+            Command::ReserveBase { layout, reply } => drop(reply.send(self.reserve_base(&layout))),
+            Command::ReserveLens { bytes, reply } => drop(reply.send(self.reserve_lens(bytes))),
+            Command::InstallBase { base, reply } => {
+                let id = BaseId(self.new_id());
+                self.bases.insert(id, *base);
+                if reply.send(id).is_err() {
+                    self.bases.remove(&id);
+                }
+            }
+            Command::InstallLens { base, lens, reply } => {
+                let answer = self.install_lens(base, *lens);
+                if let Err(Ok(id)) = reply.send(answer) {
+                    self.lenses.remove(&id);
+                }
+            }
+            Command::Activate { base, reply } => drop(reply.send(self.activate(base))),
+            Command::RemoveBase { base, reply } => drop(reply.send(self.remove_base(base))),
+            Command::RemoveLens { lens, when_idle, reply } => self.remove_lens(lens, when_idle, reply),
+            Command::Submit { row, reply } => drop(reply.send(self.submit(*row))),
+            Command::AbortRows { reply } => drop(reply.send(self.abort_rows())),
+            Command::Reconfigure { config, reply } => drop(reply.send(self.reconfigure(config))),
+            Command::Shutdown { reply } => self.shutdown.push(reply),
+        }
+        self.publish();
+    }
+
+    fn new_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &Sequence> {
+        self.running.iter().chain(&self.waiting)
+    }
+
+    fn rows_in_flight(&self) -> u32 {
+        (self.running.len() + self.waiting.len()) as u32
+    }
+
+    fn reserve_base(&mut self, layout: &BaseLayout) -> Result<Region, ReserveError> {
+        memory::fits_alone(layout, &self.config).map_err(ReserveError::TooLarge)?;
+        let base_bytes = self.arena.used().base_bytes + layout.bytes;
+        match &self.active {
+            None => memory::fits_inactive(base_bytes, &self.config).map_err(ReserveError::ArenaFull)?,
+            Some(active) => {
+                let blocks = active.needs.min_blocks.max(active.cache.used());
+                memory::fits(base_bytes, &active.needs, blocks, &self.config).map_err(ReserveError::ArenaFull)?;
+            }
+        }
+        let used = ArenaUse { base_bytes, ..self.arena.used() };
+        self.resize_cache(&used);
+        self.arena.reserve(Part::Base, layout.bytes).map_err(system)
+    }
+
+    fn reserve_lens(&mut self, bytes: u64) -> Result<Region, ReserveError> {
+        memory::lenses_fit(bytes, &self.config).map_err(ReserveError::TooLarge)?;
+        let lens_bytes = self.arena.used().lens_bytes + bytes;
+        memory::lenses_fit(lens_bytes, &self.config).map_err(ReserveError::ArenaFull)?;
+        self.arena.reserve(Part::Lens, bytes).map_err(system)
+    }
+
+    /// Gives the cache what is left when `used` is charged, but never less than rows hold.
+    fn resize_cache(&mut self, used: &ArenaUse) {
+        let Some(active) = &mut self.active else { return };
+        let blocks = memory::kv_blocks(used, &active.needs, &self.config);
+        let blocks = blocks.max(active.cache.used()).max(active.needs.min_blocks).min(active.cache.limit());
+        if blocks != active.cache.total() {
+            let tables = self.running.iter_mut().map(|row| &mut row.blocks);
+            active.cache.resize(blocks, tables);
+        }
+    }
+
+    /// Regions are dropped by other threads too; what they free goes to the cache.
+    fn grow_cache(&mut self) {
+        let used = self.arena.used();
+        if used != self.seen {
+            self.resize_cache(&used);
+            self.seen = self.arena.used();
+        }
+    }
+
+    fn install_lens(&mut self, base: BaseId, lens: FilledLens) -> Result<LensId, ChangeError> {
+        let installed = self.bases.get(&base).ok_or(ChangeError::UnknownBase)?;
+        if *lens.base != *installed.layout.config {
+            let what = "their config.json differ".into();
+            return Err(ChangeError::BaseMismatch(what));
+        }
+        let id = LensId(self.new_id());
+        self.lenses.insert(id, Lens { base, weights: Arc::new(lens), retiring: Vec::new() });
+        Ok(id)
+    }
+
+    fn activate(&mut self, id: BaseId) -> Result<(), ActivateError> {
+        let base = self.bases.get(&id).ok_or(ActivateError::Unknown)?;
+        if self.active.as_ref().is_some_and(|active| active.base == id) {
+            return Ok(());
+        }
+        match self.rows_in_flight() {
+            0 => {}
+            rows => return Err(ActivateError::RowsInFlight { rows }),
+        }
+        let needs = BaseNeeds::of(&base.layout.config, base.layout.dtype, &self.config);
+        memory::fits(self.arena.used().base_bytes, &needs, needs.min_blocks, &self.config)?;
+        // The old one's workspace goes before the new one's comes: the budget counts one. No row needs it.
+        let old = self.active.take().map(|active| active.base);
+        match self.make_active(id, needs) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                if let Some(old) = old {
+                    let base = &self.bases[&old];
+                    let needs = BaseNeeds::of(&base.layout.config, base.layout.dtype, &self.config);
+                    // It was there a moment ago, in the same memory.
+                    let _ = self.make_active(old, needs);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn make_active(&mut self, id: BaseId, needs: BaseNeeds) -> Result<(), ActivateError> {
+        let base = &self.bases[&id];
+        // Addresses cost nothing, so that the cache can grow with the budget.
+        let span = machine_bytes().max(self.config.device_bytes);
+        let region =
+            self.arena.reserve_addresses(Part::Kv, span).map_err(|e| ActivateError::System(chain(&e)))?;
+        let heartbeat = self.published.heartbeat.clone();
+        let active = Active::new(id, base, needs, region, self.pool.clone(), heartbeat, &self.config)
+            .map_err(|e| ActivateError::System(e.to_string()))?;
+        self.active = Some(active);
+        let used = self.arena.used();
+        self.resize_cache(&used);
+        Ok(())
+    }
+
+    fn remove_base(&mut self, id: BaseId) -> Result<u64, RemoveError> {
+        let base = self.bases.get(&id).ok_or(RemoveError::Unknown)?;
+        let bytes = base.layout.bytes;
+        match self.lenses.values().filter(|lens| lens.base == id).count() {
+            0 => {}
+            lenses => return Err(RemoveError::HasLenses { lenses: lenses as u32 }),
+        }
+        if self.active.as_ref().is_some_and(|active| active.base == id) {
+            match self.rows_in_flight() {
+                0 => self.active = None,
+                rows => return Err(RemoveError::InUse { rows }),
+            }
+        }
+        self.bases.remove(&id);
+        Ok(bytes)
+    }
+
+    fn rows_with(&self, lens: LensId) -> u32 {
+        self.rows().filter(|row| row.lens_ids.contains(&lens)).count() as u32
+    }
+
+    fn remove_lens(&mut self, id: LensId, when_idle: bool, reply: Reply<Result<u64, RemoveError>>) {
+        let rows = self.rows_with(id);
+        let answer = match self.lenses.get_mut(&id) {
+            None => Err(RemoveError::Unknown),
+            Some(lens) if rows > 0 && when_idle => {
+                lens.retiring.push(reply);
+                return;
+            }
+            Some(_) if rows > 0 => Err(RemoveError::InUse { rows }),
+            Some(_) => Ok(self.drop_lens(id)),
+        };
+        let _ = reply.send(answer);
+    }
+
+    /// Frees a lens that no row holds.
+    fn drop_lens(&mut self, id: LensId) -> u64 {
+        let lens = self.lenses.remove(&id).expect("the caller found it");
+        let bytes = lens.weights.layout.bytes;
+        let weights = Arc::into_inner(lens.weights).expect("no row and no batch holds the lens");
+        drop(weights);
+        for reply in lens.retiring {
+            let _ = reply.send(Ok(bytes));
+        }
+        bytes
+    }
+
+    fn answer_retired(&mut self) {
+        let retired = |core: &Self| {
+            let mut retiring = core.lenses.iter().filter(|(_, lens)| !lens.retiring.is_empty());
+            retiring.find(|(id, _)| core.rows_with(**id) == 0).map(|(id, _)| *id)
+        };
+        while let Some(id) = retired(self) {
+            self.drop_lens(id);
+        }
+    }
+
+    fn submit(&mut self, row: RowRequest) -> Result<RowStream, SubmitError> {
+        if !self.shutdown.is_empty() {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let waiting = self.waiting.len() as u32;
+        if waiting >= self.config.max_waiting_rows {
+            return Err(SubmitError::QueueFull { waiting, limit: self.config.max_waiting_rows });
+        }
+        let Some(active) = self.active.as_mut().filter(|active| active.base == row.base) else {
+            return Err(SubmitError::BaseNotActive);
+        };
+        check_row(&row, active.needs.context_tokens, &self.bases[&row.base])?;
+        let mut lenses = Vec::with_capacity(row.lenses.len());
+        let mut ranks = 0;
+        for wanted in &row.lenses {
+            let lens = self.lenses.get(&wanted.lens).filter(|lens| lens.retiring.is_empty());
+            let lens = lens.ok_or(SubmitError::UnknownLens(wanted.lens))?;
+            if lens.base != row.base {
+                return Err(SubmitError::LensOfOtherBase(wanted.lens));
+            }
+            ranks += lens.weights.layout.deltas.max_ranks();
+            lenses.push((lens.weights.clone(), wanted.scale));
+        }
+        active.workspace.reserve_ranks(ranks);
+        let (sender, stream) = row_channel(row.max_new_tokens);
+        let blocks = active.needs.min_blocks as usize;
+        self.waiting.push(Sequence::new(row, lenses, blocks, sender));
+        Ok(stream)
+    }
+
+    fn abort_rows(&mut self) -> u32 {
+        let rows = self.rows_in_flight();
+        for mut row in self.running.drain(..).chain(self.waiting.drain(..)) {
+            if let Some(active) = &mut self.active {
+                active.cache.give_back(&mut row.blocks);
+            }
+            row.fail(RowFailure::Aborted);
+        }
+        self.answer_retired();
+        rows
+    }
+
+    fn drop_cancelled(&mut self) {
+        let Some(active) = &mut self.active else { return };
+        self.waiting.retain(|row| !row.is_cancelled());
+        self.running.retain_mut(|row| {
+            if row.is_cancelled() {
+                active.cache.give_back(&mut row.blocks);
+            }
+            !row.is_cancelled()
+        });
+    }
+
+    fn reconfigure(&mut self, config: EngineConfig) -> Result<(), ChangeError> {
+        let used = self.arena.used();
+        memory::lenses_fit(used.lens_bytes, &config)?;
+        let Some(active) = &mut self.active else {
+            memory::fits_inactive(used.base_bytes, &config)?;
+            self.config = config;
+            return Ok(());
+        };
+        let layout = &self.bases[&active.base].layout;
+        let mut needs = BaseNeeds::of(&layout.config, layout.dtype, &config);
+        // Rows in flight keep what they were promised.
+        let longest = self.running.iter().chain(&self.waiting).map(Sequence::most_tokens).max().unwrap_or(0);
+        needs.min_blocks = needs.min_blocks.max(crate::model::kv_cache::blocks_for(longest));
+        let blocks = needs.min_blocks.max(active.cache.used());
+        memory::fits(used.base_bytes, &needs, blocks, &config)?;
+        if needs.min_blocks > active.cache.limit() {
+            let short_by_bytes = u64::from(needs.min_blocks - active.cache.limit()) * needs.block_bytes;
+            let why = "the KV cache would outgrow the machine's memory at the worker's start".into();
+            return Err(CannotFit { short_by_bytes, why }.into());
+        }
+        let system = |e: candle_core::Error| ChangeError::BaseMismatch(e.to_string());
+        active.set_needs(&layout.config, needs, &config).map_err(system)?;
+        self.config = config;
+        self.resize_cache(&used);
+        Ok(())
+    }
+
+    fn publish(&self) {
+        let active = self.active.as_ref();
+        let snapshot = Snapshot {
+            active_base: active.map(|a| a.base),
+            max_context_tokens: active.map_or(0, |a| a.needs.context_tokens),
+            running_rows: self.running.len() as u32,
+            waiting_rows: self.waiting.len() as u32,
+            kv_blocks_total: active.map_or(0, |a| a.cache.total()),
+            kv_blocks_free: active.map_or(0, |a| a.cache.free()),
+            kv_block_tokens: BLOCK_TOKENS as u32,
+            arena: self.arena.used(),
+            workspace_bytes: active.map_or(0, |a| a.needs.workspace_bytes),
+            steps_total: self.totals.steps,
+            prompt_tokens_total: self.totals.prompt_tokens,
+            generated_tokens_total: self.totals.generated_tokens,
+            preemptions_total: self.totals.preemptions,
+        };
+        *self.published.snapshot.lock() = snapshot;
+    }
+}
+
+/// What can be said about a row by itself.
+fn check_row(row: &RowRequest, limit: u32, base: &FilledBase) -> Result<(), SubmitError> {
+    if row.prompt.is_empty() {
+        return Err(SubmitError::EmptyPrompt);
+    }
+    let prompt = u32::try_from(row.prompt.len()).unwrap_or(u32::MAX);
+    if prompt.saturating_add(row.max_new_tokens) > limit {
+        return Err(SubmitError::ContextOverflow { prompt, new: row.max_new_tokens, limit });
+    }
+    let vocab = base.layout.config.vocab_size as u32;
+    if let Some((position, &id)) = row.prompt.iter().enumerate().find(|(_, id)| **id >= vocab) {
+        return Err(SubmitError::UnknownToken { id, position, vocab });
+    }
+    let check = |field, value: f32, ok: bool, range| match ok {
+        true => Ok(()),
+        false => Err(SubmitError::OutOfRange { field, value, range }),
+    };
+    let s = &row.sampling;
+    check("temperature", s.temperature, s.temperature.is_finite() && s.temperature >= 0.0, "0 and above")?;
+    check("top_p", s.top_p, s.top_p > 0.0 && s.top_p <= 1.0, "above 0, up to 1")?;
+    check("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0 to 1")?;
+    check("lenses", row.lenses.len() as f32, row.lenses.len() <= MAX_ROW_LENSES, "at most 8 on one row")?;
+    row.lenses.iter().try_for_each(|lens| check("scale", lens.scale, lens.scale.is_finite(), "finite numbers"))
+}
+
+fn system(error: ArenaError) -> ReserveError {
+    ReserveError::System(chain(&error))
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}

@@ -1,1 +1,23 @@
-//! The hot loops.
+//! The hot loops, as portable code over sixteen lanes with three ways to run it.
+//!
+//! # Batch means nothing
+//! A number of the result depends on its own row only: every dot product runs over k in the same order with the same
+//! sixteen partial sums, however many rows share the step, however the outputs are split over threads, and
+//! whichever tile the row falls into. So a row gives the same bits alone and in any batch. What does change the last
+//! bits is the instruction set (fused or separate multiply and add), and a process uses exactly one.
+//!
+//! # Where what is
+//! - [`simd`]: sixteen lanes, per instruction set; [`simd::launch`] is the one place that chooses.
+//! - [`threads`]: a small pool that runs a loop on all threads without allocating.
+//! - [`matmul`], [`rows`], [`attention`]: the loops, over plain slices.
+//! - [`ops`]: the same as candle's in-place operations, which is how the decoder calls them.
+//!
+//! This folder (and the arena) is the only place with `unsafe`: vector loads, and several threads writing disjoint
+//! parts of one slice.
+
+pub mod attention;
+pub mod matmul;
+pub mod ops;
+pub mod rows;
+pub mod simd;
+pub mod threads;

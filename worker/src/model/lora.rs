@@ -4,8 +4,12 @@
 //! `A x` is one product, and each B transposed, so that `B (A x)` runs along the outputs. A row's delta is added
 //! to its own outputs; weights are never merged.
 
+use std::sync::Arc;
+
 use super::config::ModelConfig;
 use super::weights::Matrix;
+use crate::kernels::matmul::{DeltaOutputs, Deltas, RowsDelta};
+use crate::lens::FilledLens;
 
 /// The four matrices of a block, in order of use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,5 +93,69 @@ impl DeltaLayout {
     /// The most ranks that any fused matrix has.
     pub fn max_ranks(&self) -> usize {
         self.layers.iter().flatten().flatten().map(|delta| delta.a.outputs).max().unwrap_or(0)
+    }
+}
+
+/// A lens on some consecutive tokens of a step.
+#[derive(Debug, Clone)]
+pub struct LensUse {
+    /// First token.
+    pub token_start: usize,
+    /// How many.
+    pub tokens: usize,
+    /// The lens.
+    pub lens: Arc<FilledLens>,
+    /// Multiplies the lens's own scale.
+    pub scale: f32,
+    /// Where its low-rank activations are in the scratch.
+    pub scratch_start: usize,
+}
+
+/// All deltas of a step on one matrix of one block.
+pub(crate) struct SiteDeltas<'a> {
+    pub(crate) uses: &'a [LensUse],
+    pub(crate) layer: usize,
+    pub(crate) site: Site,
+}
+
+impl SiteDeltas<'_> {
+    fn at(&self, index: usize) -> Option<(&LensUse, &Delta)> {
+        let one = &self.uses[index];
+        let delta = one.lens.layout.deltas.layers[self.layer][self.site as usize].as_ref()?;
+        Some((one, delta))
+    }
+}
+
+impl Deltas for SiteDeltas<'_> {
+    fn count(&self) -> usize {
+        self.uses.len()
+    }
+
+    fn delta(&self, index: usize) -> Option<RowsDelta<'_>> {
+        let (one, delta) = self.at(index)?;
+        Some(RowsDelta {
+            row_start: one.token_start,
+            rows: one.tokens,
+            a: delta.a.of(one.lens.region.bytes()),
+            ranks: delta.a.outputs,
+            scratch_start: one.scratch_start,
+        })
+    }
+
+    fn parts(&self, index: usize) -> usize {
+        self.at(index).map_or(0, |(_, delta)| delta.parts.len())
+    }
+
+    fn part(&self, index: usize, part: usize) -> DeltaOutputs<'_> {
+        let (one, delta) = self.at(index).expect("the caller asked how many parts there are");
+        let part = &delta.parts[part];
+        DeltaOutputs {
+            rank_start: part.rank_start,
+            ranks: part.b.outputs,
+            output_start: part.output_start,
+            outputs: part.b.inputs,
+            b: part.b.of(one.lens.region.bytes()),
+            scale: part.scale * one.scale,
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! What a base is: its architecture, its weights, and how it computes a ragged batch.
 
 pub mod config;
+pub mod decoder;
+pub mod kv_cache;
 pub mod lora;
+pub mod rope;
 pub mod tensor_file;
 pub mod weights;

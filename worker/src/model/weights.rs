@@ -13,6 +13,7 @@ use std::sync::Arc;
 use super::config::{ConfigError, ModelConfig};
 use super::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
 use crate::engine::arena::Region;
+use crate::kernels::matmul::Weight;
 
 /// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,8 +140,10 @@ pub struct Layer {
 }
 
 /// Where everything of a base is, and how many bytes that takes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct BaseLayout {
+    /// The architecture.
+    pub config: Arc<ModelConfig>,
     /// Bytes of the region.
     pub bytes: u64,
     /// Dtype of all matrices.
@@ -239,11 +242,11 @@ impl Planner {
 
 impl BaseLayout {
     /// Where everything of a base of this architecture goes, with matrices of this dtype.
-    pub fn of(config: &ModelConfig, dtype: Dtype) -> Self {
+    pub fn of(config: &Arc<ModelConfig>, dtype: Dtype) -> Self {
         Self::plan(config, dtype).0
     }
 
-    fn plan(config: &ModelConfig, dtype: Dtype) -> (Self, Vec<Move>) {
+    fn plan(config: &Arc<ModelConfig>, dtype: Dtype) -> (Self, Vec<Move>) {
         let mut planner = Planner { dtype, end: 0, moves: Vec::new() };
         let embedding =
             planner.matrix(&[("model.embed_tokens".into(), config.vocab_size)], config.hidden_size);
@@ -255,13 +258,13 @@ impl BaseLayout {
             planner.matrix(&[("lm_head".into(), config.vocab_size)], config.hidden_size)
         };
         let bytes = planner.start() as u64;
-        (Self { bytes, dtype, embedding, layers, final_norm, head }, planner.moves)
+        let config = config.clone();
+        (Self { config, bytes, dtype, embedding, layers, final_norm, head }, planner.moves)
     }
 }
 
 /// A folder in the Hugging Face layout whose headers have been read and checked.
 pub struct BaseFolder {
-    config: Arc<ModelConfig>,
     layout: BaseLayout,
     files: Vec<TensorFile>,
     /// Tensor name to its file.
@@ -385,12 +388,12 @@ impl BaseFolder {
         if let Some(tensor) = extra.first() {
             return Err(BaseError::UnexpectedTensor((*tensor).clone()));
         }
-        Ok(Self { config, layout, files, tensors, moves })
+        Ok(Self { layout, files, tensors, moves })
     }
 
     /// The architecture.
     pub fn config(&self) -> &Arc<ModelConfig> {
-        &self.config
+        &self.layout.config
     }
 
     /// Where everything will be, and how many bytes that takes.
@@ -416,7 +419,7 @@ impl BaseFolder {
                 },
             )?;
         }
-        Ok(FilledBase { config: self.config.clone(), layout: self.layout.clone(), region })
+        Ok(FilledBase { layout: self.layout.clone(), region })
     }
 }
 
@@ -446,15 +449,41 @@ fn stored_dtype(files: &[TensorFile], tensors: &HashMap<String, usize>) -> Resul
 /// A base whose weights are all in place.
 #[derive(Debug)]
 pub struct FilledBase {
-    pub(crate) config: Arc<ModelConfig>,
     pub(crate) layout: BaseLayout,
     pub(crate) region: Region,
 }
 
 impl FilledBase {
     /// Takes a region that was filled by other means than a folder, laid out as `layout`.
-    pub fn new(config: Arc<ModelConfig>, layout: BaseLayout, region: Region) -> Self {
+    pub fn new(layout: BaseLayout, region: Region) -> Self {
         assert_eq!(region.len() as u64, layout.bytes, "the region was reserved for this layout");
-        Self { config, layout, region }
+        Self { layout, region }
+    }
+
+    /// Where everything is.
+    pub fn layout(&self) -> &BaseLayout {
+        &self.layout
+    }
+
+    /// A matrix as the kernels take it.
+    pub(crate) fn matrix(&self, matrix: &Matrix) -> Weight<'_> {
+        matrix.of(self.region.bytes())
+    }
+
+    /// A vector as the kernels take it.
+    pub(crate) fn vector(&self, vector: &Vector) -> &[f32] {
+        bytemuck::cast_slice(&self.region.bytes()[vector.offset..][..vector.len * 4])
+    }
+}
+
+impl Matrix {
+    /// This matrix in the bytes of its region.
+    pub(crate) fn of<'a>(&self, bytes: &'a [u8]) -> Weight<'a> {
+        let bytes = &bytes[self.offset..][..self.outputs * self.inputs * self.dtype.bytes()];
+        match self.dtype {
+            Dtype::F32 => Weight::F32(bytemuck::cast_slice(bytes)),
+            Dtype::BF16 => Weight::BF16(bytemuck::cast_slice(bytes)),
+            Dtype::F16 => Weight::F16(bytemuck::cast_slice(bytes)),
+        }
     }
 }

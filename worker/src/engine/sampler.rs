@@ -1,0 +1,225 @@
+//! Logits and parameters → the next token.
+//!
+//! A row's random numbers are a function of (seed, token index) alone, so a row that is computed again makes the same
+//! choices, and other rows change nothing.
+
+use super::row::{Sampling, TokenLogprobs};
+use crate::kernels::rows::{max_and_exp_sum, softmax_numerators};
+
+/// Room to choose in; reused for every row.
+#[derive(Debug, Default)]
+pub struct Sampler {
+    weights: Vec<f32>,
+    candidates: Vec<u32>,
+}
+
+/// The logits hold something that is not a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotFinite;
+
+impl Sampler {
+    /// A sampler that will not grow for vocabularies up to this size.
+    pub fn with_vocabulary(vocab: usize) -> Self {
+        Self { weights: Vec::with_capacity(vocab), candidates: Vec::with_capacity(vocab) }
+    }
+
+    /// Chooses the token that stands at `index` of the row's generated tokens.
+    pub fn choose(&mut self, logits: &[f32], sampling: &Sampling, index: u32) -> Result<u32, NotFinite> {
+        let (max, sum) = max_and_exp_sum(logits);
+        if !max.is_finite() || !sum.is_finite() {
+            return Err(NotFinite);
+        }
+        // Below this, the best token has all the probability that f32 can express.
+        if sampling.temperature < 1e-4 {
+            return Ok(best(logits));
+        }
+        self.weights.clear();
+        self.weights.resize(logits.len(), 0.0);
+        let total = softmax_numerators(logits, 1.0 / sampling.temperature, &mut self.weights);
+        let uniform = uniform(sampling.seed, index);
+        let keeps_all = sampling.top_p >= 1.0 && sampling.min_p <= 0.0 && sampling.top_k == 0;
+        if keeps_all {
+            let ids = 0..logits.len() as u32;
+            return Ok(pick(ids, &self.weights, total, uniform));
+        }
+        self.truncate(sampling, total);
+        let kept: f32 = self.candidates.iter().map(|&id| self.weights[id as usize]).sum();
+        Ok(pick(self.candidates.iter().copied(), &self.weights, kept, uniform))
+    }
+
+    /// Leaves the candidates that top-k, then min-p, then top-p keep, best first; ties by id.
+    fn truncate(&mut self, sampling: &Sampling, total: f32) {
+        let weights = &self.weights;
+        // The best token's weight is 1. Most of a vocabulary is far below the candidates, so only those above a
+        // threshold are sorted, and the threshold sinks until they are enough.
+        let mut threshold = 1e-3_f32;
+        loop {
+            let floor = sampling.min_p.max(if threshold < 1e-30 { 0.0 } else { threshold });
+            self.candidates.clear();
+            self.candidates.extend((0..weights.len() as u32).filter(|&id| weights[id as usize] >= floor));
+            let mass: f32 = self.candidates.iter().map(|&id| weights[id as usize]).sum();
+            let enough_k = sampling.top_k != 0 && self.candidates.len() >= sampling.top_k as usize;
+            let enough_p = sampling.top_p < 1.0 && mass >= sampling.top_p * total;
+            if enough_k || enough_p || floor == sampling.min_p || floor == 0.0 {
+                break;
+            }
+            threshold *= 1e-3;
+        }
+        self.candidates.sort_unstable_by(|&a, &b| {
+            weights[b as usize].total_cmp(&weights[a as usize]).then(a.cmp(&b))
+        });
+        if sampling.top_k != 0 {
+            self.candidates.truncate(sampling.top_k as usize);
+        }
+        if sampling.top_p < 1.0 {
+            // Of what top-k and min-p left, as the usual chain of filters does.
+            let cut = sampling.top_k != 0 || sampling.min_p > 0.0;
+            let whole = if cut { self.candidates.iter().map(|&id| weights[id as usize]).sum() } else { total };
+            let mut mass = 0.0;
+            let enough = self.candidates.iter().position(|&id| {
+                mass += weights[id as usize];
+                mass >= sampling.top_p * whole
+            });
+            self.candidates.truncate(enough.map_or(usize::MAX, |last| last + 1));
+        }
+    }
+
+    /// The log-probability of a token by the raw log-softmax, and of the `top` best ones.
+    pub fn logprobs(&mut self, logits: &[f32], id: u32, top: u8) -> TokenLogprobs {
+        let (max, sum) = max_and_exp_sum(logits);
+        let log_sum = max + sum.ln();
+        let order = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
+        self.candidates.clear();
+        if top > 0 {
+            self.candidates.extend(0..logits.len() as u32);
+            let top = usize::from(top).min(logits.len());
+            if top < logits.len() {
+                self.candidates.select_nth_unstable_by(top, order);
+                self.candidates.truncate(top);
+            }
+            self.candidates.sort_unstable_by(order);
+        }
+        let logprob = |id: u32| logits[id as usize] - log_sum;
+        let top = self.candidates.iter().map(|&id| (id, logprob(id))).collect();
+        TokenLogprobs { id, logprob: logprob(id), top }
+    }
+}
+
+/// The largest logit; of equal ones the first.
+fn best(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+/// The id at which the running sum of weights passes `uniform * total`.
+fn pick(ids: impl Iterator<Item = u32>, weights: &[f32], total: f32, uniform: f64) -> u32 {
+    let target = uniform * f64::from(total);
+    let mut sum = 0.0_f64;
+    let mut last = 0;
+    for id in ids {
+        let weight = weights[id as usize];
+        if weight > 0.0 {
+            sum += f64::from(weight);
+            last = id;
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// A number in [0, 1) for this place of this row.
+fn uniform(seed: u64, index: u32) -> f64 {
+    let bits = mix(mix(seed) ^ mix(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(u64::from(index) + 1)));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// SplitMix64's finaliser.
+fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 6] = [0.0, 3.0, 1.0, 3.0, -2.0, 2.0];
+
+    fn with(temperature: f32, top_p: f32, top_k: u32, min_p: f32) -> Sampling {
+        Sampling { temperature, top_p, top_k, min_p, seed: 7 }
+    }
+
+    fn support(sampling: &Sampling) -> Vec<u32> {
+        let mut sampler = Sampler::default();
+        let mut seen: Vec<u32> = (0..4000).map(|i| sampler.choose(&LOGITS, sampling, i).unwrap()).collect();
+        seen.sort();
+        seen.dedup();
+        seen
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_equal_ids() {
+        assert_eq!(Sampler::default().choose(&LOGITS, &Sampling::GREEDY, 0), Ok(1));
+    }
+
+    #[test]
+    fn filters_keep_what_they_say() {
+        assert_eq!(support(&with(1.0, 1.0, 0, 0.0)), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(support(&with(1.0, 1.0, 1, 0.0)), [1]);
+        assert_eq!(support(&with(1.0, 1.0, 3, 0.0)), [1, 3, 5]);
+        // Probabilities are about .019 .384 .052 .384 .003 .141 of the whole.
+        assert_eq!(support(&with(1.0, 0.7, 0, 0.0)), [1, 3]);
+        assert_eq!(support(&with(1.0, 0.8, 0, 0.0)), [1, 3, 5]);
+        assert_eq!(support(&with(1.0, 1.0, 0, 0.1)), [1, 2, 3, 5]);
+        assert_eq!(support(&with(1.0, 0.5, 2, 0.0)), [1]);
+        assert_eq!(support(&with(1e-6, 0.9, 0, 0.0)), [1]);
+    }
+
+    #[test]
+    fn frequencies_follow_the_probabilities() {
+        let mut sampler = Sampler::default();
+        let sampling = with(1.0, 1.0, 0, 0.0);
+        let mut counts = [0u32; 6];
+        for index in 0..60_000 {
+            counts[sampler.choose(&LOGITS, &sampling, index).unwrap() as usize] += 1;
+        }
+        let total: f32 = LOGITS.iter().map(|x| x.exp()).sum();
+        for (count, logit) in counts.iter().zip(LOGITS) {
+            let (got, want) = (*count as f32 / 60_000.0, logit.exp() / total);
+            assert!((got - want).abs() < 0.01, "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn a_choice_depends_on_seed_and_place_only() {
+        let sampling = with(1.0, 0.95, 0, 0.0);
+        let mut fresh = || Sampler::default().choose(&LOGITS, &sampling, 17);
+        assert_eq!(fresh(), fresh());
+        let mut used = Sampler::default();
+        (0..17).for_each(|i| drop(used.choose(&LOGITS, &sampling, i)));
+        assert_eq!(used.choose(&LOGITS, &sampling, 17), fresh());
+    }
+
+    #[test]
+    fn logprobs_are_of_the_raw_softmax() {
+        let got = Sampler::default().logprobs(&LOGITS, 5, 2);
+        let log_sum = LOGITS.iter().map(|x| x.exp()).sum::<f32>().ln();
+        assert!((got.logprob - (2.0 - log_sum)).abs() < 1e-5);
+        assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3]);
+    }
+
+    #[test]
+    fn logits_that_are_not_numbers_are_refused() {
+        let mut logits = LOGITS;
+        logits[2] = f32::NAN;
+        assert_eq!(Sampler::default().choose(&logits, &Sampling::GREEDY, 0), Err(NotFinite));
+    }
+}

@@ -1,0 +1,162 @@
+//! One row's life: waiting, computing its tokens, choosing new ones, finished.
+//!
+//! Prompt and generated tokens are one list, of which the first `computed` are in the cache. Prefill, decode and
+//! recomputing after a step back are the same: compute what is not in the cache yet, and when nothing is left, choose
+//! the next token.
+
+use std::sync::Arc;
+
+use super::handle::LensId;
+use super::row::{FinishReason, RowEvent, RowFailure, RowRequest, RowSender, TokenLogprobs, Usage};
+use super::sampler::Sampler;
+use super::schedule::RowState;
+use crate::lens::FilledLens;
+
+/// A row in flight. It holds its lenses, so they live as long as it does.
+pub(crate) struct Sequence {
+    pub(crate) lens_ids: Vec<LensId>,
+    pub(crate) lenses: Vec<(Arc<FilledLens>, f32)>,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) computed: u32,
+    pub(crate) blocks: Vec<u32>,
+    /// Its last event was sent; it leaves the batch at the end of the step.
+    pub(crate) ended: bool,
+    request: RowRequest,
+    prompt_len: u32,
+    /// Log-probabilities of the prompt so far; `None` when they are not asked for or were sent.
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    sender: RowSender,
+}
+
+/// Whether a row goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    GoesOn,
+    Ended,
+}
+
+impl Sequence {
+    pub(crate) fn new(
+        mut request: RowRequest,
+        lenses: Vec<(Arc<FilledLens>, f32)>,
+        block_capacity: usize,
+        sender: RowSender,
+    ) -> Self {
+        let prompt_len = request.prompt.len() as u32;
+        let mut tokens = std::mem::take(&mut request.prompt);
+        tokens.reserve_exact(request.max_new_tokens as usize);
+        Self {
+            lens_ids: request.lenses.iter().map(|l| l.lens).collect(),
+            lenses,
+            tokens,
+            computed: 0,
+            blocks: Vec::with_capacity(block_capacity),
+            ended: false,
+            prompt_len,
+            prompt_logprobs: request.prompt_logprobs.map(|_| Vec::with_capacity(prompt_len as usize)),
+            request,
+            sender,
+        }
+    }
+
+    pub(crate) fn state(&self) -> RowState {
+        RowState { tokens: self.tokens.len() as u32, computed: self.computed, blocks: self.blocks.len() as u32 }
+    }
+
+    /// Tokens it may come to have.
+    pub(crate) fn most_tokens(&self) -> u32 {
+        self.prompt_len + self.request.max_new_tokens
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.sender.is_cancelled()
+    }
+
+    fn generated(&self) -> u32 {
+        self.tokens.len() as u32 - self.prompt_len
+    }
+
+    /// How many of its next `tokens` are of its prompt.
+    pub(crate) fn prompt_tokens_in(&self, tokens: u32) -> u32 {
+        self.prompt_len.saturating_sub(self.computed).min(tokens)
+    }
+
+    /// Forgets what was computed, after its blocks were given back.
+    pub(crate) fn step_back(&mut self) {
+        self.computed = 0;
+        if let Some(logprobs) = &mut self.prompt_logprobs {
+            logprobs.clear();
+        }
+    }
+
+    /// From which token of the next `tokens` on it needs logits.
+    pub(crate) fn outputs_from(&self, tokens: u32) -> usize {
+        let completes = self.computed + tokens == self.tokens.len() as u32;
+        if self.prompt_logprobs.is_some() && self.computed < self.prompt_len {
+            // The logits of a prompt token score the one after it.
+            0
+        } else if completes && self.request.max_new_tokens > self.generated() {
+            tokens as usize - 1
+        } else {
+            tokens as usize
+        }
+    }
+
+    /// Takes the logits of the token at `position`, in order of positions.
+    pub(crate) fn take_logits(&mut self, position: u32, logits: &[f32], sampler: &mut Sampler) -> Life {
+        if let (Some(collected), Some(top)) = (&mut self.prompt_logprobs, self.request.prompt_logprobs)
+            && let Some(&next) = self.tokens[..self.prompt_len as usize].get(position as usize + 1)
+        {
+            let scored = sampler.logprobs(logits, next, top);
+            if !scored.logprob.is_finite() {
+                return self.fail(RowFailure::NotFinite { position });
+            }
+            collected.push(scored);
+        }
+        if position + 1 < self.tokens.len() as u32 || self.request.max_new_tokens == 0 {
+            return Life::GoesOn;
+        }
+        self.send_prompt_logprobs();
+        let index = self.generated();
+        let Ok(id) = sampler.choose(logits, &self.request.sampling, index) else {
+            return self.fail(RowFailure::NotFinite { position });
+        };
+        self.tokens.push(id);
+        if self.request.stop_token_ids.contains(&id) {
+            return self.finish(FinishReason::Stop { token: id });
+        }
+        let logprobs = self.request.logprobs.map(|top| sampler.logprobs(logits, id, top));
+        self.sender.send(RowEvent::Token { id, logprobs });
+        if self.generated() >= self.request.max_new_tokens {
+            return self.finish(FinishReason::Length);
+        }
+        Life::GoesOn
+    }
+
+    /// After its last chunk of a step was computed: a row that only scores its prompt ends here.
+    pub(crate) fn after_step(&mut self) -> Life {
+        if self.request.max_new_tokens == 0 && self.computed == self.prompt_len {
+            self.send_prompt_logprobs();
+            return self.finish(FinishReason::Length);
+        }
+        Life::GoesOn
+    }
+
+    fn send_prompt_logprobs(&mut self) {
+        if let Some(logprobs) = self.prompt_logprobs.take() {
+            self.sender.send(RowEvent::Prompt(logprobs));
+        }
+    }
+
+    fn finish(&mut self, reason: FinishReason) -> Life {
+        let usage = Usage { prompt_tokens: self.prompt_len, generated_tokens: self.generated() };
+        self.sender.send(RowEvent::Finished { reason, usage });
+        Life::Ended
+    }
+
+    /// Tells the reader that it is over.
+    pub(crate) fn fail(&mut self, failure: RowFailure) -> Life {
+        self.sender.send(RowEvent::Failed(failure));
+        Life::Ended
+    }
+}

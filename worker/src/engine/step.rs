@@ -1,0 +1,206 @@
+//! One step of the active base: plan, take blocks, compute, hand out logits.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use candle_core::Result;
+
+use super::arena::Region;
+use super::handle::{BaseId, EngineConfig};
+use super::memory::BaseNeeds;
+use super::row::RowFailure;
+use super::sampler::Sampler;
+use super::schedule::{Plan, RowState, StepBudget, schedule};
+use super::sequence::{Life, Sequence};
+use super::{MAX_ROW_LENSES, Totals};
+use crate::kernels::threads::Pool;
+use crate::model::config::ModelConfig;
+use crate::model::decoder::{Batch, Chunk, Decoder, Workspace};
+use crate::model::kv_cache::{KvCache, cache_shape};
+use crate::model::weights::FilledBase;
+
+/// The active base: what computing with it needs beside its weights.
+pub(super) struct Active {
+    pub(super) base: BaseId,
+    pub(super) needs: BaseNeeds,
+    pub(super) cache: KvCache,
+    pub(super) workspace: Workspace,
+    decoder: Decoder,
+    batch: Batch,
+    plan: Plan,
+    running_states: Vec<RowState>,
+    waiting_states: Vec<RowState>,
+    /// Per share of the plan: where its outputs start in the batch, and the position of the first.
+    outputs: Vec<RowOutputs>,
+    sampler: Sampler,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct RowOutputs {
+    row: usize,
+    start: usize,
+    end: usize,
+    position: u32,
+}
+
+impl Active {
+    pub(super) fn new(
+        id: BaseId,
+        base: &FilledBase,
+        needs: BaseNeeds,
+        kv: Region,
+        pool: Arc<Pool>,
+        heartbeat: Arc<AtomicU64>,
+        limits: &EngineConfig,
+    ) -> Result<Self> {
+        let config = &base.layout.config;
+        let rows = limits.max_running_rows as usize;
+        Ok(Self {
+            base: id,
+            needs,
+            cache: KvCache::new(cache_shape(config, base.layout.dtype), kv),
+            workspace: Workspace::new(config, needs.step)?,
+            decoder: Decoder::new(config, pool, heartbeat),
+            batch: batch_for(&needs, rows),
+            plan: Plan::default(),
+            running_states: Vec::with_capacity(rows),
+            waiting_states: Vec::with_capacity(limits.max_waiting_rows as usize),
+            outputs: Vec::with_capacity(rows),
+            sampler: Sampler::with_vocabulary(config.vocab_size),
+        })
+    }
+
+    /// Takes new limits between two steps.
+    pub(super) fn set_needs(&mut self, config: &ModelConfig, needs: BaseNeeds, limits: &EngineConfig) -> Result<()> {
+        if needs.step != self.workspace.size() {
+            self.workspace = Workspace::new(config, needs.step)?;
+            self.batch = batch_for(&needs, limits.max_running_rows as usize);
+        }
+        self.needs = needs;
+        Ok(())
+    }
+
+    /// Computes one step for the rows of the batch.
+    pub(super) fn step(
+        &mut self,
+        base: &FilledBase,
+        running: &mut Vec<Sequence>,
+        waiting: &mut Vec<Sequence>,
+        limits: &EngineConfig,
+        totals: &mut Totals,
+    ) {
+        self.running_states.clear();
+        self.running_states.extend(running.iter().map(Sequence::state));
+        self.waiting_states.clear();
+        self.waiting_states.extend(waiting.iter().take(limits.max_running_rows as usize).map(Sequence::state));
+        let budget = StepBudget {
+            max_running_rows: limits.max_running_rows.max(1),
+            prefill_chunk_tokens: limits.prefill_chunk_tokens,
+            free_blocks: self.cache.free(),
+        };
+        schedule(&self.running_states, &self.waiting_states, budget, &mut self.plan);
+
+        // Who steps back is younger than who runs, and older than who waits.
+        for mut row in running.drain(self.plan.keep_running..).rev() {
+            self.cache.give_back(&mut row.blocks);
+            row.step_back();
+            waiting.insert(0, row);
+            totals.preemptions += 1;
+        }
+        running.extend(waiting.drain(..self.plan.admit));
+
+        let computed = self.compute(base, running);
+        self.batch.clear();
+        totals.steps += 1;
+        match computed {
+            Ok(counts) => {
+                totals.prompt_tokens += counts.prompt_tokens;
+                totals.generated_tokens += counts.generated_tokens;
+            }
+            Err(error) => {
+                // Every row of the step may be wrong.
+                for share in &self.plan.shares {
+                    running[share.row].fail(RowFailure::Device(error.to_string()));
+                    running[share.row].ended = true;
+                }
+            }
+        }
+        let cache = &mut self.cache;
+        running.retain_mut(|row| {
+            if row.ended {
+                cache.give_back(&mut row.blocks);
+            }
+            !row.ended
+        });
+    }
+
+    fn compute(&mut self, base: &FilledBase, running: &mut [Sequence]) -> Result<Counts> {
+        self.outputs.clear();
+        let mut counts = Counts::default();
+        for share in &self.plan.shares {
+            let row = &mut running[share.row];
+            for _ in 0..share.new_blocks {
+                row.blocks.push(self.cache.take().expect("the plan counted the free blocks"));
+            }
+            let (start, tokens) = (row.computed, share.tokens);
+            let from = row.outputs_from(tokens);
+            let outputs = self.batch.push(Chunk {
+                tokens: &row.tokens[start as usize..(start + tokens) as usize],
+                start,
+                blocks: &row.blocks,
+                lenses: &row.lenses,
+                outputs_from: from,
+            });
+            let position = start + from as u32;
+            self.outputs.push(RowOutputs { row: share.row, start: outputs.start, end: outputs.end, position });
+            counts.prompt_tokens += u64::from(row.prompt_tokens_in(tokens));
+        }
+        self.decoder.forward(base, &mut self.cache, &self.batch, &mut self.workspace, None)?;
+        for (share, _) in self.plan.shares.iter().zip(&self.outputs) {
+            running[share.row].computed += share.tokens;
+        }
+
+        let vocab = base.layout.config.vocab_size;
+        let group = self.workspace.size().outputs;
+        let mut next = 0;
+        for start in (0..self.batch.outputs()).step_by(group) {
+            let end = (start + group).min(self.batch.outputs());
+            let (outputs, sampler) = (&self.outputs, &mut self.sampler);
+            self.decoder.logits(base, &self.batch, &self.workspace, start..end, |_, logits| {
+                for (output, logits) in (start..end).zip(logits.chunks_exact(vocab)) {
+                    while outputs[next].end <= output {
+                        next += 1;
+                    }
+                    let at = outputs[next];
+                    let row = &mut running[at.row];
+                    if row.ended {
+                        continue;
+                    }
+                    let known = row.tokens.len();
+                    let position = at.position + (output - at.start) as u32;
+                    row.ended = row.take_logits(position, logits, sampler) == Life::Ended;
+                    counts.generated_tokens += (row.tokens.len() - known) as u64;
+                }
+            })?;
+        }
+        for at in &self.outputs {
+            let row = &mut running[at.row];
+            if !row.ended {
+                row.ended = row.after_step() == Life::Ended;
+            }
+        }
+        Ok(counts)
+    }
+}
+
+#[derive(Default)]
+struct Counts {
+    prompt_tokens: u64,
+    generated_tokens: u64,
+}
+
+fn batch_for(needs: &BaseNeeds, rows: usize) -> Batch {
+    // Tables of rows that are all as long as can be would be much; they grow to what is used, and stay so.
+    let blocks = (needs.min_blocks as usize * rows).min(1 << 16);
+    Batch::with_capacity(needs.step.tokens, blocks, rows * MAX_ROW_LENSES)
+}

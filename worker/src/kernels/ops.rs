@@ -1,0 +1,215 @@
+//! The kernels as candle's in-place operations on preallocated activations.
+//!
+//! An operation captures what is not an activation (weights, deltas, cache, the step's metadata) by reference into
+//! our own memory, and works on the first `rows` rows of its tensors. Another device adds its side to these, and the
+//! decoder above stays the same.
+
+use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, bail};
+
+use super::attention::{BLOCK_TOKENS, CacheBlocks, Query, attention};
+use super::matmul::{Deltas, Linear, Weight, linear};
+use super::rows::{each_row, rms_norm, rms_norm_in_place, rotate, silu_mul, widen};
+use super::threads::Pool;
+
+fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(data), Some((start, end))) => Ok(&data[start..end]),
+        _ => bail!("activations are contiguous f32"),
+    }
+}
+
+fn write<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
+        _ => bail!("activations are contiguous f32"),
+    }
+}
+
+/// `y[i] = table[tokens[i]]`.
+pub struct Embed<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// One row per token id.
+    pub table: Weight<'a>,
+    /// Width of a row.
+    pub width: usize,
+    /// What to look up.
+    pub tokens: &'a [u32],
+}
+
+impl InplaceOp1 for Embed<'_> {
+    fn name(&self) -> &'static str {
+        "embed"
+    }
+
+    fn cpu_fwd(&self, y: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let y = write(y, layout)?;
+        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| widen(self.table, self.tokens[i] as usize, y));
+        Ok(())
+    }
+}
+
+/// `y[i] = norm(x[source(i)])`.
+pub struct RmsNorm<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// One number per column.
+    pub weight: &'a [f32],
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// Rows of y.
+    pub rows: usize,
+    /// Which row of x each row of y is made from; the same row when absent.
+    pub sources: Option<&'a [u32]>,
+}
+
+impl InplaceOp2 for RmsNorm<'_> {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(&self, y: &mut CpuStorage, yl: &Layout, x: &CpuStorage, xl: &Layout) -> Result<()> {
+        let (x, y) = (read(x, xl)?, write(y, yl)?);
+        let width = self.weight.len();
+        each_row(self.pool, y, width, self.rows, |i, y| {
+            let from = self.sources.map_or(i, |sources| sources[i] as usize);
+            rms_norm(&x[from * width..(from + 1) * width], self.weight, self.eps, y);
+        });
+        Ok(())
+    }
+}
+
+/// `y = x Wᵀ + b` and the rows' deltas.
+pub struct Project<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Weights.
+    pub linear: Linear<'a>,
+    /// The rows' own deltas.
+    pub deltas: &'a dyn Deltas,
+    /// Rows of x and y.
+    pub rows: usize,
+    /// Room for the deltas' low-rank activations.
+    pub scratch: &'a std::cell::RefCell<Vec<f32>>,
+}
+
+impl InplaceOp2 for Project<'_> {
+    fn name(&self) -> &'static str {
+        "project"
+    }
+
+    fn cpu_fwd(&self, y: &mut CpuStorage, yl: &Layout, x: &CpuStorage, xl: &Layout) -> Result<()> {
+        let (x, y) = (read(x, xl)?, write(y, yl)?);
+        linear(self.pool, self.linear, self.deltas, x, y, self.rows, &mut self.scratch.borrow_mut());
+        Ok(())
+    }
+}
+
+/// What the rotation needs of a step: angles per token, and where each token's keys and values go.
+pub struct Rotary<'a> {
+    /// `[tokens, head_dim / 2]`.
+    pub cos: &'a [f32],
+    /// `[tokens, head_dim / 2]`.
+    pub sin: &'a [f32],
+}
+
+/// Norms and rotates q and k in place, and puts k and v into the cache.
+pub struct RotateAndStore<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Query heads.
+    pub heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Norms on every head of q and of k, with their epsilon.
+    pub qk_norm: Option<(&'a [f32], &'a [f32], f32)>,
+    /// Angles.
+    pub rotary: Rotary<'a>,
+    /// Where keys and values go.
+    pub cache: &'a CacheBlocks<'a>,
+    /// Which layer of the cache.
+    pub layer: usize,
+    /// Positions of the tokens.
+    pub queries: &'a [Query],
+    /// Block tables of the rows.
+    pub tables: &'a [u32],
+}
+
+impl InplaceOp1 for RotateAndStore<'_> {
+    fn name(&self) -> &'static str {
+        "rotate-and-store"
+    }
+
+    fn cpu_fwd(&self, qkv: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let qkv = write(qkv, layout)?;
+        let (d, half) = (self.head_dim, self.head_dim / 2);
+        let (q, kv) = (self.heads * d, self.kv_heads * d);
+        each_row(self.pool, qkv, q + 2 * kv, self.queries.len(), |token, qkv| {
+            let (rotated, v) = qkv.split_at_mut(q + kv);
+            let (cos, sin) = (&self.rotary.cos[token * half..][..half], &self.rotary.sin[token * half..][..half]);
+            for (index, head) in rotated.chunks_exact_mut(d).enumerate() {
+                if let Some((q_norm, k_norm, eps)) = self.qk_norm {
+                    rms_norm_in_place(head, if index < self.heads { q_norm } else { k_norm }, eps);
+                }
+                rotate(head, cos, sin);
+            }
+            let Query { position, table_start } = self.queries[token];
+            let (block, slot) = (position as usize / BLOCK_TOKENS, position as usize % BLOCK_TOKENS);
+            self.cache.store(self.layer, self.tables[table_start as usize + block], slot, &rotated[q..], v);
+        });
+        Ok(())
+    }
+}
+
+/// Attention of every token over its own row's cache.
+pub struct Attend<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Keys and values.
+    pub cache: &'a CacheBlocks<'a>,
+    /// Which layer of the cache.
+    pub layer: usize,
+    /// Positions of the tokens.
+    pub queries: &'a [Query],
+    /// Block tables of the rows.
+    pub tables: &'a [u32],
+}
+
+impl InplaceOp2 for Attend<'_> {
+    fn name(&self) -> &'static str {
+        "attend"
+    }
+
+    fn cpu_fwd(&self, out: &mut CpuStorage, ol: &Layout, qkv: &CpuStorage, ql: &Layout) -> Result<()> {
+        let (qkv, out) = (read(qkv, ql)?, write(out, ol)?);
+        attention(self.pool, self.cache, self.layer, self.queries, self.tables, qkv, out);
+        Ok(())
+    }
+}
+
+/// `y = silu(gate) * up`, from gate and up side by side.
+pub struct SiluMul<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Width of y.
+    pub width: usize,
+    /// Rows.
+    pub rows: usize,
+}
+
+impl InplaceOp2 for SiluMul<'_> {
+    fn name(&self) -> &'static str {
+        "silu-mul"
+    }
+
+    fn cpu_fwd(&self, y: &mut CpuStorage, yl: &Layout, x: &CpuStorage, xl: &Layout) -> Result<()> {
+        let (x, y) = (read(x, xl)?, write(y, yl)?);
+        each_row(self.pool, y, self.width, self.rows, |i, y| {
+            let (gate, up) = x[i * 2 * self.width..][..2 * self.width].split_at(self.width);
+            silu_mul(gate, up, y);
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,396 @@
+//! Sixteen lanes of f32, on three instruction sets.
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+/// Numbers in a vector, on every instruction set.
+pub const LANES: usize = 16;
+
+/// What the process computes with. Chosen once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InstructionSet {
+    /// AVX-512 (F, BW, VL) with F16C.
+    Avx512,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// Whatever the compiler's target has.
+    Portable,
+}
+
+impl InstructionSet {
+    /// The best one of this machine, or the one that `TURRET_INSTRUCTION_SET` (avx512, avx2, portable) names, if
+    /// the machine has it.
+    pub fn get() -> Self {
+        static CHOSEN: OnceLock<InstructionSet> = OnceLock::new();
+        *CHOSEN.get_or_init(|| {
+            let best = Self::detect();
+            match (std::env::var("TURRET_INSTRUCTION_SET").as_deref(), best) {
+                (Ok("portable"), _) => Self::Portable,
+                (Ok("avx2"), Self::Avx512) => Self::Avx2,
+                _ => best,
+            }
+        })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn detect() -> Self {
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl");
+        match (avx2, avx512) {
+            (true, true) => Self::Avx512,
+            (true, false) => Self::Avx2,
+            _ => Self::Portable,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn detect() -> Self {
+        Self::Portable
+    }
+}
+
+/// Sixteen lanes on one instruction set.
+///
+/// # Safety
+/// Methods may only run where the instruction set was detected, that is, below [`launch`]; pointers must be valid
+/// for sixteen elements.
+#[allow(clippy::missing_safety_doc, reason = "one contract for all, above")]
+pub(crate) trait Simd {
+    type V: Copy;
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(from: *const f32) -> Self::V;
+    unsafe fn load_bf16(from: *const bf16) -> Self::V;
+    unsafe fn load_f16(from: *const f16) -> Self::V;
+    unsafe fn store(to: *mut f32, x: Self::V);
+    /// `a * b + c`, rounded once where the instruction set can, else twice.
+    unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// The sum of all lanes, in a fixed order.
+    #[inline(always)]
+    unsafe fn sum(x: Self::V) -> f32 {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { Self::store(lanes.as_mut_ptr(), x) };
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// A loop that can run on any instruction set.
+pub(crate) trait Kernel {
+    /// Runs it. Must be `#[inline(always)]`, with everything below it, so that it is compiled for the instruction set.
+    ///
+    /// # Safety
+    /// Only [`launch`] may call this.
+    unsafe fn run<S: Simd>(self);
+}
+
+/// Runs a loop on the process's instruction set.
+pub(crate) fn launch<K: Kernel>(kernel: K) {
+    match InstructionSet::get() {
+        // SAFETY: the instruction set was detected on this machine.
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx512 => unsafe { x86::run_avx512(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx2 => unsafe { x86::run_avx2(kernel) },
+        // SAFETY: needs nothing.
+        _ => unsafe { kernel.run::<Portable>() },
+    }
+}
+
+/// An element of a weight or of the KV cache.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    const ZERO: Self;
+    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
+    fn from_f32(x: f32) -> Self;
+}
+
+impl Element for f32 {
+    const ZERO: Self = 0.0;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S::V {
+        // SAFETY: the caller's contract.
+        unsafe { S::load(from) }
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+}
+
+impl Element for bf16 {
+    const ZERO: Self = bf16::ZERO;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S::V {
+        // SAFETY: the caller's contract.
+        unsafe { S::load_bf16(from) }
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+
+impl Element for f16 {
+    const ZERO: Self = f16::ZERO;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S::V {
+        // SAFETY: the caller's contract.
+        unsafe { S::load_f16(from) }
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+/// The first `count < 16` elements at `from`, followed by zeros.
+///
+/// # Safety
+/// As [`Simd`], with `from` valid for `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn load_part<S: Simd, E: Element>(from: *const E, count: usize) -> S::V {
+    let mut lanes = [E::ZERO; LANES];
+    // SAFETY: `count` elements are readable, and the array is longer.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
+        E::load::<S>(lanes.as_ptr())
+    }
+}
+
+/// `e^x` in every lane, to about one unit in the last place; 0 below −87.3, and not-a-number stays so.
+#[inline(always)]
+pub(crate) fn exp(x: &mut [f32; LANES]) {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts, so that x - n ln 2 loses nothing.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    // Adding this rounds to a whole number, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    for x in x {
+        let v = *x;
+        let clamped = if v > 88.0 { 88.0 } else { v };
+        let rounded = clamped * LOG2_E + ROUND;
+        let n = rounded - ROUND;
+        let r = (clamped - n * LN_2_HIGH) - n * LN_2_LOW;
+        let mut p = 1.987_569_1e-4_f32;
+        p = p * r + 1.398_199_9e-3;
+        p = p * r + 8.333_452e-3;
+        p = p * r + 4.166_579_6e-2;
+        p = p * r + 1.666_666_5e-1;
+        p = p * r + 0.5;
+        p = p * r * r + r + 1.0;
+        let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(0x3f80_0000));
+        *x = if v < -87.3 { 0.0 } else { p * power };
+    }
+}
+
+/// Plain arrays: the compiler uses what its target has.
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type V = [f32; LANES];
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::V {
+        // SAFETY: the caller's contract; an array of f32 may be read unaligned.
+        unsafe { from.cast::<Self::V>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self::V {
+        // SAFETY: as above.
+        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|b| f32::from_bits(u32::from(b) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self::V {
+        // SAFETY: as above.
+        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|b| f16::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::V) {
+        // SAFETY: as above.
+        unsafe { to.cast::<Self::V>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::V, b: Self::V, mut c: Self::V) -> Self::V {
+        for i in 0..LANES {
+            c[i] += a[i] * b[i];
+        }
+        c
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, mut b: Self::V) -> Self::V {
+        for i in 0..LANES {
+            b[i] += a[i];
+        }
+        b
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, mut b: Self::V) -> Self::V {
+        for i in 0..LANES {
+            b[i] *= a[i];
+        }
+        b
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Kernel, Simd, bf16, f16};
+
+    /// # Safety
+    /// The machine has AVX-512 F, BW and VL, FMA and F16C.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) {
+        // SAFETY: called by `launch`.
+        unsafe { kernel.run::<Avx512>() }
+    }
+
+    /// # Safety
+    /// The machine has AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) {
+        // SAFETY: called by `launch`.
+        unsafe { kernel.run::<Avx2>() }
+    }
+
+    pub(super) struct Avx512;
+
+    // SAFETY of the blocks below: the caller's contract of `Simd`.
+    impl Simd for Avx512 {
+        type V = __m512;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self::V {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self::V {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self::V {
+            unsafe {
+                let half = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self::V {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(to: *mut f32, x: Self::V) {
+            unsafe { _mm512_storeu_ps(to, x) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+    }
+
+    pub(super) struct Avx2;
+
+    impl Simd for Avx2 {
+        type V = (__m256, __m256);
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self::V {
+            unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self::V {
+            unsafe { (_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self::V {
+            unsafe {
+                let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
+                (
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low))),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high))),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self::V {
+            unsafe {
+                (
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(to: *mut f32, x: Self::V) {
+            unsafe {
+                _mm256_storeu_ps(to, x.0);
+                _mm256_storeu_ps(to.add(8), x.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { (_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+            unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_right_to_a_few_units_in_the_last_place() {
+        let mut x = -87.0_f32;
+        while x < 87.0 {
+            let mut lanes: [f32; LANES] = std::array::from_fn(|i| x + i as f32 * 0.001);
+            let exact = lanes.map(|v| f64::from(v).exp());
+            exp(&mut lanes);
+            for (got, want) in lanes.iter().zip(exact) {
+                assert!((f64::from(*got) / want - 1.0).abs() < 3e-7, "{x}: {got} {want}");
+            }
+            x += 0.37;
+        }
+        let mut special = [f32::NEG_INFINITY; LANES];
+        special[1] = -1e30;
+        special[2] = f32::NAN;
+        special[3] = 0.0;
+        exp(&mut special);
+        assert!(special[0] == 0.0 && special[1] == 0.0 && special[2].is_nan() && special[3] == 1.0);
+    }
+}

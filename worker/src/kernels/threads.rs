@@ -1,0 +1,193 @@
+//! A pool that runs one loop at a time on all threads, without allocating.
+//!
+//! A forward pass is hundreds of short loops in a row, so threads spin for a moment before they sleep.
+//! The caller takes part; a helper that has not woken up when the work is done is not waited for.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::{Condvar, Mutex};
+
+/// Spins before a waiting thread sleeps; some tens of microseconds.
+const SPINS: u32 = 4000;
+
+/// How many threads a process may use: `TURRET_THREADS`, or else what affinity and the container's CPU
+/// quota allow.
+pub fn allowed_threads() -> usize {
+    let asked = std::env::var("TURRET_THREADS").ok().and_then(|n| n.parse().ok()).filter(|&n: &usize| n > 0);
+    // The standard library reads the affinity mask and the quotas of cgroup v1 and v2.
+    asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).min(1024)
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    call: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+// SAFETY: the closure is `Sync`, and `Pool::run` does not return before every helper has let go of it.
+unsafe impl Send for Job {}
+
+#[derive(Default)]
+struct State {
+    job: Option<Job>,
+    /// Helpers that hold the job.
+    active: usize,
+    /// Grows with every job, so that a helper takes each once.
+    epoch: usize,
+    stop: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+    /// Copies of `state` for spinning on.
+    epoch: AtomicUsize,
+    active: AtomicUsize,
+    /// Next task of the job.
+    next: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+/// The pool. One loop runs at a time.
+pub struct Pool {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+    running: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool of this many threads, the caller's included.
+    pub fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared::default());
+        let helpers = (1..threads)
+            .map_while(|index| {
+                let shared = shared.clone();
+                // A container that refuses another thread still computes, with fewer.
+                std::thread::Builder::new().name(format!("compute-{index}")).spawn(move || help(&shared)).ok()
+            })
+            .collect();
+        Self { shared, helpers, running: Mutex::new(()) }
+    }
+
+    /// How many threads take part.
+    pub fn threads(&self) -> usize {
+        self.helpers.len() + 1
+    }
+
+    /// Calls `call(0)`, …, `call(tasks - 1)`, each once, on all threads, and returns when all are done.
+    pub fn run(&self, tasks: usize, call: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 || self.helpers.is_empty() {
+            (0..tasks).for_each(call);
+            return;
+        }
+        let _one_at_a_time = self.running.lock();
+        // SAFETY: only the lifetime is erased. The job is taken back below, and no helper holds it once `active` is 0.
+        let call: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(call) };
+        let job = Job { call, tasks };
+        {
+            let mut state = self.shared.state.lock();
+            state.job = Some(job);
+            state.epoch += 1;
+            self.shared.next.store(0, Ordering::Relaxed);
+            self.shared.epoch.store(state.epoch, Ordering::Release);
+        }
+        self.shared.wake.notify_all();
+        // The job must be taken back even when the caller's share panics.
+        let take_back = TakeBack(&self.shared);
+        work(&self.shared, job);
+        drop(take_back);
+        assert!(!self.shared.panicked.load(Ordering::Relaxed), "a compute thread panicked");
+    }
+}
+
+struct TakeBack<'a>(&'a Shared);
+
+impl Drop for TakeBack<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().job = None;
+        let mut spins = 0;
+        while self.0.active.load(Ordering::Acquire) != 0 {
+            spins += 1;
+            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.state.lock().stop = true;
+        self.shared.epoch.fetch_add(1, Ordering::Release);
+        self.shared.wake.notify_all();
+        for helper in self.helpers.drain(..) {
+            // A helper that panicked has been reported by `run`.
+            let _ = helper.join();
+        }
+    }
+}
+
+fn work(shared: &Shared, job: Job) {
+    loop {
+        let task = shared.next.fetch_add(1, Ordering::Relaxed);
+        if task >= job.tasks {
+            return;
+        }
+        // SAFETY: `run` keeps the closure alive while any helper is active.
+        unsafe { (*job.call)(task) };
+    }
+}
+
+fn help(shared: &Shared) {
+    let mut seen = 0;
+    loop {
+        let mut spins = 0;
+        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
+            spins += 1;
+            std::hint::spin_loop();
+        }
+        let job = {
+            let mut state = shared.state.lock();
+            while state.epoch == seen && !state.stop {
+                shared.wake.wait(&mut state);
+            }
+            if state.stop {
+                return;
+            }
+            seen = state.epoch;
+            if state.job.is_some() {
+                state.active += 1;
+                shared.active.store(state.active, Ordering::Release);
+            }
+            state.job
+        };
+        let Some(job) = job else { continue };
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(shared, job))).is_err() {
+            shared.panicked.store(true, Ordering::Relaxed);
+        }
+        let mut state = shared.state.lock();
+        state.active -= 1;
+        shared.active.store(state.active, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        let pool = Pool::new(3);
+        for tasks in [0, 1, 2, 7, 1000] {
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            for _ in 0..50 {
+                pool.run(tasks, &|task| {
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                });
+            }
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 50));
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! One forward pass over a ragged batch: rows in prefill and in decode, each with its own length, lenses and cache blocks.
+//!
+//! Activations are candle tensors that are allocated once, in [`Workspace::new`], for the largest step; every
+//! operation works on their first rows in place. A step allocates nothing.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+
+use super::config::ModelConfig;
+use super::kv_cache::KvCache;
+use super::lora::{LensUse, Site, SiteDeltas};
+use super::rope::Frequencies;
+use super::weights::{FilledBase, Matrix, Vector};
+use crate::kernels::attention::Query;
+use crate::kernels::matmul::{Deltas, Linear, NoDeltas};
+use crate::kernels::ops::{Attend, Embed, Project, RmsNorm, RotateAndStore, Rotary, SiluMul};
+use crate::kernels::threads::Pool;
+use crate::lens::FilledLens;
+
+/// Tokens of one row to compute in a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    /// Token ids.
+    pub tokens: &'a [u32],
+    /// Position of the first.
+    pub start: u32,
+    /// Cache blocks of the row's positions from 0; enough for the last token of this chunk.
+    pub blocks: &'a [u32],
+    /// Lenses on this row, with the row's own scales.
+    pub lenses: &'a [(Arc<FilledLens>, f32)],
+    /// From which token of the chunk on logits are wanted; `tokens.len()` for none.
+    pub outputs_from: usize,
+}
+
+/// The rows of a step, flattened. Reused from step to step.
+#[derive(Debug, Default)]
+pub struct Batch {
+    tokens: Vec<u32>,
+    queries: Vec<Query>,
+    tables: Vec<u32>,
+    uses: Vec<LensUse>,
+    scratch_len: usize,
+    outputs: Vec<u32>,
+}
+
+impl Batch {
+    /// A batch that will not grow up to this size.
+    pub fn with_capacity(tokens: usize, blocks: usize, lenses: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(tokens),
+            queries: Vec::with_capacity(tokens),
+            tables: Vec::with_capacity(blocks),
+            uses: Vec::with_capacity(lenses),
+            scratch_len: 0,
+            outputs: Vec::with_capacity(tokens),
+        }
+    }
+
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.queries.clear();
+        self.tables.clear();
+        self.uses.clear();
+        self.scratch_len = 0;
+        self.outputs.clear();
+    }
+
+    /// Adds a row and says which of the step's outputs are its own.
+    pub fn push(&mut self, chunk: Chunk<'_>) -> Range<usize> {
+        let token_start = self.tokens.len();
+        let table_start = self.tables.len() as u32;
+        self.tokens.extend_from_slice(chunk.tokens);
+        self.tables.extend_from_slice(chunk.blocks);
+        let positions = chunk.start..chunk.start + chunk.tokens.len() as u32;
+        self.queries.extend(positions.map(|position| Query { position, table_start }));
+        for (lens, scale) in chunk.lenses {
+            let (tokens, scratch_start) = (chunk.tokens.len(), self.scratch_len);
+            self.scratch_len += tokens * lens.layout.deltas.max_ranks();
+            self.uses.push(LensUse { token_start, tokens, lens: lens.clone(), scale: *scale, scratch_start });
+        }
+        let outputs = self.outputs.len();
+        self.outputs.extend((chunk.outputs_from..chunk.tokens.len()).map(|i| (token_start + i) as u32));
+        outputs..self.outputs.len()
+    }
+
+    /// Tokens in the step.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Outputs wanted of the step.
+    pub fn outputs(&self) -> usize {
+        self.outputs.len()
+    }
+}
+
+/// The largest step that a workspace is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSize {
+    /// Tokens.
+    pub tokens: usize,
+    /// Outputs whose logits are in memory at a time.
+    pub outputs: usize,
+}
+
+/// Activations of a base, for the largest step.
+pub struct Workspace {
+    size: StepSize,
+    hidden: Tensor,
+    normed: Tensor,
+    qkv: Tensor,
+    attended: Tensor,
+    gate_up: Tensor,
+    activated: Tensor,
+    outputs: Tensor,
+    logits: Tensor,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    scratch: RefCell<Vec<f32>>,
+}
+
+impl Workspace {
+    /// Bytes of the activations of a step.
+    pub fn bytes(config: &ModelConfig, size: StepSize) -> u64 {
+        let c = config;
+        let per_token = 2 * c.hidden_size
+            + (c.q_size() + 2 * c.kv_size())
+            + c.q_size()
+            + 3 * c.intermediate_size
+            + c.head_dim;
+        let per_output = c.hidden_size + c.vocab_size;
+        4 * (size.tokens * per_token + size.outputs * per_output) as u64
+    }
+
+    /// Allocates them.
+    pub fn new(config: &ModelConfig, size: StepSize) -> Result<Self> {
+        let c = config;
+        let tensor = |rows, width| Tensor::zeros((rows, width), DType::F32, &Device::Cpu);
+        Ok(Self {
+            size,
+            hidden: tensor(size.tokens, c.hidden_size)?,
+            normed: tensor(size.tokens, c.hidden_size)?,
+            qkv: tensor(size.tokens, c.q_size() + 2 * c.kv_size())?,
+            attended: tensor(size.tokens, c.q_size())?,
+            gate_up: tensor(size.tokens, 2 * c.intermediate_size)?,
+            activated: tensor(size.tokens, c.intermediate_size)?,
+            outputs: tensor(size.outputs, c.hidden_size)?,
+            logits: tensor(size.outputs, c.vocab_size)?,
+            cos: Vec::with_capacity(size.tokens * c.head_dim / 2),
+            sin: Vec::with_capacity(size.tokens * c.head_dim / 2),
+            scratch: RefCell::default(),
+        })
+    }
+
+    /// What it was made for.
+    pub fn size(&self) -> StepSize {
+        self.size
+    }
+
+    /// Makes room for rows whose lenses have this many ranks together.
+    pub fn reserve_ranks(&mut self, ranks: usize) {
+        let len = ranks * self.size.tokens;
+        let scratch = self.scratch.get_mut();
+        if scratch.len() < len {
+            scratch.resize(len, 0.0);
+        }
+    }
+}
+
+/// Reads the f32 numbers of an activation.
+pub fn with_numbers<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => Ok(read(&numbers[start..end])),
+        _ => bail!("activations are contiguous f32 on the CPU"),
+    }
+}
+
+/// Sees the residual stream as it enters a block: the block's number and the stream, `[tokens, hidden]`.
+pub type Observe<'a> = &'a mut dyn FnMut(usize, &[f32]);
+
+/// A base that computes.
+pub struct Decoder {
+    frequencies: Frequencies,
+    pool: Arc<Pool>,
+    heartbeat: Arc<AtomicU64>,
+}
+
+impl Decoder {
+    /// A decoder for bases of this architecture. `heartbeat` grows with every block computed.
+    pub fn new(config: &ModelConfig, pool: Arc<Pool>, heartbeat: Arc<AtomicU64>) -> Self {
+        Self { frequencies: Frequencies::of(config), pool, heartbeat }
+    }
+
+    /// Computes all blocks for a batch. Afterwards [`Self::logits`] gives the logits of its outputs.
+    pub fn forward(
+        &self,
+        base: &FilledBase,
+        cache: &mut KvCache,
+        batch: &Batch,
+        work: &mut Workspace,
+        mut observe: Option<Observe<'_>>,
+    ) -> Result<()> {
+        let rows = batch.tokens();
+        if rows > work.size.tokens {
+            bail!("a step of {rows} tokens exceeds the {} it was made for", work.size.tokens);
+        }
+        work.cos.clear();
+        work.sin.clear();
+        for query in &batch.queries {
+            self.frequencies.angles(query.position, &mut work.cos, &mut work.sin);
+        }
+        if work.scratch.get_mut().len() < batch.scratch_len {
+            work.scratch.get_mut().resize(batch.scratch_len, 0.0);
+        }
+        let blocks = cache.blocks();
+        let config = &base.layout.config;
+        let table = base.matrix(&base.layout.embedding);
+        work.hidden.inplace_op1(&Embed {
+            pool: &self.pool,
+            table,
+            width: config.hidden_size,
+            tokens: &batch.tokens,
+        })?;
+        let step = Step { decoder: self, base, batch, work, rows };
+        for (index, layer) in base.layout.layers.iter().enumerate() {
+            if let Some(observe) = &mut observe {
+                with_numbers(&work.hidden, |x| observe(index, &x[..rows * config.hidden_size]))?;
+            }
+            step.norm(&work.normed, &work.hidden, &layer.attention_norm)?;
+            step.project(&work.qkv, &work.normed, (&layer.qkv, &layer.qkv_bias), (index, Site::Qkv), false)?;
+            work.qkv.inplace_op1(&RotateAndStore {
+                pool: &self.pool,
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                qk_norm: layer
+                    .qk_norm
+                    .as_ref()
+                    .map(|(q, k)| (base.vector(q), base.vector(k), config.rms_norm_eps)),
+                rotary: Rotary { cos: &work.cos, sin: &work.sin },
+                cache: &blocks,
+                layer: index,
+                queries: &batch.queries,
+                tables: &batch.tables,
+            })?;
+            work.attended.inplace_op2(
+                &work.qkv,
+                &Attend {
+                    pool: &self.pool,
+                    cache: &blocks,
+                    layer: index,
+                    queries: &batch.queries,
+                    tables: &batch.tables,
+                },
+            )?;
+            step.project(&work.hidden, &work.attended, (&layer.o, &layer.o_bias), (index, Site::O), true)?;
+            step.norm(&work.normed, &work.hidden, &layer.mlp_norm)?;
+            let gate_up = (&layer.gate_up, &layer.gate_up_bias);
+            step.project(&work.gate_up, &work.normed, gate_up, (index, Site::GateUp), false)?;
+            let silu = SiluMul { pool: &self.pool, width: config.intermediate_size, rows };
+            work.activated.inplace_op2(&work.gate_up, &silu)?;
+            let down = (&layer.down, &layer.down_bias);
+            step.project(&work.hidden, &work.activated, down, (index, Site::Down), true)?;
+            self.heartbeat.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Computes the final norm and the logits of some outputs of the batch of the last [`Self::forward`], at most as
+    /// many as the workspace holds, and hands both over: `[outputs, hidden]` and `[outputs, vocabulary]`.
+    pub fn logits<T>(
+        &self,
+        base: &FilledBase,
+        batch: &Batch,
+        work: &Workspace,
+        outputs: Range<usize>,
+        read: impl FnOnce(&[f32], &[f32]) -> T,
+    ) -> Result<T> {
+        let rows = outputs.len();
+        if rows > work.size.outputs {
+            bail!("{rows} outputs exceed the {} a step was made for", work.size.outputs);
+        }
+        let layout = &base.layout;
+        work.outputs.inplace_op2(
+            &work.hidden,
+            &RmsNorm {
+                pool: &self.pool,
+                weight: base.vector(&layout.final_norm),
+                eps: layout.config.rms_norm_eps,
+                rows,
+                sources: Some(&batch.outputs[outputs]),
+            },
+        )?;
+        let step = Step { decoder: self, base, batch, work, rows };
+        step.multiply(&work.logits, &work.outputs, (&layout.head, &None), &NoDeltas, false)?;
+        let (hidden, vocab) = (layout.config.hidden_size, layout.config.vocab_size);
+        with_numbers(&work.outputs, |outputs| {
+            with_numbers(&work.logits, |logits| read(&outputs[..rows * hidden], &logits[..rows * vocab]))
+        })?
+    }
+}
+
+/// What the operations of one step share.
+struct Step<'a> {
+    decoder: &'a Decoder,
+    base: &'a FilledBase,
+    batch: &'a Batch,
+    work: &'a Workspace,
+    rows: usize,
+}
+
+impl Step<'_> {
+    fn norm(&self, to: &Tensor, from: &Tensor, weight: &Vector) -> Result<()> {
+        let (weight, eps) = (self.base.vector(weight), self.base.layout.config.rms_norm_eps);
+        let norm = RmsNorm { pool: &self.decoder.pool, weight, eps, rows: self.rows, sources: None };
+        to.inplace_op2(from, &norm)
+    }
+
+    fn project(
+        &self,
+        to: &Tensor,
+        from: &Tensor,
+        weights: (&Matrix, &Option<Vector>),
+        (layer, site): (usize, Site),
+        accumulate: bool,
+    ) -> Result<()> {
+        let deltas = SiteDeltas { uses: &self.batch.uses, layer, site };
+        self.multiply(to, from, weights, &deltas, accumulate)
+    }
+
+    fn multiply(
+        &self,
+        to: &Tensor,
+        from: &Tensor,
+        (matrix, bias): (&Matrix, &Option<Vector>),
+        deltas: &dyn Deltas,
+        accumulate: bool,
+    ) -> Result<()> {
+        let linear = Linear {
+            weight: self.base.matrix(matrix),
+            bias: bias.as_ref().map(|bias| self.base.vector(bias)),
+            outputs: matrix.outputs,
+            inputs: matrix.inputs,
+            accumulate,
+        };
+        let project =
+            Project { pool: &self.decoder.pool, linear, deltas, rows: self.rows, scratch: &self.work.scratch };
+        to.inplace_op2(from, &project)
+    }
+}

@@ -1,0 +1,101 @@
+//! The KV cache: blocks of sixteen positions, handed out lowest first, in a region that can shrink and grow while rows run.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::config::ModelConfig;
+use super::weights::Dtype;
+use crate::engine::arena::Region;
+pub use crate::kernels::attention::BLOCK_TOKENS;
+use crate::kernels::attention::{CacheBlocks, CacheShape};
+
+/// Blocks that a sequence of this many tokens takes.
+pub fn blocks_for(tokens: u32) -> u32 {
+    tokens.div_ceil(BLOCK_TOKENS as u32)
+}
+
+/// The shape of a base's cache. Keys and values are kept in the dtype of the weights.
+pub fn cache_shape(config: &ModelConfig, dtype: Dtype) -> CacheShape {
+    CacheShape {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        group: config.heads / config.kv_heads,
+        head_dim: config.head_dim,
+        dtype,
+    }
+}
+
+/// All blocks, and which of them no row holds.
+#[derive(Debug)]
+pub struct KvCache {
+    shape: CacheShape,
+    region: Region,
+    total: u32,
+    free: BinaryHeap<Reverse<u32>>,
+}
+
+impl KvCache {
+    /// A cache without blocks, in a region of reserved addresses. [`Self::resize`] gives it some.
+    pub(crate) fn new(shape: CacheShape, region: Region) -> Self {
+        let most = region.span() / shape.block_bytes();
+        Self { shape, region, total: 0, free: BinaryHeap::with_capacity(most.min(1 << 20)) }
+    }
+
+    /// Blocks in all.
+    pub fn total(&self) -> u32 {
+        self.total
+    }
+
+    /// Blocks no row holds.
+    pub fn free(&self) -> u32 {
+        self.free.len() as u32
+    }
+
+    /// Blocks that rows hold.
+    pub fn used(&self) -> u32 {
+        self.total - self.free()
+    }
+
+    /// The most blocks it can grow to.
+    pub(crate) fn limit(&self) -> u32 {
+        u32::try_from(self.region.span() / self.shape.block_bytes()).unwrap_or(u32::MAX)
+    }
+
+    /// Takes the lowest free block.
+    pub fn take(&mut self) -> Option<u32> {
+        self.free.pop().map(|Reverse(block)| block)
+    }
+
+    /// Gives a row's blocks back.
+    pub fn give_back(&mut self, blocks: &mut Vec<u32>) {
+        self.free.extend(blocks.drain(..).map(Reverse));
+    }
+
+    /// Changes how many blocks there are. When it shrinks, blocks that rows hold beyond the end are moved down and their
+    /// tables rewritten; there must be as many as rows hold.
+    pub(crate) fn resize<'a>(&mut self, total: u32, tables: impl Iterator<Item = &'a mut Vec<u32>>) {
+        assert!(total >= self.used() && total <= self.limit(), "rows hold more blocks, or there is no room");
+        let bytes = u64::from(total) * self.shape.block_bytes() as u64;
+        if total >= self.total {
+            self.region.set_charged(bytes);
+            self.free.extend((self.total..total).map(Reverse));
+        } else {
+            for block in tables.flatten().filter(|block| **block >= total) {
+                // Lowest first: while a row holds a block beyond the end, some block before it is free.
+                let to = self.take().expect("there are as many blocks as rows hold");
+                let size = self.shape.block_bytes();
+                let from = *block as usize * size;
+                self.region.bytes_mut().copy_within(from..from + size, to as usize * size);
+                *block = to;
+            }
+            self.free.retain(|Reverse(block)| *block < total);
+            self.region.set_charged(bytes);
+        }
+        self.total = total;
+    }
+
+    /// The blocks as the kernels take them.
+    pub(crate) fn blocks(&mut self) -> CacheBlocks<'_> {
+        CacheBlocks::new(self.shape, self.region.bytes_mut())
+    }
+}
