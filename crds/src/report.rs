@@ -202,6 +202,7 @@ pub struct LensReport {
 /// One line of the state stream.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
+#[expect(clippy::large_enum_variant, reason = "one exists at a time, on its way to or from a line")]
 pub enum StateEvent {
     /// The whole report. First on every stream.
     Snapshot(Box<WorkerReport>),

@@ -31,10 +31,18 @@ pub fn bounds(kind: &Kind) -> Vec<Bound> {
         };
         let number = |name: &str| schema[name].as_f64().map(|n| n as i64);
         if let Some(max) = number("maxLength") {
-            all.push(at(&format!("maxLength {max}"), json!("a".repeat(max as usize + 1)), "may not be more than"));
+            all.push(at(
+                &format!("maxLength {max}"),
+                json!("a".repeat(max as usize + 1)),
+                "may not be more than",
+            ));
         }
         if let Some(min) = number("minLength") {
-            all.push(at(&format!("minLength {min}"), json!("a".repeat(min as usize - 1)), "should be at least"));
+            all.push(at(
+                &format!("minLength {min}"),
+                json!("a".repeat(min as usize - 1)),
+                "should be at least",
+            ));
         }
         if let Some(max) = number("maximum") {
             all.push(at(&format!("maximum {max}"), json!(max + 1), "should be less than or equal to"));

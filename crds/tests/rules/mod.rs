@@ -1,6 +1,6 @@
 //! Examples for every rule and every bound of the CRDs.
 //!
-//! Read by two tests: `crds/tests/crd_rules.rs` tries the rules with kube's CEL, without a
+//! Read by two tests: `crds/tests/crd/cel.rs` tries the rules with kube's CEL, without a
 //! cluster; the cluster suite tries rules and bounds on a real API server.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 mod bounds;
 mod largest;
 
-pub use bounds::{Bound, bounds};
+pub use bounds::bounds;
 pub use largest::largest;
 
 /// The examples of one kind.
@@ -80,7 +80,11 @@ impl Kind {
             ("the largest object".to_owned(), largest(self.name())),
         ];
         for rule in &self.examples.rules {
-            all.extend(rule.valid.iter().map(|p| (format!("{p}, which rule «{}» allows", rule.message), self.patched(p))));
+            all.extend(
+                rule.valid
+                    .iter()
+                    .map(|p| (format!("{p}, which rule «{}» allows", rule.message), self.patched(p))),
+            );
         }
         all
     }

@@ -6,9 +6,7 @@ use std::collections::BTreeSet;
 use kube::core::cel::{ErrorKind, Validator};
 use serde_json::Value;
 
-mod rules;
-
-use rules::{Kind, bounds, kinds, walk};
+use crate::rules::{Kind, bounds, kinds, walk};
 
 /// What the client-side evaluator says of an object.
 fn refusals(kind: &Kind, object: &Value) -> Vec<(ErrorKind, String)> {
@@ -44,7 +42,8 @@ fn every_rule_has_examples_and_every_example_a_rule() {
         walk(&kind.schema(), "", &mut |path, schema| {
             for rule in schema["x-kubernetes-validations"].as_array().into_iter().flatten() {
                 let message = rule["message"].as_str();
-                declared.insert(message.unwrap_or_else(|| panic!("{path}: a rule without a message")).to_owned());
+                declared
+                    .insert(message.unwrap_or_else(|| panic!("{path}: a rule without a message")).to_owned());
             }
         });
         let tried: BTreeSet<_> = kind.examples.rules.iter().map(|r| r.message.clone()).collect();
