@@ -67,7 +67,7 @@ pub fn rules() -> Rules {
             named("", "secrets", &[OPERATOR_KEYS, GATEWAY_KEYS], &["list", "watch", "patch"]),
         ],
         gateway: vec![
-            rule("turret.dev", &["modelplacements"], &["list", "watch"]),
+            rule("turret.dev", &["modelgroups", "modelplacements"], &["list", "watch"]),
             rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
         ],
         gateway_own_namespace: vec![named("", "secrets", &[GATEWAY_KEYS], &["list", "watch"])],
