@@ -1,2 +1,33 @@
-//! Turret.
-fn main() {}
+//! `cargo xtask`: everything that is done with this repository, one command each.
+
+mod cluster;
+mod folders;
+mod image;
+mod packages;
+mod privilege;
+mod stage;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Builds, runs and tests Turret")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// A local Kubernetes, built from source: up, down, status, kubeconfig
+    #[command(subcommand)]
+    Cluster(cluster::command::ClusterCommand),
+    /// Write OCI images of the programs, without Docker
+    Image(image::command::ImageArguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Cluster(command) => cluster::command::run(command),
+        Command::Image(arguments) => image::command::run(&arguments),
+    }
+}

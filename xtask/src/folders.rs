@@ -1,0 +1,58 @@
+//! Where things are: the repository, the user's cache, and the folder cargo builds into.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+/// The root of this repository.
+pub fn repository() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().expect("xtask lies in the repository's root").to_path_buf()
+}
+
+/// Turret's folder in the user's cache: `$XDG_CACHE_HOME/turret` or `~/.cache/turret`.
+pub fn cache() -> Result<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    cache_of(variable("XDG_CACHE_HOME"), variable("HOME")).context(
+        "neither XDG_CACHE_HOME nor HOME is an absolute path, so there is no cache folder: set one of them",
+    )
+}
+
+fn cache_of(xdg: Option<PathBuf>, home: Option<PathBuf>) -> Option<PathBuf> {
+    // The XDG specification tells to ignore a relative path.
+    let base = xdg
+        .filter(|path| path.is_absolute())
+        .or_else(|| home.filter(|path| path.is_absolute()).map(|home| home.join(".cache")))?;
+    Some(base.join("turret"))
+}
+
+/// Where the product is built: `$CARGO_TARGET_DIR` when set, else in the user's cache, so
+/// that a fresh clone finds what an earlier one compiled.
+pub fn cargo_target() -> Result<PathBuf> {
+    match std::env::var_os("CARGO_TARGET_DIR").filter(|value| !value.is_empty()) {
+        Some(folder) => std::path::absolute(folder).context("CARGO_TARGET_DIR is no usable path"),
+        None => Ok(cache()?.join("target")),
+    }
+}
+
+/// `cargo`, in the repository and with [`cargo_target`], for building and running the product.
+pub fn cargo() -> Result<Command> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(repository()).env("CARGO_TARGET_DIR", cargo_target()?);
+    Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_follows_xdg_and_falls_back_to_home() {
+        let path = |text: &str| Some(PathBuf::from(text));
+        assert_eq!(cache_of(path("/x"), path("/h")), path("/x/turret"));
+        assert_eq!(cache_of(path("relative"), path("/h")), path("/h/.cache/turret"));
+        assert_eq!(cache_of(None, path("/h")), path("/h/.cache/turret"));
+        assert_eq!(cache_of(None, None), None);
+    }
+}
