@@ -1,9 +1,11 @@
 //! What a base is: its architecture, its weights, and how it computes a ragged batch.
 
+pub mod chat_template;
 pub mod config;
 pub mod decoder;
 pub mod kv_cache;
 pub mod lora;
 pub mod rope;
 pub mod tensor_file;
+pub mod tokenizer;
 pub mod weights;
