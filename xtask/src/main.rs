@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything that is done with this repository, one command each.
 
 mod cluster;
+mod demo;
 mod folders;
 mod image;
 mod packages;
@@ -18,6 +19,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// The whole way on a real Kubernetes: build, install, apply the samples, ask every lens
+    Demo(demo::Args),
     /// A local Kubernetes, built from source: up, down, status, kubeconfig
     #[command(subcommand)]
     Cluster(cluster::command::ClusterCommand),
@@ -27,6 +30,7 @@ enum Command {
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Cluster(command) => cluster::command::run(command),
         Command::Image(arguments) => image::command::run(&arguments),
     }
