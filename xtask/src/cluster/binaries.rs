@@ -297,6 +297,7 @@ fn build(recipe: &Recipe, sources: &Path, output: &Path, stage: &Stage) -> Resul
         .env("GOWORK", "off");
     let what = recipe.packages.last().expect("a recipe builds something");
     let what = if *what == "." { recipe.set } else { what };
+    stage.note(recipe_name(what));
     run_noting(command, what, stage)
 }
 

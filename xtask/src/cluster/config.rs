@@ -25,9 +25,11 @@ const DOMAIN: &str = "cluster.local";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// At once.
-    First,
+    Storage,
+    /// When etcd answers: an API server that comes too early waits a second before it asks again.
+    Api,
     /// When the API server is ready.
-    Ready,
+    Rest,
 }
 
 /// A program of the cluster.
@@ -95,7 +97,7 @@ fn components(state: &State, bin: &Path, subnets: &Subnets) -> Vec<Component> {
         component(
             "etcd",
             "etcd",
-            Phase::First,
+            Phase::Storage,
             vec![
                 format!("--data-dir={}", text(state.data("etcd"))),
                 "--listen-client-urls=http://127.0.0.1:2379".into(),
@@ -109,7 +111,7 @@ fn components(state: &State, bin: &Path, subnets: &Subnets) -> Vec<Component> {
         component(
             "apiserver",
             "kube-apiserver",
-            Phase::First,
+            Phase::Api,
             vec![
                 "--etcd-servers=http://127.0.0.1:2379".into(),
                 "--secure-port=6443".into(),
@@ -137,31 +139,34 @@ fn components(state: &State, bin: &Path, subnets: &Subnets) -> Vec<Component> {
         component(
             "containerd",
             "containerd",
-            Phase::First,
+            Phase::Storage,
             vec!["--config".into(), config("containerd.toml")],
         ),
         component(
             "controller-manager",
             "kube-controller-manager",
-            Phase::Ready,
+            Phase::Rest,
             vec![
                 kubeconfig("controller-manager"),
                 format!("--service-account-private-key-file={}", pki("accounts.key")),
                 format!("--root-ca-file={}", pki("ca.crt")),
                 "--use-service-account-credentials=true".into(),
                 "--leader-elect=false".into(),
+                // At the usual 20 requests a second its controllers take four seconds to start.
+                "--kube-api-qps=500".into(),
+                "--kube-api-burst=1000".into(),
             ],
         ),
         component(
             "scheduler",
             "kube-scheduler",
-            Phase::Ready,
+            Phase::Rest,
             vec![kubeconfig("scheduler"), "--leader-elect=false".into()],
         ),
         component(
             "kubelet",
             "kubelet",
-            Phase::Ready,
+            Phase::Rest,
             vec![
                 kubeconfig("kubelet"),
                 format!("--config={}", config("kubelet.json")),
@@ -175,10 +180,10 @@ fn components(state: &State, bin: &Path, subnets: &Subnets) -> Vec<Component> {
         component(
             "proxy",
             "kube-proxy",
-            Phase::Ready,
+            Phase::Rest,
             vec![format!("--config={}", config("proxy.json")), format!("--hostname-override={NODE}")],
         ),
-        component("dns", "coredns", Phase::Ready, vec!["-conf".into(), config("Corefile")]),
+        component("dns", "coredns", Phase::Rest, vec!["-conf".into(), config("Corefile")]),
     ]
 }
 

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -49,8 +49,11 @@ const SETTINGS: [(&str, &str); 6] = [
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
 
-/// How long the API server may take to answer.
-const API_SERVER: Duration = Duration::from_secs(90);
+/// How long a component may take to answer on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Where etcd answers; the network is the node's own.
+const ETCD: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 2379);
 
 /// Runs the node described in `state`; returns only when it could not be started.
 pub fn run(state: &State) -> Result<()> {
@@ -67,9 +70,11 @@ pub fn run(state: &State) -> Result<()> {
     fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("failed to let the node route")?;
 
     let mut components = Running::new(state);
-    components.start_all(&plan, Phase::First)?;
-    wait_for_api_server(&plan, &mut components)?;
-    components.start_all(&plan, Phase::Ready)?;
+    components.start_all(&plan, Phase::Storage)?;
+    components.wait_for("etcd", || is_open(ETCD))?;
+    components.start_all(&plan, Phase::Api)?;
+    components.wait_for("the API server", || api_server_is_ready(&plan))?;
+    components.start_all(&plan, Phase::Rest)?;
     components.collect()
 }
 
@@ -129,30 +134,22 @@ fn mask_settings() -> Result<()> {
     Ok(())
 }
 
-fn wait_for_api_server(plan: &NodePlan, components: &mut Running) -> Result<()> {
-    let address = SocketAddr::from((plan.subnets.node(), 6443));
-    let kubeconfig = plan.state.config(&kubeconfig_file("supervisor"));
-    let ready = wait::until(API_SERVER, || {
-        if let Some(ended) = components.find_ended() {
-            return Some(Err(ended));
-        }
-        // A connection costs nothing; asking whether all is ready costs a process.
-        TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
-        let asked = Command::new(plan.bin.join("kubectl"))
-            .arg("--kubeconfig")
-            .arg(&kubeconfig)
-            .args(["get", "--raw=/readyz"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-        asked.is_ok_and(|status| status.success()).then_some(Ok(()))
-    });
-    match ready {
-        Some(Ok(())) => Ok(()),
-        Some(Err(name)) => bail!("{name} ended at once; see its log"),
-        None => bail!("the API server did not become ready within {API_SERVER:?}"),
-    }
+fn is_open(address: SocketAddr) -> Option<()> {
+    TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok().map(drop)
+}
+
+fn api_server_is_ready(plan: &NodePlan) -> Option<()> {
+    // A connection costs nothing; asking whether all is ready costs a process.
+    is_open(SocketAddr::from((plan.subnets.node(), 6443)))?;
+    let asked = Command::new(plan.bin.join("kubectl"))
+        .arg("--kubeconfig")
+        .arg(plan.state.config(&kubeconfig_file("supervisor")))
+        .args(["get", "--raw=/readyz"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    asked.is_ok_and(|status| status.success()).then_some(())
 }
 
 /// The components that were started, told to others through a file.
@@ -175,6 +172,19 @@ impl Running<'_> {
             self.children.push(child);
         }
         self.publish()
+    }
+
+    /// Waits for what a component does when it is ready, unless one ends.
+    fn wait_for(&mut self, what: &str, mut probe: impl FnMut() -> Option<()>) -> Result<()> {
+        let ready = wait::until(PATIENCE, || match self.find_ended() {
+            Some(ended) => Some(Err(ended)),
+            None => probe().map(Ok),
+        });
+        match ready {
+            Some(Ok(())) => Ok(()),
+            Some(Err(name)) => bail!("{name} ended at once; {}", self.state.log(&name).display()),
+            None => bail!("{what} is not ready after {} s", PATIENCE.as_secs()),
+        }
     }
 
     /// A component that has ended, while nobody collects yet.
