@@ -26,6 +26,7 @@ mod pki;
 mod self_test;
 mod state;
 mod subnets;
+mod traces;
 mod wait;
 
 use std::ffi::{OsStr, OsString};

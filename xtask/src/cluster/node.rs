@@ -40,7 +40,7 @@ const MASKED: [&str; 2] = ["/run", "/var"];
 
 /// Settings of the kernel that the kubelet would change for the whole machine. It finds them
 /// as it wants them in files that only the node sees, and so leaves the kernel's alone.
-const SETTINGS: [(&str, &str); 6] = [
+pub const SETTINGS: [(&str, &str); 6] = [
     ("vm/overcommit_memory", "1"),
     ("vm/panic_on_oom", "0"),
     ("kernel/panic", "10"),
