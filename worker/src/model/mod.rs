@@ -6,6 +6,7 @@ pub mod decoder;
 pub mod kv_cache;
 pub mod lora;
 pub mod rope;
+pub mod single;
 pub mod tensor_file;
 pub mod tokenizer;
 pub mod weights;
