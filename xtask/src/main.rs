@@ -3,10 +3,12 @@
 mod cluster;
 mod demo;
 mod folders;
+mod generate;
 mod image;
 mod packages;
 mod privilege;
 mod stage;
+mod test;
 
 use clap::{Parser, Subcommand};
 
@@ -21,17 +23,23 @@ struct Arguments {
 enum Command {
     /// The whole way on a real Kubernetes: build, install, apply the samples, ask every lens
     Demo(demo::Args),
+    /// Run the tests: lint, unit, parity, api, cluster
+    Test(test::TestArguments),
     /// A local Kubernetes, built from source: up, down, status, kubeconfig
     #[command(subcommand)]
     Cluster(cluster::command::ClusterCommand),
     /// Write OCI images of the programs, without Docker
     Image(image::command::ImageArguments),
+    /// Write the CRDs, rules, manifests and reference pages that are made from the programs
+    Generate(generate::GenerateArguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Test(arguments) => test::run(&arguments),
         Command::Cluster(command) => cluster::command::run(command),
         Command::Image(arguments) => image::command::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
     }
 }
