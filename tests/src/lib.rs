@@ -1,1 +1,4 @@
 //! Suites that need more than one crate.
+
+pub mod cluster;
+pub mod parity;

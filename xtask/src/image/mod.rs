@@ -23,7 +23,8 @@ const USER: u32 = 65532;
 /// The authorities that programs trust.
 const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-const NEEDS: [Need; 3] = [
+/// What writing an image needs of this machine.
+pub const NEEDS: [Need; 3] = [
     Need { proof: Proof::Program("strip"), package: "binutils", purpose: "make images small" },
     Need { proof: Proof::Program("ldd"), package: "libc-bin", purpose: "find shared libraries" },
     Need {

@@ -1,0 +1,251 @@
+//! The API server's audit log: who asked for what, what was refused, and which rights were used.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::rbac::v1::PolicyRule;
+use serde::Deserialize;
+
+/// One request, as the API server wrote it down.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Request {
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`.
+    pub verb: String,
+    /// Who asked.
+    pub user: User,
+    /// For what.
+    pub object_ref: Object,
+    /// How it ended.
+    pub response_status: Response,
+    /// With which client.
+    pub user_agent: String,
+}
+
+/// Who asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct User {
+    /// `system:serviceaccount:NAMESPACE:NAME` for a pod.
+    pub username: String,
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Object {
+    /// Plural of the kind.
+    pub resource: String,
+    /// Such as `status`.
+    pub subresource: String,
+    /// Empty for the core group.
+    pub api_group: String,
+    /// Empty for all namespaces.
+    pub namespace: String,
+    /// Empty for a list.
+    pub name: String,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Response {
+    /// The HTTP status.
+    pub code: u16,
+}
+
+/// The log, read onward from a place.
+#[derive(Clone, Debug)]
+pub struct AuditLog {
+    file: PathBuf,
+}
+
+/// A place in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark(u64);
+
+impl AuditLog {
+    /// The log in this file.
+    pub fn at(file: &Path) -> Self {
+        Self { file: file.into() }
+    }
+
+    /// Where the log begins.
+    pub fn beginning() -> Mark {
+        Mark(0)
+    }
+
+    /// Where the log ends now.
+    pub fn mark(&self) -> Result<Mark> {
+        let file = std::fs::metadata(&self.file);
+        Ok(Mark(file.with_context(|| format!("failed to look at {}", self.file.display()))?.len()))
+    }
+
+    /// All requests of `user` since `mark`.
+    pub fn of(&self, user: &str, mark: Mark) -> Result<Vec<Request>> {
+        let unreadable = || format!("failed to read {}", self.file.display());
+        let mut file = File::open(&self.file).with_context(unreadable)?;
+        file.seek(SeekFrom::Start(mark.0)).with_context(unreadable)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).with_context(unreadable)?;
+        requests(&text, user)
+    }
+}
+
+fn requests(text: &str, user: &str) -> Result<Vec<Request>> {
+    // A line that is being written has no end yet; it belongs to the next look.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole
+        .lines()
+        .filter(|line| line.contains(user))
+        .map(|line| serde_json::from_str::<Request>(line).with_context(|| format!("no audit line: {line}")))
+        .filter(|request| request.as_ref().map_or(true, |request| request.user.username == user))
+        .collect()
+}
+
+impl Request {
+    /// Whether it changes anything.
+    pub fn is_write(&self) -> bool {
+        !matches!(self.verb.as_str(), "get" | "list" | "watch")
+    }
+
+    /// `resource/subresource`, as RBAC writes it.
+    pub fn rbac_resource(&self) -> String {
+        match self.object_ref.subresource.as_str() {
+            "" => self.object_ref.resource.clone(),
+            sub => format!("{}/{sub}", self.object_ref.resource),
+        }
+    }
+
+    /// The rights that RBAC asked for: a patch that made an object needed `create` as well.
+    fn used_verbs(&self) -> Vec<&str> {
+        match (self.verb.as_str(), self.response_status.code) {
+            ("patch", 201) => vec!["patch", "create"],
+            (verb, _) => vec![verb],
+        }
+    }
+}
+
+impl std::fmt::Display for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let object = &self.object_ref;
+        let (kind, code) = (self.rbac_resource(), self.response_status.code);
+        write!(f, "{} {kind} {}/{} → {code}", self.verb, object.namespace, object.name)
+    }
+}
+
+/// One right: a verb on a resource, and on one object where names are listed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Right {
+    group: String,
+    resource: String,
+    verb: String,
+    name: Option<String>,
+}
+
+impl std::fmt::Display for Right {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.verb, self.resource)?;
+        if let Some(name) = &self.name {
+            write!(f, " `{name}`")?;
+        }
+        if self.group.is_empty() { Ok(()) } else { write!(f, " ({})", self.group) }
+    }
+}
+
+/// Takes rules apart into single rights.
+pub fn rights(rules: &[PolicyRule]) -> Vec<Right> {
+    let mut rights = Vec::new();
+    for rule in rules {
+        let names: Vec<Option<String>> = match rule.resource_names.as_deref() {
+            None | Some([]) => vec![None],
+            Some(names) => names.iter().cloned().map(Some).collect(),
+        };
+        for group in rule.api_groups.iter().flatten() {
+            for resource in rule.resources.iter().flatten() {
+                for verb in &rule.verbs {
+                    rights.extend(names.iter().map(|name| Right {
+                        group: group.clone(),
+                        resource: resource.clone(),
+                        verb: verb.clone(),
+                        name: name.clone(),
+                    }));
+                }
+            }
+        }
+    }
+    rights
+}
+
+/// The rights that none of `requests` needed.
+pub fn unused<'a>(rights: &'a [Right], requests: &[Request]) -> Vec<&'a Right> {
+    rights.iter().filter(|right| !requests.iter().any(|request| right.serves(request))).collect()
+}
+
+impl Right {
+    fn serves(&self, request: &Request) -> bool {
+        let object = &request.object_ref;
+        // A list or watch of one object by a field selector carries its name in the audit log.
+        request.used_verbs().contains(&self.verb.as_str())
+            && object.api_group == self.group
+            && request.rbac_resource() == self.resource
+            && self.name.as_ref().is_none_or(|name| *name == object.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: &str = concat!(
+        r#"{"verb":"patch","user":{"username":"a"},"objectRef":{"resource":"services","namespace":"n","name":"s"},"responseStatus":{"code":201}}"#,
+        "\n",
+        r#"{"verb":"list","user":{"username":"a"},"objectRef":{"resource":"modelgroups","apiGroup":"turret.dev"},"responseStatus":{"code":200}}"#,
+        "\n",
+        r#"{"verb":"get","user":{"username":"ab"},"objectRef":{"resource":"pods"},"responseStatus":{"code":403}}"#,
+        "\n",
+        r#"{"verb":"get","user":{"username":"a"},"obj"#,
+    );
+
+    fn rule(group: &str, resource: &str, verbs: &[&str], names: &[&str]) -> PolicyRule {
+        let owned = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+        PolicyRule {
+            api_groups: Some(owned(&[group])),
+            resources: Some(owned(&[resource])),
+            verbs: owned(verbs),
+            resource_names: (!names.is_empty()).then(|| owned(names)),
+            ..PolicyRule::default()
+        }
+    }
+
+    #[test]
+    fn only_whole_lines_of_the_user_count() {
+        let requests = requests(LOG, "a").unwrap();
+        assert_eq!(requests.len(), 2);
+        assert_eq!(requests[0].to_string(), "patch services n/s → 201");
+        assert!(requests[0].is_write() && !requests[1].is_write());
+    }
+
+    #[test]
+    fn a_patch_that_makes_an_object_uses_the_right_to_create() {
+        let requests = requests(LOG, "a").unwrap();
+        let rules = [
+            rule("", "services", &["create", "patch", "get"], &["s", "t"]),
+            rule("turret.dev", "modelgroups", &["list", "watch"], &[]),
+        ];
+        let rights = rights(&rules);
+        let unused: Vec<String> = unused(&rights, &requests).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            unused,
+            [
+                "create services `t`",
+                "patch services `t`",
+                "get services `s`",
+                "get services `t`",
+                "watch modelgroups (turret.dev)",
+            ]
+        );
+    }
+}

@@ -1,0 +1,62 @@
+//! What the suite is told about the cluster it runs on: variables set by `cargo xtask test cluster`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+/// The cluster a suite runs on.
+#[derive(Clone, Debug)]
+pub struct Environment {
+    /// An administrator's kubeconfig.
+    pub kubeconfig: PathBuf,
+    /// Folder with `kubectl` and `helm`.
+    pub programs: PathBuf,
+    /// Folder of this machine that pods may mount with `hostPath`.
+    pub volumes: PathBuf,
+    /// The API server's audit log.
+    pub audit_log: PathBuf,
+    /// The built `turret-operator` of this machine, for what it prints about itself.
+    pub operator: PathBuf,
+    /// Root of the repository, for the charts.
+    pub repository: PathBuf,
+    /// Reference of the imported operator image.
+    pub operator_image: String,
+    /// Reference of the imported worker image.
+    pub worker_image: String,
+}
+
+/// Set to run the suite; absent means that there is no cluster to run on.
+pub const KUBECONFIG: &str = "TURRET_TEST_KUBECONFIG";
+
+impl Environment {
+    /// Reads the variables; `None` where no cluster was given.
+    pub fn read() -> Result<Option<Self>> {
+        if std::env::var_os(KUBECONFIG).is_none() {
+            return Ok(None);
+        }
+        let environment = Self {
+            kubeconfig: path(KUBECONFIG)?,
+            programs: path("TURRET_TEST_PROGRAMS")?,
+            volumes: path("TURRET_TEST_VOLUMES")?,
+            audit_log: path("TURRET_TEST_AUDIT_LOG")?,
+            operator: path("TURRET_TEST_OPERATOR")?,
+            repository: path("TURRET_TEST_REPOSITORY")?,
+            operator_image: text("TURRET_TEST_OPERATOR_IMAGE")?,
+            worker_image: text("TURRET_TEST_WORKER_IMAGE")?,
+        };
+        Ok(Some(environment))
+    }
+}
+
+fn text(variable: &str) -> Result<String> {
+    std::env::var(variable)
+        .with_context(|| format!("{variable} is not set; run this suite with `cargo xtask test cluster`"))
+}
+
+fn path(variable: &str) -> Result<PathBuf> {
+    let path = PathBuf::from(text(variable)?);
+    if !path.exists() {
+        bail!("{variable} names {}, which does not exist", path.display());
+    }
+    Ok(path)
+}

@@ -1,0 +1,187 @@
+//! Builders of the objects a scenario applies, read as prose.
+
+use serde_json::{Value, json};
+use turret_crds::label::ENV_DEVICE;
+
+/// A `ModelGroup` in the making.
+#[derive(Clone, Debug)]
+pub struct Group {
+    name: String,
+    base: Value,
+    lenses: Vec<Value>,
+}
+
+/// A group called `name` over a folder of the volume `models`, computed in F32.
+pub fn group(name: &str, base_folder: &str) -> Group {
+    let base = json!({"source": {"uri": format!("pvc://models/{base_folder}")}, "dtype": "F32"});
+    Group { name: name.into(), base, lenses: Vec::new() }
+}
+
+impl Group {
+    /// With a lens from a folder of the volume `models`; one of the same name is replaced.
+    pub fn lens(self, name: &str, folder: &str) -> Self {
+        self.lens_at(name, &format!("pvc://models/{folder}"), None)
+    }
+
+    /// With a lens whose digest is declared.
+    pub fn lens_of_digest(self, name: &str, folder: &str, digest: &str) -> Self {
+        self.lens_at(name, &format!("pvc://models/{folder}"), Some(digest))
+    }
+
+    /// With a lens from anywhere.
+    pub fn lens_at(mut self, name: &str, uri: &str, digest: Option<&str>) -> Self {
+        self = self.without(name);
+        let mut source = json!({"uri": uri});
+        if let Some(digest) = digest {
+            source["digest"] = json!(digest);
+        }
+        self.lenses.push(json!({"name": name, "source": source}));
+        self
+    }
+
+    /// Without a lens.
+    pub fn without(mut self, name: &str) -> Self {
+        self.lenses.retain(|lens| lens["name"] != name);
+        self
+    }
+
+    /// The object.
+    pub fn manifest(&self) -> Value {
+        json!({
+            "apiVersion": "turret.dev/v1alpha1",
+            "kind": "ModelGroup",
+            "metadata": {"name": self.name},
+            "spec": {"base": self.base, "lenses": self.lenses},
+        })
+    }
+}
+
+/// A `ModelPlacement` in the making.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    name: String,
+    spec: Value,
+}
+
+/// A placement of these groups on one CPU worker, with the volume `models`.
+pub fn placement(name: &str, groups: &[&str]) -> Placement {
+    let groups: Vec<_> = groups.iter().map(|name| json!({"name": name})).collect();
+    let spec = json!({
+        "groups": groups,
+        "replicas": 1,
+        "memory": {"deviceBudget": "192Mi", "diskBudget": "64Mi"},
+        "sourceVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
+        "terminationDrainSeconds": 10,
+        "worker": {"resources": {
+            "requests": {"cpu": "50m", "memory": "128Mi"},
+            "limits": {"cpu": "1", "memory": "512Mi"},
+        }},
+    });
+    Placement { name: name.into(), spec }
+}
+
+impl Placement {
+    /// On so many workers.
+    pub fn replicas(mut self, count: u32) -> Self {
+        self.spec["replicas"] = json!(count);
+        self
+    }
+
+    /// Each worker asks for an accelerator.
+    pub fn on_gpu(mut self) -> Self {
+        self.spec["accelerator"] = json!({"resourceName": "nvidia.com/gpu"});
+        self
+    }
+
+    /// Each worker is told to compute on the CPU, whatever it was given.
+    pub fn computing_on_cpu(mut self) -> Self {
+        self.spec["worker"]["env"] = json!([{"name": ENV_DEVICE, "value": "cpu"}]);
+        self
+    }
+
+    /// Bases take turns as soon as somebody waits.
+    pub fn switching_eagerly(mut self) -> Self {
+        self.spec["switching"] = json!({"minHoldSeconds": 0, "maxWaitSeconds": 0});
+        self
+    }
+
+    /// With one more volume, the claim of the same name.
+    pub fn volume(mut self, name: &str) -> Self {
+        let volume = json!({"name": name, "persistentVolumeClaim": {"claimName": name}});
+        self.spec["sourceVolumes"].as_array_mut().expect("a placement lists volumes").push(volume);
+        self
+    }
+
+    /// The object.
+    pub fn manifest(&self) -> Value {
+        json!({
+            "apiVersion": "turret.dev/v1alpha1",
+            "kind": "ModelPlacement",
+            "metadata": {"name": self.name},
+            "spec": self.spec,
+        })
+    }
+}
+
+/// A namespace that admits only what Pod Security `restricted` admits.
+pub fn restricted_namespace(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": name, "labels": {
+            "pod-security.kubernetes.io/enforce": "restricted",
+            "turret.dev/test": "true",
+        }},
+    })
+}
+
+/// A claim called `claim` in `namespace` and the volume that fulfils it with a folder of the node.
+pub fn folder_as_claim(namespace: &str, claim: &str, folder: &std::path::Path) -> Value {
+    let volume = format!("{namespace}-{claim}");
+    let size = json!({"storage": "1Gi"});
+    json!({"apiVersion": "v1", "kind": "List", "items": [
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": volume},
+            "spec": {
+                "capacity": size,
+                "accessModes": ["ReadOnlyMany"],
+                "persistentVolumeReclaimPolicy": "Retain",
+                "storageClassName": "",
+                "claimRef": {"namespace": namespace, "name": claim},
+                "hostPath": {"path": folder, "type": "Directory"},
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": claim, "namespace": namespace},
+            "spec": {
+                "accessModes": ["ReadOnlyMany"],
+                "storageClassName": "",
+                "volumeName": volume,
+                "resources": {"requests": size},
+            },
+        },
+    ]})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use turret_crds::{ModelGroup, ModelPlacement};
+
+    #[test]
+    fn builders_make_objects_of_the_contract() {
+        let manifest =
+            group("a", "base").lens("x", "lenses/x").lens_of_digest("x", "y", "sha256:0").manifest();
+        let made: ModelGroup = serde_json::from_value(manifest).unwrap();
+        assert_eq!(made.spec.lenses.len(), 1, "a lens of the same name is replaced");
+        assert_eq!(made.spec.lenses[0].source.digest.as_deref(), Some("sha256:0"));
+        let manifest = placement("p", &["a"]).replicas(2).on_gpu().computing_on_cpu().volume("v").manifest();
+        let made: ModelPlacement = serde_json::from_value(manifest).unwrap();
+        assert_eq!((made.spec.replicas, made.spec.source_volumes.len()), (2, 2));
+        assert_eq!(made.spec.worker.unwrap().env[0].name, "TURRET_DEVICE");
+    }
+}

@@ -1,0 +1,128 @@
+//! Things are deleted, in any order, and nothing hangs and nothing stays.
+
+use anyhow::{Result, ensure};
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::{DeleteParams, ListParams};
+use kube::{Api, ResourceExt as _};
+use turret_crds::condition::{ACCEPTED, READY};
+use turret_crds::{ModelGroup, ModelPlacement, label};
+
+use super::{QWEN, case, model};
+use crate::cluster::eventually::when;
+use crate::cluster::family::Family;
+use crate::cluster::gateway::Mode;
+use crate::cluster::objects::{group, placement};
+use crate::cluster::release::Release;
+use crate::cluster::space::Space;
+use crate::cluster::worker::Direct;
+
+/// Placement first, group first, the namespace at once.
+pub async fn objects_deleted_in_any_order_leave_nothing(release: &Release) -> Result<()> {
+    let space = serving(release, "placement-first").await?;
+    delete::<ModelPlacement>(&space, "shared").await?;
+    nothing_is_owned(&space).await?;
+    space.group_is(QWEN, READY, "True", "NotPlaced").await?;
+    delete::<ModelGroup>(&space, QWEN).await?;
+    space.remove().await?;
+
+    let space = serving(release, "group-first").await?;
+    delete::<ModelGroup>(&space, QWEN).await?;
+    space.placement_is("shared", ACCEPTED, "False", "GroupNotFound").await?;
+    // It comes back without further ado, which is what Argo CD does when it recreates an object.
+    space.apply(&[group(QWEN, "base").lens("pirate", "lenses/pirate").manifest()]).await?;
+    space.serves("shared", &[QWEN]).await?;
+    delete::<ModelGroup>(&space, QWEN).await?;
+    delete::<ModelPlacement>(&space, "shared").await?;
+    nothing_is_owned(&space).await?;
+    space.remove().await?;
+
+    let space = serving(release, "namespace-at-once").await?;
+    space.remove().await
+}
+
+/// The chart goes first: workers serve on without operator and gateway, and the objects can still
+/// be deleted. Installs nothing again: the last scenario of a run.
+pub async fn workers_serve_on_after_helm_uninstall(release: &Release) -> Result<()> {
+    let family = Family::read()?;
+    let space = serving(release, "uninstalled").await?;
+    let lives = space.lives("shared").await?;
+    // Its token is signed before the key goes with the chart.
+    let direct = Direct::to(release, &space, "shared", &space.workers("shared").await?[0]).await?.client();
+    release.uninstall().await?;
+    for lens in [None, Some("pirate")] {
+        direct.verify(&model(QWEN, lens), case(&family, QWEN, lens), Mode::Streamed).await?;
+    }
+    crate::cluster::space::changed(&lives, &space.lives("shared").await?)?;
+
+    delete::<ModelGroup>(&space, QWEN).await?;
+    delete::<ModelPlacement>(&space, "shared").await?;
+    nothing_is_owned(&space).await?;
+    space.remove().await
+}
+
+async fn serving<'r>(release: &'r Release, name: &str) -> Result<Space<'r>> {
+    let space = Space::create(release, name).await?;
+    let declared = group(QWEN, "base").lens("pirate", "lenses/pirate");
+    space.apply(&[declared.manifest(), placement("shared", &[QWEN]).manifest()]).await?;
+    space.serves("shared", &[QWEN]).await?;
+    let owned = owned(&space).await?;
+    ensure!(owned.len() >= 5, "the label `{}` is missing on owned objects: {owned:?}", label::PLACEMENT);
+    Ok(space)
+}
+
+async fn delete<K>(space: &Space<'_>, name: &str) -> Result<()>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + serde::de::DeserializeOwned,
+    K::DynamicType: Default,
+{
+    let api: Api<K> = space.all();
+    api.delete(name, &DeleteParams::default()).await?;
+    space
+        .eventually(&format!("`{name}` is deleted"), async || {
+            let object = api.get_opt(name).await?;
+            Ok(when(object.is_none(), || format!("finalizers {:?}", object.map(|o| o.finalizers().to_vec()))))
+        })
+        .await
+}
+
+async fn nothing_is_owned(space: &Space<'_>) -> Result<()> {
+    space
+        .eventually("nothing that the operator made is left", async || {
+            let left = owned(space).await?;
+            Ok(when(left.is_empty(), || format!("{left:?}")))
+        })
+        .await
+}
+
+/// Everything with a placement's label, as `Kind/name`.
+async fn owned(space: &Space<'_>) -> Result<Vec<String>> {
+    let mut found = names::<Deployment>(space).await?;
+    found.extend(names::<ReplicaSet>(space).await?);
+    found.extend(names::<Pod>(space).await?);
+    found.extend(names::<Service>(space).await?);
+    found.extend(names::<ConfigMap>(space).await?);
+    found.extend(names::<PodDisruptionBudget>(space).await?);
+    Ok(found)
+}
+
+async fn names<K>(space: &Space<'_>) -> Result<Vec<String>>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + serde::de::DeserializeOwned
+        + k8s_openapi::Resource,
+    K::DynamicType: Default,
+{
+    let list = space.all::<K>().list(&ListParams::default().labels(label::PLACEMENT)).await?;
+    Ok(list
+        .items
+        .iter()
+        .map(|object| format!("{}/{}", <K as k8s_openapi::Resource>::KIND, object.name_any()))
+        .collect())
+}

@@ -1,0 +1,87 @@
+//! The scenarios on a real cluster, one after another: they share one installed chart, and each
+//! has a namespace of its own. Run by `cargo xtask test cluster`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::runtime::Runtime;
+use turret_tests::cluster::environment::{Environment, KUBECONFIG};
+use turret_tests::cluster::release::{NAMESPACE, Release};
+use turret_tests::cluster::scenarios::{answers, deletion, device, faults, lenses, rights};
+
+fn main() -> Result<ExitCode> {
+    let mut arguments = Arguments::from_args();
+    // They count restarts, writes and rights of the whole cluster.
+    arguments.test_threads = Some(1);
+    let Some(environment) = Environment::read()? else {
+        println!(
+            "SKIPPED: {KUBECONFIG} is not set; `cargo xtask test cluster` starts a cluster and runs this"
+        );
+        return Ok(ExitCode::SUCCESS);
+    };
+    let runtime = Arc::new(Runtime::new()?);
+    let release = if arguments.list {
+        None
+    } else {
+        let release =
+            runtime.block_on(Release::install(environment)).context("the chart was not installed")?;
+        Some(Arc::new(release))
+    };
+    Ok(libtest_mimic::run(&arguments, scenarios(&runtime, release.as_ref())).exit_code())
+}
+
+/// A scenario by the name of its function.
+macro_rules! scenario {
+    ($runtime:expr, $release:expr, $module:ident::$name:ident) => {{
+        let (runtime, release) = (Arc::clone($runtime), $release.cloned());
+        Trial::test(stringify!($name), move || {
+            let release = release.expect("a chart is installed before scenarios run");
+            runtime.block_on(async {
+                let tried = $module::$name(&release).await;
+                judge(&release, stringify!($name), tried).await
+            })
+        })
+    }};
+}
+
+fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Trial> {
+    vec![
+        scenario!(runtime, release, rights::invalid_objects_are_refused_readably),
+        scenario!(runtime, release, answers::every_lens_of_both_groups_answers_what_was_recorded),
+        scenario!(runtime, release, answers::two_groups_take_turns_on_one_worker),
+        scenario!(runtime, release, lenses::a_lens_is_added_replaced_and_removed_without_a_restart),
+        scenario!(runtime, release, lenses::ready_turns_true_only_when_every_worker_reports_the_document),
+        scenario!(runtime, release, lenses::a_broken_lens_is_named_with_its_reason_and_heals),
+        scenario!(runtime, release, device::a_worker_without_the_device_it_was_given_says_so),
+        scenario!(runtime, release, device::kubectl_scale_changes_the_number_of_workers),
+        scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
+        scenario!(runtime, release, faults::the_operator_is_killed_and_carries_on),
+        scenario!(runtime, release, faults::a_worker_restarts_while_the_operator_is_down),
+        scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
+        scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
+        scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),
+        // These two look back at all the others, and the last one takes the chart away.
+        scenario!(runtime, release, rights::rights_are_exactly_what_is_used),
+        scenario!(runtime, release, deletion::workers_serve_on_after_helm_uninstall),
+    ]
+}
+
+/// Turns an error into a failure that carries what a person would look at next.
+async fn judge(release: &Release, scenario: &str, tried: Result<()>) -> Result<(), Failed> {
+    let Err(error) = tried else { return Ok(()) };
+    let mut text = format!("{error:#}\n");
+    let spaces = release.tools.kubectl(["get", "ns", "-l", "turret.dev/test", "-o", "name"]).await;
+    for space in spaces.unwrap_or_default().split_whitespace() {
+        let name = space.trim_start_matches("namespace/");
+        if name != NAMESPACE {
+            text += &release.tools.explain(name).await;
+            // What a failed scenario left must not disturb the next.
+            let deleted = release.tools.kubectl(["delete", "ns", name, "--wait=true", "--timeout=90s"]).await;
+            text += &deleted.err().map(|error| format!("\n{error:#}")).unwrap_or_default();
+        }
+    }
+    text += &release.tools.logs(NAMESPACE).await;
+    Err(Failed::from(format!("{scenario}: {text}")))
+}
