@@ -7,9 +7,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use turret_crds::{
-    ModelGroup, ModelName, ModelPlacement, WorkerReport,
-    document::AdmissionLimits,
-    model_name::{self, UnknownModel},
+    ModelGroup, ModelName, ModelPlacement, WorkerReport, document::AdmissionLimits, model_name::UnknownModel,
 };
 
 /// All namespaces and what they serve.
@@ -28,6 +26,8 @@ pub struct Namespace {
     pub groups: BTreeMap<String, Group>,
     /// By name.
     pub placements: BTreeMap<String, Placement>,
+    /// The groups that have a lens of this name, sorted.
+    groups_of_lens: BTreeMap<String, Vec<String>>,
 }
 
 /// A group that some placement serves.
@@ -167,7 +167,7 @@ impl Namespace {
                 },
             );
         }
-        namespace
+        namespace.indexed()
     }
 
     /// What workers that nobody declared report, as one placement called `placement`.
@@ -198,7 +198,17 @@ impl Namespace {
                 admission: AdmissionLimits::default(),
             },
         );
-        namespace
+        namespace.indexed()
+    }
+
+    fn indexed(mut self) -> Self {
+        self.groups_of_lens.clear();
+        for (name, group) in &self.groups {
+            for lens in group.lenses.keys() {
+                self.groups_of_lens.entry(lens.clone()).or_default().push(name.clone());
+            }
+        }
+        self
     }
 
     /// The group that is meant when a request names none: the only one there is, or the default
@@ -220,8 +230,28 @@ impl Namespace {
                 None => Err(ResolveError::ModelMissing { groups: self.groups.keys().cloned().collect() }),
             };
         };
-        let served = self.groups.iter().map(|(g, group)| (g.as_str(), group.lenses.keys().map(String::as_str)));
-        Ok(model_name::resolve(name, served)?)
+        Ok(self.find(name)?)
+    }
+
+    /// [`turret_crds::model_name::resolve`] with an index: it is asked for every request.
+    fn find(&self, name: &str) -> Result<ModelName, UnknownModel> {
+        if self.groups.contains_key(name) {
+            return Ok(ModelName { group: name.to_owned(), lens: None });
+        }
+        let full = name
+            .split_once(':')
+            .filter(|(g, l)| self.groups.get(*g).is_some_and(|g| g.lenses.contains_key(*l)));
+        if let Some((group, lens)) = full {
+            return Ok(ModelName { group: group.to_owned(), lens: Some(lens.to_owned()) });
+        }
+        match self.groups_of_lens.get(name).map(Vec::as_slice) {
+            None | Some([]) => Err(UnknownModel::NotFound { name: name.to_owned() }),
+            Some([group]) => Ok(ModelName { group: group.clone(), lens: Some(name.to_owned()) }),
+            Some(groups) => Err(UnknownModel::Ambiguous {
+                name: name.to_owned(),
+                candidates: groups.iter().map(|g| format!("{g}:{name}")).collect(),
+            }),
+        }
     }
 
     /// How long a request for a group may be held.
@@ -338,6 +368,7 @@ impl Catalog {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::json;
 
     fn model_group(name: &str, lenses: &[&str]) -> ModelGroup {
@@ -369,7 +400,10 @@ mod tests {
     fn lab() -> Namespace {
         Namespace::declared(
             &[model_group("north", &["pirate", "terse"]), model_group("south", &["pirate"])],
-            &[placement("shared", json!({"groups": [{"name": "north"}, {"name": "south"}], "defaultGroupName": "south"}))],
+            &[placement(
+                "shared",
+                json!({"groups": [{"name": "north"}, {"name": "south"}], "defaultGroupName": "south"}),
+            )],
         )
     }
 
@@ -392,7 +426,10 @@ mod tests {
             assert_eq!(find(&catalog, Scope::Anywhere, asked).unwrap(), found, "anywhere");
         }
         let ambiguous = find(&catalog, lab, "pirate").unwrap_err();
-        assert_eq!(ambiguous.to_string(), "`pirate` is a lens of several groups; write one of north:pirate, south:pirate");
+        assert_eq!(
+            ambiguous.to_string(),
+            "`pirate` is a lens of several groups; write one of north:pirate, south:pirate"
+        );
         assert!(!ambiguous.is_not_found());
         assert_eq!(find(&catalog, Scope::Anywhere, "pirate").unwrap_err(), ambiguous);
         assert!(find(&catalog, lab, "east").unwrap_err().is_not_found());
@@ -412,7 +449,10 @@ mod tests {
         let error = find(&catalog, Scope::Anywhere, "north").unwrap_err();
         assert_eq!(
             error,
-            ResolveError::AmbiguousNamespace { name: "north".into(), namespaces: vec!["lab".into(), "prod".into()] }
+            ResolveError::AmbiguousNamespace {
+                name: "north".into(),
+                namespaces: vec!["lab".into(), "prod".into()]
+            }
         );
         assert!(!error.is_not_found());
         assert_eq!(find(&catalog, Scope::Anywhere, "south").unwrap(), "lab/south");
@@ -424,7 +464,10 @@ mod tests {
     fn a_missing_model_is_refused_where_several_could_be_meant() {
         let two = Namespace::declared(
             &[model_group("north", &[]), model_group("south", &[])],
-            &[placement("a", json!({"groups": [{"name": "north"}]})), placement("b", json!({"groups": [{"name": "south"}]}))],
+            &[
+                placement("a", json!({"groups": [{"name": "north"}]})),
+                placement("b", json!({"groups": [{"name": "south"}]})),
+            ],
         );
         let catalog = catalog(vec![("lab", two)]);
         let error = find(&catalog, Scope::Namespace("lab"), "").unwrap_err();
@@ -452,6 +495,24 @@ mod tests {
         assert_eq!(namespace.hold("alias"), Duration::from_secs(7));
         assert_eq!(namespace.queue_limit("alias"), 512);
         assert!(namespace.is_scaled_to_zero("alias"));
+    }
+
+    proptest! {
+        #[test]
+        fn the_index_finds_what_the_contract_says(
+            groups in proptest::collection::btree_map("[ab]{1,2}", proptest::collection::btree_set("[abc]{1,2}", 0..4), 0..5),
+            name in "[abc]{0,2}(:[abc]{0,2})?",
+        ) {
+            let namespace = Namespace {
+                groups: groups.iter().map(|(name, lenses)| (name.clone(), Group {
+                    lenses: lenses.iter().map(|l| (l.clone(), Lens::default())).collect(),
+                    ..Group::default()
+                })).collect(),
+                ..Namespace::default()
+            }.indexed();
+            let served = groups.iter().map(|(g, lenses)| (g.as_str(), lenses.iter().map(String::as_str)));
+            prop_assert_eq!(namespace.find(&name), turret_crds::model_name::resolve(&name, served));
+        }
     }
 
     #[test]

@@ -66,7 +66,8 @@ impl<K: Ord + Clone, W> HoldQueue<K, W> {
         let mut displaced = None;
         if self.len >= self.limit {
             let own = self.lines.get(&key).map_or(0, VecDeque::len);
-            let longest = self.lines.iter().max_by_key(|(_, line)| line.len()).map(|(k, l)| (k.clone(), l.len()));
+            let longest =
+                self.lines.iter().max_by_key(|(_, line)| line.len()).map(|(k, l)| (k.clone(), l.len()));
             match longest {
                 Some((longest, length)) if length > own + 1 => displaced = self.drop_last(&longest),
                 _ => return Entry::Full(item),

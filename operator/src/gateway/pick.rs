@@ -170,9 +170,9 @@ impl Refusals {
 
     /// Whether a worker's refusal still counts.
     pub fn refuses<A>(&self, worker: &Worker<A>, now: Moment) -> bool {
-        self.0
-            .iter()
-            .any(|r| r.worker == worker.endpoint.id && r.until > now && phase(worker).as_ref() == Some(&r.phase))
+        self.0.iter().any(|r| {
+            r.worker == worker.endpoint.id && r.until > now && phase(worker).as_ref() == Some(&r.phase)
+        })
     }
 
     /// When the first refusal that still counts ends by itself.
@@ -184,6 +184,9 @@ impl Refusals {
 /// Why no worker can take a request now.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unserved {
+    /// The gateway has just started and has not read what is served.
+    #[error("what is served has not been read yet")]
+    Unread,
     /// There is none.
     #[error("no worker is running for it yet")]
     NoWorker,
@@ -319,7 +322,9 @@ fn judge<'a, A>(model: &ModelName, worker: &'a Worker<A>, in_flight: &InFlight) 
         crowd: queue / CROWD,
         lens: match lens {
             None => LensRank::Device,
-            Some(lens) => lens_rank(&lens.state, lens.tier, load.is_some_and(|l| l.models.contains_key(model))),
+            Some(lens) => {
+                lens_rank(&lens.state, lens.tier, load.is_some_and(|l| l.models.contains_key(model)))
+            }
         },
         queue,
         affinity: affinity(&spread, &report.worker.name),
@@ -328,7 +333,12 @@ fn judge<'a, A>(model: &ModelName, worker: &'a Worker<A>, in_flight: &InFlight) 
     Verdict::Serves(Choice { worker, base: &base.key, score })
 }
 
-fn failed<'a, A>(what: String, reason: FailureReason, message: &str, retry_at: Option<u64>) -> Verdict<'a, A> {
+fn failed<'a, A>(
+    what: String,
+    reason: FailureReason,
+    message: &str,
+    retry_at: Option<u64>,
+) -> Verdict<'a, A> {
     Verdict::Failed(Unserved::Failed { what, reason, message: message.to_owned(), retry_at })
 }
 

@@ -1,0 +1,226 @@
+//! Keeps the [`Directory`] in step with the Kubernetes API: ModelGroups, ModelPlacements and
+//! EndpointSlices, and the Secret with the gateway's signing key.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
+    sync::Arc,
+};
+
+use futures::{Stream, StreamExt, stream::BoxStream};
+use k8s_openapi::{NamespaceResourceScope, api::core::v1::Secret, api::discovery::v1::EndpointSlice};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    runtime::{WatchStreamExt, watcher},
+};
+use serde::de::DeserializeOwned;
+use turret_crds::{ModelGroup, ModelPlacement, label, token::Scope};
+
+use super::{
+    catalog::{Catalog, Namespace},
+    directory::Directory,
+    endpoint,
+};
+use crate::{
+    fleet::{Endpoint, WorkerId},
+    keys::{GATEWAY_ISSUER, KeyError, SECRET_FIELD, Signer, SigningKey, TokenSource},
+    rbac::GATEWAY_KEYS,
+};
+
+/// What is watched.
+#[derive(Clone)]
+pub struct Watched {
+    /// The way to the API server.
+    pub client: Client,
+    /// The only namespace to look at; `None` is all of them.
+    pub namespace: Option<String>,
+    /// The gateway's own namespace, where its Secret is.
+    pub own_namespace: String,
+}
+
+impl Watched {
+    fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+    {
+        match &self.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
+    }
+}
+
+/// Objects of one kind, by namespace and name.
+struct Objects<K> {
+    current: BTreeMap<(String, String), K>,
+    /// What a list that is being read has shown so far.
+    listing: Option<BTreeMap<(String, String), K>>,
+    listed: bool,
+}
+
+impl<K: ResourceExt> Objects<K> {
+    fn new() -> Self {
+        Self { current: BTreeMap::new(), listing: None, listed: false }
+    }
+
+    /// Takes an event in and notes the namespaces it touches.
+    fn take(&mut self, event: watcher::Event<K>, touched: &mut BTreeSet<String>) {
+        match event {
+            watcher::Event::Init => self.listing = Some(BTreeMap::new()),
+            watcher::Event::InitApply(object) => {
+                self.listing.get_or_insert_default().insert(key(&object), lean(object));
+            }
+            watcher::Event::InitDone => {
+                let listed = self.listing.take().unwrap_or_default();
+                touched.extend(self.current.keys().chain(listed.keys()).map(|(ns, _)| ns.clone()));
+                self.current = listed;
+                self.listed = true;
+            }
+            watcher::Event::Apply(object) => {
+                let key = key(&object);
+                touched.insert(key.0.clone());
+                self.current.insert(key, lean(object));
+            }
+            watcher::Event::Delete(object) => {
+                let key = key(&object);
+                self.current.remove(&key);
+                touched.insert(key.0);
+            }
+        }
+    }
+
+    fn of(&self, namespace: &str) -> impl Iterator<Item = &K> {
+        let from = (namespace.to_owned(), String::new());
+        self.current.range(from..).take_while(move |((ns, _), _)| ns == namespace).map(|(_, object)| object)
+    }
+}
+
+fn key(object: &impl ResourceExt) -> (String, String) {
+    (object.namespace().unwrap_or_default(), object.name_any())
+}
+
+/// Without the part of an object that is of no use here and often the largest.
+fn lean<K: ResourceExt>(mut object: K) -> K {
+    object.managed_fields_mut().clear();
+    object
+}
+
+enum Seen {
+    Group(watcher::Event<ModelGroup>),
+    Placement(watcher::Event<ModelPlacement>),
+    Slice(watcher::Event<EndpointSlice>),
+}
+
+/// Watches for ever. `tokens` signs what workers ask for.
+pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Directory>) {
+    let events: [BoxStream<'static, Seen>; 3] = [
+        watch(watched.api(), watcher::Config::default()).map(Seen::Group).boxed(),
+        watch(watched.api(), watcher::Config::default()).map(Seen::Placement).boxed(),
+        watch(watched.api(), watcher::Config::default().labels(label::PLACEMENT)).map(Seen::Slice).boxed(),
+    ];
+    let mut events = futures::stream::select_all(events).ready_chunks(256);
+    let mut groups = Objects::new();
+    let mut placements = Objects::new();
+    let mut slices = Objects::new();
+    let mut catalog = Catalog::default();
+    while let Some(events) = events.next().await {
+        let (mut declared, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+        for event in events {
+            match event {
+                Seen::Group(event) => groups.take(event, &mut declared),
+                Seen::Placement(event) => placements.take(event, &mut declared),
+                Seen::Slice(event) => slices.take(event, &mut addresses),
+            }
+        }
+        let complete = groups.listed && placements.listed && slices.listed;
+        if complete && !catalog.complete {
+            tracing::info!(
+                groups = groups.current.len(),
+                placements = placements.current.len(),
+                "declarations are read"
+            );
+        }
+        // Workers first: a group that appears finds its workers followed.
+        if !addresses.is_empty() {
+            directory.follow(endpoints(&slices, &tokens));
+        }
+        if !declared.is_empty() || complete != catalog.complete {
+            catalog.complete = complete;
+            for name in declared {
+                let namespace = Namespace::declared(groups.of(&name), placements.of(&name));
+                if namespace.placements.is_empty() {
+                    catalog.namespaces.remove(&name);
+                } else {
+                    catalog.namespaces.insert(name, Arc::new(namespace));
+                }
+            }
+            directory.declare(catalog.clone());
+        }
+    }
+}
+
+fn endpoints(
+    slices: &Objects<EndpointSlice>,
+    signer: &Arc<Signer>,
+) -> Vec<Endpoint<super::directory::Place>> {
+    endpoint::workers(slices.current.values())
+        .into_iter()
+        .map(|(id, worker)| Endpoint {
+            id: WorkerId(id.into()),
+            control_url: worker.control_url,
+            token: TokenSource::Signed { signer: signer.clone(), placement_uid: worker.placement_uid },
+            attached: worker.place,
+        })
+        .collect()
+}
+
+/// A watch that goes on through errors, with growing pauses, and logs them.
+fn watch<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Event<K>> + Send + 'static
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    watcher(api, config).default_backoff().filter_map(|event| async move {
+        event
+            .inspect_err(
+                |error| tracing::warn!(kind = %K::kind(&()), %error, "a watch failed and is opened again"),
+            )
+            .ok()
+    })
+}
+
+/// Waits for the Secret with the gateway's key, which the operator fills, and follows its changes.
+pub async fn signer(watched: &Watched) -> Arc<Signer> {
+    let api: Api<Secret> = Api::namespaced(watched.client.clone(), &watched.own_namespace);
+    let config = watcher::Config::default().fields(&format!("metadata.name={GATEWAY_KEYS}"));
+    let mut keys = watch(api, config)
+        .filter_map(|event| async move {
+            match event {
+                watcher::Event::Apply(secret) | watcher::Event::InitApply(secret) => read_key(&secret),
+                _ => None,
+            }
+        })
+        .boxed();
+    tracing::info!(secret = GATEWAY_KEYS, namespace = %watched.own_namespace, "waiting for the signing key");
+    let Some(first) = keys.next().await else { unreachable!("a watch never ends") };
+    tracing::info!(key = first.id(), "signing key read");
+    let signer = Arc::new(Signer::new(GATEWAY_ISSUER, Scope::Serve, first));
+    let followed = Arc::downgrade(&signer);
+    tokio::spawn(async move {
+        while let Some(key) = keys.next().await {
+            let Some(signer) = followed.upgrade() else { return };
+            tracing::info!(key = key.id(), "signing key read");
+            signer.replace(key);
+        }
+    });
+    signer
+}
+
+/// The key in a Secret; an empty one is about to be filled by the operator.
+fn read_key(secret: &Secret) -> Option<SigningKey> {
+    let pem = secret.data.as_ref()?.get(SECRET_FIELD)?;
+    let key = std::str::from_utf8(&pem.0)
+        .map_err(|_| KeyError::Malformed("it is not text".into()))
+        .and_then(SigningKey::from_pem);
+    key.inspect_err(|error| tracing::warn!(secret = GATEWAY_KEYS, %error, "the signing key cannot be used"))
+        .ok()
+}
