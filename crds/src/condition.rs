@@ -47,6 +47,8 @@ pub mod reason {
     pub const UNSCHEDULABLE: &str = "Unschedulable";
     /// A worker ends again and again; the message carries its last words.
     pub const CRASHING: &str = "Crashing";
+    /// A node cannot get the workers' image.
+    pub const IMAGE_UNAVAILABLE: &str = "ImageUnavailable";
     /// A worker was given an accelerator and finds none.
     pub const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
     /// A worker does not answer.

@@ -9,10 +9,15 @@
 //! - [`gateway`] is `turret-operator gateway`.
 //! - [`rbac`] lists exactly the permissions both use; the chart's roles are generated from it.
 
+pub mod controllers;
 pub mod fleet;
 pub mod gateway;
+pub mod health;
 pub mod keys;
+pub mod leader;
+pub mod metrics;
 pub mod print;
 pub mod rbac;
 pub mod run;
+pub mod secrets;
 pub mod telemetry;

@@ -1,10 +1,319 @@
-//! `turret-operator run`.
+//! `turret-operator run`: caches first, then the election, then the controllers.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret};
+use kube::{
+    Api, Client, Config, Resource, ResourceExt,
+    core::NamespaceResourceScope,
+    runtime::{
+        events::{Recorder, Reporter},
+        watcher,
+    },
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, watch},
+    task::JoinSet,
+};
+use turret_crds::label;
+
+use crate::{
+    controllers::{
+        cache::{self, Touched},
+        context::{Caches, Context, Pods, placement_of},
+        group,
+        placement::{self, plan::shrink_config_map, resources::MANAGED_BY},
+        retry::Failures,
+        waker::Waker,
+        wakes::{Key, Wakes},
+    },
+    fleet::{Endpoint, Fleet, Moved},
+    health::Health,
+    leader::Election,
+    metrics::Metrics,
+    rbac, secrets,
+};
+
+/// Finishing what is begun may take this long after SIGTERM.
+const GRACE: Duration = Duration::from_secs(10);
+/// Pods that change within this time are followed at once.
+const POD_COALESCE: Duration = Duration::from_millis(20);
 
 /// What `turret-operator run` is told.
 #[derive(Clone, Debug, clap::Args)]
-pub struct RunArgs {}
+pub struct RunArgs {
+    /// Serve this namespace only; absent: all.
+    #[arg(long, env = "TURRET_WATCH_NAMESPACE")]
+    namespace: Option<String>,
+    /// Namespace of the Lease and of the key Secrets; absent: the operator's own.
+    #[arg(long, env = "POD_NAMESPACE")]
+    operator_namespace: Option<String>,
+    /// Name of this replica in the election and in events.
+    #[arg(long, env = "POD_NAME")]
+    identity: Option<String>,
+    /// Image of workers whose placement names none.
+    #[arg(long, env = "TURRET_WORKER_IMAGE")]
+    worker_image: String,
+    /// Name of the Lease of the election.
+    #[arg(long, default_value = rbac::LEASE)]
+    lease_name: String,
+    /// Name of the Secret with the operator's signing key.
+    #[arg(long, default_value = rbac::OPERATOR_KEYS)]
+    keys_secret: String,
+    /// Name of the Secret with the gateway's signing key.
+    #[arg(long, default_value = rbac::GATEWAY_KEYS)]
+    gateway_keys_secret: String,
+    /// Where /livez, /readyz and /metrics are served.
+    #[arg(long, default_value = "0.0.0.0:8080")]
+    listen: SocketAddr,
+}
 
-/// Runs the controllers until told to stop.
-pub async fn run(_args: RunArgs) -> anyhow::Result<()> {
+/// Runs the controllers until SIGTERM or SIGINT, or until the leadership is lost.
+pub async fn run(args: RunArgs) -> anyhow::Result<()> {
+    let config =
+        Config::infer().await.context("failed to find out how to reach the Kubernetes API server")?;
+    let own_namespace = args.operator_namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+    let client = Client::try_from(config).context("failed to set up the Kubernetes client")?;
+    let identity =
+        args.identity.clone().unwrap_or_else(|| format!("turret-operator-{}", uuid::Uuid::new_v4()));
+    let stop = stop_signal()?;
+
+    let health = Health::new(Metrics::default());
+    let listener = tokio::net::TcpListener::bind(args.listen)
+        .await
+        .with_context(|| format!("failed to listen on {} (--listen)", args.listen))?;
+    let mut tasks = JoinSet::new();
+    let router = health.router();
+    tasks.spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            tracing::error!(%error, "health endpoints ended");
+        }
+    });
+
+    let watched = start_caches(&mut tasks, &client, args.namespace.as_deref());
+    let all = watched.caches.synced();
+    tokio::select! {
+        () = all => health.caches_are_synced(),
+        () = stopped(stop.clone()) => return Ok(()),
+    }
+    tracing::info!(%identity, namespace = args.namespace.as_deref().unwrap_or("all"), "caches are synced");
+
+    let leases = Api::<Lease>::namespaced(client.clone(), &own_namespace);
+    let election = Election::new(leases, &args.lease_name, &identity);
+    tokio::select! {
+        () = election.acquire() => {}
+        () = stopped(stop.clone()) => return Ok(()),
+    }
+    tracing::info!(%identity, "leading");
+    health.metrics.leader.set(1);
+
+    let secrets = Api::<Secret>::namespaced(client.clone(), &own_namespace);
+    let keys = tokio::select! {
+        keys = secrets::start(&mut tasks, secrets, &args.keys_secret, &args.gateway_keys_secret) => keys,
+        lost = election.hold() => return Err(lost.into()),
+        () = stopped(stop.clone()) => { election.release().await; return Ok(()) }
+    };
+    let ctx = Arc::new(context(client, &args, identity, &watched, &keys, &health.metrics)?);
+    follow_pods(&mut tasks, &ctx, &watched, &keys);
+    follow_keys(&mut tasks, &ctx);
+    let controllers = async {
+        tokio::join!(
+            placement::controller::run(ctx.clone(), stopped(stop.clone())),
+            group::controller::run(ctx.clone(), stopped(stop.clone())),
+        )
+    };
+    tokio::select! {
+        _ = controllers => {}
+        lost = election.hold() => return Err(lost.into()),
+        () = async { stopped(stop.clone()).await; tokio::time::sleep(GRACE).await } => {
+            tracing::warn!("what was begun did not end in time");
+        }
+    }
+    health.metrics.leader.set(0);
+    election.release().await;
     Ok(())
+}
+
+/// Turns true on SIGTERM and SIGINT.
+fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
+    let (sender, receiver) = watch::channel(false);
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        tracing::info!("stopping");
+        sender.send_replace(true);
+        // A second signal ends the process at once.
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        std::process::exit(1);
+    });
+    Ok(receiver)
+}
+
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    // The sender lives in a task that ends only with the process.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// The caches, and what their changes wake.
+struct Watched {
+    caches: Caches,
+    placement_wakes: Wakes,
+    group_wakes: Wakes,
+    pods_changed: Arc<Notify>,
+}
+
+fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str>) -> Watched {
+    let (placement_wakes, group_wakes) = (Wakes::default(), Wakes::default());
+    let pods_changed = Arc::new(Notify::new());
+    let everything = watcher::Config::default();
+    let owned = watcher::Config::default().labels(&format!("{}={MANAGED_BY}", label::APP_MANAGED_BY));
+
+    let waker = Waker { placements: placement_wakes.clone(), groups: group_wakes.clone() };
+    let wake = waker.clone();
+    let placements =
+        cache::start(tasks, api(client, namespace), everything.clone(), cache::shrink_metadata, move |t| {
+            wake.placement_changed(&t);
+        });
+    let (wake, all_placements) = (waker.clone(), placements.clone());
+    let groups = cache::start(tasks, api(client, namespace), everything, cache::shrink_metadata, move |t| {
+        wake.group_changed(&t, &all_placements);
+    });
+    // What a placement owns wakes the placement, and its groups through the placement's cache.
+    let (wake, all_placements) = (waker, placements.clone());
+    let owned_changed = move |key: Option<Key>| {
+        if let Some(key) = key {
+            wake.placement_and_groups(&key, &all_placements);
+        }
+    };
+    let touch = owned_changed.clone();
+    let config_maps = cache::start(
+        tasks,
+        api(client, namespace),
+        owned.clone(),
+        |c: &mut k8s_openapi::api::core::v1::ConfigMap| {
+            cache::shrink_metadata(c);
+            shrink_config_map(c);
+        },
+        move |t| touch(t.both().next().and_then(placement_of)),
+    );
+    let touch = owned_changed.clone();
+    let services =
+        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+            touch(t.both().next().and_then(placement_of));
+        });
+    let touch = owned_changed.clone();
+    let disruption_budgets =
+        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+            touch(t.both().next().and_then(placement_of));
+        });
+    let touch = owned_changed.clone();
+    let deployments =
+        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+            touch(t.both().next().and_then(placement_of));
+        });
+    let pods = Pods::default();
+    let (index, notify) = (pods.clone(), pods_changed.clone());
+    let pod_store = cache::start(
+        tasks,
+        api(client, namespace),
+        owned,
+        crate::controllers::pod::shrink,
+        move |t: Touched<'_, k8s_openapi::api::core::v1::Pod>| {
+            match (t.before, t.after) {
+                (_, Some(pod)) => index.set(pod),
+                (Some(pod), None) => index.remove(pod),
+                (None, None) => {}
+            }
+            owned_changed(t.both().next().and_then(placement_of));
+            notify.notify_one();
+        },
+    );
+    let caches = Caches {
+        groups,
+        placements,
+        config_maps,
+        services,
+        disruption_budgets,
+        deployments,
+        pods,
+        pod_store,
+    };
+    Watched { caches, placement_wakes, group_wakes, pods_changed }
+}
+
+fn context(
+    client: Client,
+    args: &RunArgs,
+    identity: String,
+    watched: &Watched,
+    keys: &secrets::Keys,
+    metrics: &Metrics,
+) -> anyhow::Result<Context> {
+    // Worker streams last for hours, so there is no timeout over all; each use has its own.
+    let http = reqwest::Client::builder()
+        .no_proxy()
+        .connect_timeout(Duration::from_secs(3))
+        .tcp_keepalive(Duration::from_secs(15))
+        .build()
+        .context("failed to set up the HTTP client for workers")?;
+    let waker = Waker { placements: watched.placement_wakes.clone(), groups: watched.group_wakes.clone() };
+    let placements = watched.caches.placements.clone();
+    let changed = move |endpoint: &Endpoint<Key>, moved: Moved| {
+        // What moves with traffic is looked at once a minute anyway.
+        if moved > Moved::Traffic {
+            waker.placement_and_groups(&endpoint.attached, &placements);
+        }
+    };
+    let reporter = Reporter { controller: "turret-operator".into(), instance: Some(identity) };
+    Ok(Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        caches: watched.caches.clone(),
+        fleet: Fleet::new(http.clone(), changed),
+        public_keys: keys.public.clone(),
+        worker_image: args.worker_image.clone(),
+        metrics: metrics.clone(),
+        placement_failures: Failures::default(),
+        group_failures: Failures::default(),
+        http,
+        pushes: Default::default(),
+        placement_wakes: watched.placement_wakes.clone(),
+        group_wakes: watched.group_wakes.clone(),
+    })
+}
+
+/// Follows the state streams of all worker pods that there are.
+fn follow_pods(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, watched: &Watched, keys: &secrets::Keys) {
+    let (ctx, changed, signer) = (ctx.clone(), watched.pods_changed.clone(), keys.signer.clone());
+    tasks.spawn(async move {
+        loop {
+            ctx.fleet.follow_exactly(ctx.caches.pods.endpoints(&signer));
+            changed.notified().await;
+            tokio::time::sleep(POD_COALESCE).await;
+        }
+    });
+}
+
+/// New keys go into all documents.
+fn follow_keys(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    let (ctx, mut keys) = (ctx.clone(), ctx.public_keys.clone());
+    tasks.spawn(async move {
+        while keys.changed().await.is_ok() {
+            for placement in ctx.caches.placements.state() {
+                ctx.placement_wakes.wake(placement.namespace().unwrap_or_default(), placement.name_any());
+            }
+        }
+    });
+}
+
+fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
 }

@@ -1,0 +1,284 @@
+//! What reconciling needs: the caches to read, the fleet to ask, the client to act with.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        core::v1::{ConfigMap, Pod, Service},
+        policy::v1::PodDisruptionBudget,
+    },
+    apimachinery::pkg::apis::meta::v1::Condition,
+};
+use kube::{
+    Client, Resource, ResourceExt,
+    runtime::{
+        events::{Event, EventType, Recorder},
+        reflector::{Lookup, ObjectRef, Store},
+    },
+};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use turret_crds::{ModelGroup, ModelPlacement, condition, label, token::PublicKey};
+
+use super::{
+    assess::{DocumentRef, ObservedWorker},
+    placement::push::{self, PushError, Pushes, Recipient},
+    pod::PodFacts,
+    retry::Failures,
+    wakes::{Key, Wakes},
+};
+use crate::{
+    fleet::{Endpoint, Fleet, Link, WorkerId},
+    keys::{Signer, TokenSource},
+    metrics::{Kind, Metrics, Outcome},
+};
+
+/// Everything that reconciling reads and acts with.
+pub struct Context {
+    /// To act with.
+    pub client: Client,
+    /// What is in the cluster.
+    pub caches: Caches,
+    /// What workers say.
+    pub fleet: Fleet<Key>,
+    /// The public keys that go into every document.
+    pub public_keys: watch::Receiver<Vec<PublicKey>>,
+    /// Worker image of this operator's version.
+    pub worker_image: String,
+    /// Events on objects.
+    pub recorder: Recorder,
+    /// Metrics.
+    pub metrics: Metrics,
+    /// Failures in a row of each placement.
+    pub placement_failures: Failures,
+    /// Failures in a row of each group.
+    pub group_failures: Failures,
+    /// To write to workers.
+    pub http: reqwest::Client,
+    /// What was given to workers a moment ago.
+    pub pushes: Pushes,
+    /// Groups to look at.
+    pub group_wakes: Wakes,
+    /// Placements to look at.
+    pub placement_wakes: Wakes,
+}
+
+/// The object caches.
+#[derive(Clone)]
+pub struct Caches {
+    /// Groups.
+    pub groups: Store<ModelGroup>,
+    /// Placements.
+    pub placements: Store<ModelPlacement>,
+    /// ConfigMaps of placements, their data replaced by hashes.
+    pub config_maps: Store<ConfigMap>,
+    /// Services of placements.
+    pub services: Store<Service>,
+    /// PodDisruptionBudgets of placements.
+    pub disruption_budgets: Store<PodDisruptionBudget>,
+    /// Deployments of placements.
+    pub deployments: Store<Deployment>,
+    /// Worker pods.
+    pub pods: Pods,
+    /// What `pods` is made from.
+    pub pod_store: Store<Pod>,
+}
+
+impl Caches {
+    /// Waits until every cache holds all that there is.
+    pub fn synced(&self) -> impl Future<Output = ()> + Send + use<> {
+        let Self {
+            groups,
+            placements,
+            config_maps,
+            services,
+            disruption_budgets,
+            deployments,
+            pods: _,
+            pod_store,
+        } = self.clone();
+        async move {
+            // A cache that will never be filled has no writer; the process is about to end then.
+            let _ = tokio::join!(
+                groups.wait_until_ready(),
+                placements.wait_until_ready(),
+                config_maps.wait_until_ready(),
+                services.wait_until_ready(),
+                disruption_budgets.wait_until_ready(),
+                deployments.wait_until_ready(),
+                pod_store.wait_until_ready(),
+            );
+        }
+    }
+}
+
+/// Gets an object by name.
+pub fn get<K>(store: &Store<K>, namespace: &str, name: &str) -> Option<Arc<K>>
+where
+    K: Lookup<DynamicType = ()> + Clone + 'static,
+{
+    store.get(&ObjectRef::new(name).within(namespace))
+}
+
+/// Facts of the worker pods, by placement.
+#[derive(Clone, Default)]
+pub struct Pods(Arc<Mutex<HashMap<Key, BTreeMap<String, WorkerPod>>>>);
+
+/// A worker pod, and what is needed to reach it.
+#[derive(Clone)]
+pub struct WorkerPod {
+    /// Its facts.
+    pub facts: Arc<PodFacts>,
+    /// UID of its placement.
+    pub placement_uid: Arc<str>,
+}
+
+/// The placement an owned object or a worker pod belongs to, by its labels.
+pub fn placement_of<K: Resource>(object: &K) -> Option<Key> {
+    let name = object.labels().get(label::PLACEMENT)?;
+    Some((ResourceExt::namespace(object)?, name.clone()))
+}
+
+impl Pods {
+    /// Takes note of a pod as it is.
+    pub fn set(&self, pod: &Pod) {
+        let Some(key) = placement_of(pod) else { return };
+        let uid = pod.labels().get(label::PLACEMENT_UID).map(String::as_str).unwrap_or_default();
+        let worker = WorkerPod { facts: Arc::new(PodFacts::of(pod)), placement_uid: uid.into() };
+        self.0.lock().entry(key).or_default().insert(pod.name_any(), worker);
+    }
+
+    /// Takes note that a pod is gone.
+    pub fn remove(&self, pod: &Pod) {
+        let Some(key) = placement_of(pod) else { return };
+        let mut all = self.0.lock();
+        if let Some(pods) = all.get_mut(&key) {
+            pods.remove(&pod.name_any());
+            if pods.is_empty() {
+                all.remove(&key);
+            }
+        }
+    }
+
+    fn of(&self, key: &Key) -> Vec<WorkerPod> {
+        self.0.lock().get(key).map(|pods| pods.values().cloned().collect()).unwrap_or_default()
+    }
+
+    /// The control ports of all workers that have an address and are not leaving.
+    pub fn endpoints(&self, signer: &Arc<Signer>) -> Vec<Endpoint<Key>> {
+        let all = self.0.lock();
+        let pods = all.iter().flat_map(|(key, pods)| pods.values().map(move |pod| (key, pod)));
+        pods.filter(|(_, pod)| pod.facts.counts())
+            .filter_map(|(key, pod)| {
+                let ip = pod.facts.ip.as_ref()?;
+                let host = if ip.contains(':') { format!("[{ip}]") } else { ip.clone() };
+                Some(Endpoint {
+                    id: worker_id(&key.0, &pod.facts.name),
+                    control_url: format!("http://{host}:{}", label::CONTROL_PORT).into(),
+                    token: TokenSource::Signed {
+                        signer: signer.clone(),
+                        placement_uid: pod.placement_uid.clone(),
+                    },
+                    attached: key.clone(),
+                })
+            })
+            .collect()
+    }
+}
+
+fn worker_id(namespace: &str, pod: &str) -> WorkerId {
+    WorkerId(format!("{namespace}/{pod}").into())
+}
+
+impl Context {
+    /// The workers of a placement as they are observed, sorted by name.
+    pub fn workers(&self, key: &Key) -> Vec<ObservedWorker> {
+        let fleet = self.fleet.snapshot();
+        let pods = self.caches.pods.of(key);
+        pods.into_iter()
+            .map(|pod| {
+                let worker = fleet.get(&worker_id(&key.0, &pod.facts.name));
+                ObservedWorker {
+                    report: worker.and_then(|w| w.believed().cloned()),
+                    lost: worker.and_then(|w| match &w.link {
+                        Link::Lost(why) => Some(why.clone()),
+                        Link::Connecting | Link::Open => None,
+                    }),
+                    pod: PodFacts::clone(&pod.facts),
+                }
+            })
+            .collect()
+    }
+
+    /// Gives a document to all workers of a placement that can be reached and do not have it.
+    pub async fn push(&self, key: &Key, document: &DocumentRef, gzip: Vec<u8>) -> Vec<(WorkerId, PushError)> {
+        let fleet = self.fleet.snapshot();
+        let recipients: Vec<Recipient> = fleet
+            .values()
+            .filter(|w| w.endpoint.attached == *key)
+            .filter_map(|w| Some(Recipient { endpoint: w.endpoint.clone(), report: w.believed()?.clone() }))
+            .filter(|r| !r.report.serves(document.sequence, &document.digest))
+            .collect();
+        if recipients.is_empty() {
+            return Vec::new();
+        }
+        let (failures, sent) =
+            push::push(&self.http, &self.pushes, document, Bytes::from(gzip), recipients).await;
+        self.metrics.pushes.get_or_create(&Outcome { outcome: "ok" }).inc_by(sent as u64);
+        self.metrics.pushes.get_or_create(&Outcome { outcome: "failed" }).inc_by(failures.len() as u64);
+        failures
+    }
+
+    /// Publishes an event when what `Ready` says has changed. A lost event is no harm: the
+    /// condition says the same.
+    pub async fn tell_ready<K>(&self, object: &K, before: &[Condition], after: &[Condition])
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        let ready =
+            |conditions: &[Condition]| conditions.iter().find(|c| c.type_ == condition::READY).cloned();
+        let (before, Some(after)) = (ready(before), ready(after)) else { return };
+        if before.is_some_and(|b| (b.status, b.reason) == (after.status.clone(), after.reason.clone())) {
+            return;
+        }
+        let is_stalled = after.status != "True" && is_trouble(&after.reason);
+        let type_ = if is_stalled { EventType::Warning } else { EventType::Normal };
+        self.tell(object, type_, &after.reason, "Observe", after.message).await;
+    }
+
+    /// Publishes an event.
+    pub async fn tell<K>(&self, object: &K, type_: EventType, reason: &str, action: &str, mut note: String)
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        // The API server takes at most 1 KiB.
+        note.truncate(
+            note.char_indices()
+                .map(|(at, c)| at + c.len_utf8())
+                .take_while(|end| *end <= 1000)
+                .last()
+                .unwrap_or(0),
+        );
+        let event =
+            Event { type_, reason: reason.into(), note: Some(note), action: action.into(), secondary: None };
+        if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
+            tracing::warn!(reason, error = &error as &dyn std::error::Error, "failed to publish an event");
+        }
+    }
+
+    /// Counts a status write.
+    pub fn count_status_write(&self, kind: &'static str) {
+        self.metrics.status_writes.get_or_create(&Kind { kind }).inc();
+    }
+}
+
+/// Reasons that a person should look at.
+fn is_trouble(reason: &str) -> bool {
+    use condition::reason::*;
+    ![ROLLING_OUT, UPDATING, LOADING, SERVING, DONE].contains(&reason)
+}

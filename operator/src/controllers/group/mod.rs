@@ -1,0 +1,5 @@
+//! ModelGroup: owns nothing; its status says how far the placements that serve it are.
+
+pub mod controller;
+pub mod reconcile;
+pub mod status;

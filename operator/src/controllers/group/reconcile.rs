@@ -1,0 +1,129 @@
+//! Looks at one group: observe → status. It owns nothing, so there is nothing to apply.
+
+use std::{sync::Arc, time::Duration};
+
+use k8s_openapi::jiff::Timestamp;
+use kube::{Api, ResourceExt, runtime::controller::Action};
+use turret_crds::{ModelGroup, ModelGroupStatus, ModelPlacement, condition, label};
+
+use super::status::{self, Placed};
+use crate::controllers::{
+    assess::{DocumentRef, WantedWorkers, assess},
+    context::{self, Context},
+    placement::{reconcile::is_conflict, resources},
+    status_write::{self, Gist},
+};
+
+/// The kind's name in logs and metrics.
+pub const KIND: &str = "ModelGroup";
+
+/// Looked at this often even if nothing happens.
+const EVERY: Duration = Duration::from_secs(300);
+
+/// Why a look at a group failed: its status could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to write the status")]
+pub struct ReconcileError(#[source] kube::Error);
+
+impl ReconcileError {
+    /// Whether the view was stale: look again as soon as the caches have caught up.
+    pub fn is_conflict(&self) -> bool {
+        is_conflict(&self.0)
+    }
+}
+
+/// A placement that names the group, with what is observed of it.
+struct Observed {
+    placement: Arc<ModelPlacement>,
+    refused: Option<String>,
+    document: Option<DocumentRef>,
+}
+
+/// Looks at a group.
+pub async fn reconcile(group: Arc<ModelGroup>, ctx: Arc<Context>) -> Result<Action, ReconcileError> {
+    let _timer = ctx.metrics.reconcile(KIND);
+    if group.metadata.deletion_timestamp.is_some() {
+        return Ok(Action::await_change());
+    }
+    let now = Timestamp::now();
+    let observed = observe(&group, &ctx);
+    let placed: Vec<Placed<'_>> = observed.iter().flat_map(|o| placed(&group, o, &ctx)).collect();
+    let new = status::status(&group, &placed, now);
+    let old = status::ours(group.status.as_ref());
+    if new == old {
+        return Ok(Action::requeue(EVERY));
+    }
+    let gist = |s: &ModelGroupStatus| Gist::of(s.observed_generation, &s.conditions);
+    if let Some(wait) =
+        status_write::may_wait(gist(&old), gist(&new), status_write::last_written(&*group), now)
+    {
+        return Ok(Action::requeue(wait));
+    }
+    let api = Api::<ModelGroup>::namespaced(ctx.client.clone(), &group.namespace().unwrap_or_default());
+    status_write::write(&api, &*group, &new).await.map_err(ReconcileError)?;
+    ctx.count_status_write(KIND);
+    ctx.tell_ready(&*group, &old.conditions, &new.conditions).await;
+    Ok(Action::requeue(EVERY))
+}
+
+fn observe(group: &ModelGroup, ctx: &Context) -> Vec<Observed> {
+    let namespace = group.namespace().unwrap_or_default();
+    let mut placements = placements_naming(group, ctx);
+    placements.sort_by_key(|p| p.name_any());
+    placements
+        .into_iter()
+        .map(|placement| {
+            let owned = label::owned_name(&placement.name_any());
+            let config_map = context::get(&ctx.caches.config_maps, &namespace, &owned);
+            Observed {
+                refused: refused(&placement),
+                document: config_map.and_then(|c| resources::document_ref(&c)),
+                placement,
+            }
+        })
+        .collect()
+}
+
+fn placements_naming(group: &ModelGroup, ctx: &Context) -> Vec<Arc<ModelPlacement>> {
+    let (namespace, name) = (group.namespace().unwrap_or_default(), group.name_any());
+    ctx.caches.placements.state_filter(|p| {
+        p.metadata.namespace.as_deref() == Some(&namespace)
+            && p.metadata.deletion_timestamp.is_none()
+            && p.spec.groups.iter().any(|g| g.target(&namespace) == (&namespace, &name))
+    })
+}
+
+/// What a placement's own status says against it, if it speaks of the placement as it is.
+fn refused(placement: &ModelPlacement) -> Option<String> {
+    let status = placement.status.as_ref()?;
+    let accepted = status.conditions.iter().find(|c| c.type_ == condition::ACCEPTED)?;
+    let is_current = accepted.observed_generation == placement.metadata.generation;
+    (is_current && accepted.status == "False").then(|| accepted.message.clone())
+}
+
+fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<Placed<'a>> {
+    let placement = &observed.placement;
+    let namespace = placement.namespace().unwrap_or_default();
+    let key = (namespace.clone(), placement.name_any());
+    let deployment = context::get(&ctx.caches.deployments, &namespace, &label::owned_name(&key.1));
+    let workers = ctx.workers(&key);
+    let target = (namespace.as_str(), group.metadata.name.as_deref().unwrap_or_default());
+    let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
+    names
+        .map(|name| {
+            let wanted = WantedWorkers {
+                replicas: placement.spec.replicas,
+                template: deployment.as_deref().and_then(resources::template_hash),
+                document: observed.document.as_ref(),
+            };
+            Placed {
+                placement: placement.metadata.name.as_deref().unwrap_or_default(),
+                group: &name.name,
+                replicas: placement.spec.replicas,
+                refused: observed.refused.as_deref(),
+                document: observed.document.as_ref(),
+                assessment: assess(&wanted, deployment.as_deref(), &workers),
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,18 @@
+//! The controllers: one folder per kind.
+//!
+//! Each is `observe → plan → apply → status`: `reconcile.rs` reads the caches and acts, `plan.rs`,
+//! `resources.rs` and `status.rs` decide and are pure. What both kinds share lies here: what the
+//! pods and the workers' reports say ([`pod`], [`assess`]), whether a live object already is as
+//! wanted ([`live`]), the caches ([`cache`]), and the queue of what is to be looked at ([`wakes`]).
+
+pub mod assess;
+pub mod cache;
+pub mod context;
+pub mod group;
+pub mod live;
+pub mod placement;
+pub mod pod;
+pub mod retry;
+pub mod status_write;
+pub mod waker;
+pub mod wakes;

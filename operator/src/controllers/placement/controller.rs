@@ -1,0 +1,47 @@
+//! Wiring: takes placements that are to be looked at, one visit at a time each, and says when a
+//! failed one is looked at again.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use futures::{FutureExt, StreamExt};
+use kube::{
+    ResourceExt,
+    runtime::controller::{self, Action, applier},
+};
+use turret_crds::ModelPlacement;
+
+use super::reconcile::{KIND, ReconcileError, reconcile};
+use crate::controllers::context::Context;
+
+/// Placements that are looked at at the same time.
+const AT_ONCE: u16 = 16;
+/// A stale view is looked at again after this long: the caches are behind by less.
+const STALE: Duration = Duration::from_millis(50);
+
+/// Runs until `stop`, then finishes what it has begun.
+pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'static) {
+    let wakes = ctx.placement_wakes.stream::<ModelPlacement>().map(Ok::<_, std::convert::Infallible>);
+    let store = ctx.caches.placements.clone();
+    let config = controller::Config::default().concurrency(AT_ONCE);
+    let visit = |placement: Arc<ModelPlacement>, ctx: Arc<Context>| {
+        async move {
+            let key = (placement.namespace().unwrap_or_default(), placement.name_any());
+            let action = reconcile(placement, ctx.clone()).await?;
+            ctx.placement_failures.succeeded(&key);
+            Ok::<Action, ReconcileError>(action)
+        }
+        .boxed()
+    };
+    applier(visit, again, ctx, store, wakes.take_until(stop.boxed()), config).for_each(|_| async {}).await;
+}
+
+fn again(placement: Arc<ModelPlacement>, error: &ReconcileError, ctx: Arc<Context>) -> Action {
+    if error.is_conflict() {
+        tracing::debug!(kind = KIND, name = %placement.name_any(), error = error as &dyn std::error::Error, "view was stale");
+        return Action::requeue(STALE);
+    }
+    ctx.metrics.reconcile_failed(KIND);
+    let (namespace, name) = (placement.namespace().unwrap_or_default(), placement.name_any());
+    tracing::warn!(kind = KIND, namespace, name, error = error as &dyn std::error::Error, "reconcile failed");
+    Action::requeue(ctx.placement_failures.failed((namespace, name)))
+}

@@ -1,0 +1,345 @@
+//! What to do for a placement, and why. Pure.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        core::v1::{ConfigMap, Service},
+        policy::v1::PodDisruptionBudget,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    jiff::{SignedDuration, Timestamp},
+};
+use kube::{Resource, ResourceExt};
+use serde::Serialize;
+use serde_json::Value;
+use turret_crds::{
+    Compiled, ModelGroup, ModelPlacement, compile,
+    condition::reason,
+    document::{Previous, Problem},
+    label,
+    token::PublicKey,
+};
+
+use super::resources::{self, Rollout};
+use crate::controllers::{
+    assess::{DocumentRef, ObservedWorker},
+    live,
+};
+
+/// A new pod that cannot be scheduled for this long shows that there is no room for one more.
+const SURGE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
+
+/// All that is known when a placement is looked at.
+pub struct Observed<'a> {
+    /// The placement.
+    pub placement: &'a ModelPlacement,
+    /// The groups that exist, of those it names.
+    pub groups: BTreeMap<(String, String), &'a ModelGroup>,
+    /// The objects it owns, as cached.
+    pub live: Live,
+    /// Its workers, sorted by name.
+    pub workers: Vec<ObservedWorker>,
+    /// Keys whose tokens its workers are to accept.
+    pub public_keys: &'a [PublicKey],
+    /// Worker image of this operator's version.
+    pub default_image: &'a str,
+}
+
+/// The owned objects as cached.
+#[derive(Clone, Debug, Default)]
+pub struct Live {
+    /// The ConfigMap; its data are replaced by their hashes, see [`shrink_config_map`].
+    pub config_map: Option<Arc<ConfigMap>>,
+    /// The Service.
+    pub service: Option<Arc<Service>>,
+    /// The PodDisruptionBudget.
+    pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
+    /// The Deployment.
+    pub deployment: Option<Arc<Deployment>>,
+}
+
+/// Kinds of owned objects, in the order in which they are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OwnedKind {
+    /// The worker document.
+    ConfigMap,
+    /// The way to the workers.
+    Service,
+    /// How many may be evicted.
+    PodDisruptionBudget,
+    /// The workers.
+    Deployment,
+}
+
+impl OwnedKind {
+    /// The kind's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ConfigMap => "ConfigMap",
+            Self::Service => "Service",
+            Self::PodDisruptionBudget => "PodDisruptionBudget",
+            Self::Deployment => "Deployment",
+        }
+    }
+}
+
+/// One owned object to write.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Write {
+    /// Its kind.
+    pub kind: OwnedKind,
+    /// What is applied. Carries the `resourceVersion` it was decided on, where one matters.
+    pub object: Value,
+    /// Whether the cache has it. If not, whether the name is free must be asked first.
+    pub exists: bool,
+    /// Why it is written.
+    pub why: String,
+}
+
+/// What to do for a placement.
+#[derive(Debug)]
+pub struct Plan {
+    /// What compiling gave; its document is what workers are to serve.
+    pub compiled: Compiled,
+    /// The document that is or will be stored. May be an older one when none can be compiled.
+    pub document: Option<DocumentRef>,
+    /// The same as gzip of JSON, when it was compiled now.
+    pub gzip: Option<Vec<u8>>,
+    /// Objects to write, in order.
+    pub writes: Vec<Write>,
+    /// Hash of the wanted pod template.
+    pub template: Option<String>,
+    /// The resolved image of the workers.
+    pub image: String,
+    /// Objects that have the names of ours and are not.
+    pub in_the_way: Vec<InTheWay>,
+    /// When to look again, even if nothing happens.
+    pub look_again: Option<Duration>,
+}
+
+/// An object that has the name of one of ours and belongs to somebody else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InTheWay {
+    /// Says whose it is and what to do.
+    pub message: String,
+    /// Whether it goes by itself: it belonged to an earlier placement of the same name.
+    pub is_leaving: bool,
+}
+
+/// Decides what to do.
+pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
+    let placement = observed.placement;
+    let stored = observed.live.config_map.as_deref().and_then(resources::document_ref);
+    let previous = previous(observed, stored.as_ref());
+    let compiled = compile(placement, &observed.groups, observed.public_keys, &previous);
+    let image = image(observed);
+    let (rollout, look_again) = rollout(observed, now);
+    let deployment = resources::deployment(placement, &image, rollout);
+    let mut plan = Plan {
+        document: compiled.document.as_ref().map(resources::reference).or_else(|| stored.clone()),
+        gzip: compiled.document.as_ref().map(|d| d.to_gzip()),
+        template: resources::template_hash(&deployment).map(str::to_owned),
+        compiled,
+        writes: Vec::new(),
+        image,
+        in_the_way: in_the_way(observed),
+        look_again,
+    };
+    // An unusable value in the spec, or a name that belongs to somebody else: nothing is touched.
+    let invalid = plan.compiled.problems.iter().any(|p| p.reason == reason::INVALID);
+    // Pods without a document would wait for it in vain.
+    if invalid || !plan.in_the_way.is_empty() || plan.document.is_none() {
+        return plan;
+    }
+    let live = &observed.live;
+    let mut writes = Vec::new();
+    if let (Some(document), Some(gzip)) = (&plan.document, &plan.gzip) {
+        let wanted = resources::config_map(placement, document, gzip.clone());
+        let mut shrunk = wanted.clone();
+        shrink_config_map(&mut shrunk);
+        let write = compare(OwnedKind::ConfigMap, live.config_map.as_deref(), &wanted, &shrunk);
+        // The next sequence was counted from what is stored: if that moved, count again.
+        let version = live.config_map.as_ref().and_then(|c| c.resource_version());
+        writes.extend(write.map(|mut w| {
+            if let Some(version) = version {
+                w.object["metadata"]["resourceVersion"] = version.into();
+            }
+            w
+        }));
+    }
+    let service = resources::service(placement);
+    writes.extend(compare(OwnedKind::Service, live.service.as_deref(), &service, &service));
+    let budget = resources::disruption_budget(placement);
+    writes.extend(compare(
+        OwnedKind::PodDisruptionBudget,
+        live.disruption_budget.as_deref(),
+        &budget,
+        &budget,
+    ));
+    writes.extend(compare(OwnedKind::Deployment, live.deployment.as_deref(), &deployment, &deployment));
+    plan.writes = writes;
+    plan
+}
+
+/// What is known of earlier documents. Whoever knows the largest sequence wins: the ConfigMap, a
+/// worker, or the placement's own status.
+fn previous(observed: &Observed<'_>, stored: Option<&DocumentRef>) -> Previous {
+    let reports = observed.workers.iter().filter_map(|w| w.report.as_ref()?.state.document.as_ref());
+    let reported = reports.map(|applied| match stored {
+        // A worker has another document of the same sequence: somebody else counted too.
+        Some(s) if s.sequence == applied.sequence && s.digest != applied.digest => applied.sequence + 1,
+        _ => applied.sequence,
+    });
+    let noted = observed.placement.status.as_ref().and_then(|s| s.document_sequence);
+    let noted = noted.and_then(|n| u64::try_from(n).ok());
+    Previous {
+        stored: stored.map(|s| (s.sequence, s.digest.clone())),
+        reported: reported.chain(noted).max().unwrap_or(0),
+    }
+}
+
+/// The image of the workers: the spec's, or else the one they have, as long as nothing else
+/// replaces the pods. A new operator's default comes along with the next change that does.
+fn image(observed: &Observed<'_>) -> String {
+    let placement = observed.placement;
+    if let Some(image) = placement.spec.worker.as_ref().and_then(|w| w.image.clone()) {
+        return image;
+    }
+    let kept = observed.live.deployment.as_deref().and_then(|deployment| {
+        let same_shape = deployment.annotations().get(resources::POD_SHAPE).map(String::as_str)
+            == Some(resources::pod_shape(placement).as_str());
+        let noted = placement.status.as_ref().and_then(|s| s.worker_image.clone());
+        same_shape.then(|| noted.or_else(|| live_image(deployment))).flatten()
+    });
+    kept.unwrap_or_else(|| observed.default_image.to_owned())
+}
+
+fn live_image(deployment: &Deployment) -> Option<String> {
+    deployment.spec.as_ref()?.template.spec.as_ref()?.containers.first()?.image.clone()
+}
+
+/// How pods are replaced: one more first. If the one more finds no room for a while, one less
+/// first, until this rollout is over.
+fn rollout(observed: &Observed<'_>, now: Timestamp) -> (Rollout, Option<Duration>) {
+    let Some(deployment) = observed.live.deployment.as_deref() else { return (Rollout::Surge, None) };
+    if is_rolled_out(deployment) {
+        return (Rollout::Surge, None);
+    }
+    if is_in_place(deployment) {
+        return (Rollout::InPlace, None);
+    }
+    let live = resources::template_hash(deployment);
+    let there = || observed.workers.iter().filter(|w| w.pod.counts());
+    // Without old pods in its way, a pod that finds no room waits for the cluster, not for us.
+    if !there().any(|w| w.pod.template.as_deref() != live) {
+        return (Rollout::Surge, None);
+    }
+    let new = there().filter(|w| w.pod.template.as_deref() == live);
+    match new.filter_map(|w| w.pod.unschedulable_since).min() {
+        None => (Rollout::Surge, None),
+        Some(since) => {
+            let waited = now.duration_since(since);
+            if waited >= SURGE_PATIENCE {
+                (Rollout::InPlace, None)
+            } else {
+                (Rollout::Surge, Some((SURGE_PATIENCE - waited).unsigned_abs()))
+            }
+        }
+    }
+}
+
+fn is_in_place(deployment: &Deployment) -> bool {
+    let strategy = deployment.spec.as_ref().and_then(|s| s.strategy.as_ref());
+    let rolling = strategy.and_then(|s| s.rolling_update.as_ref());
+    rolling.and_then(|r| r.max_surge.as_ref())
+        == Some(&k8s_openapi::apimachinery::pkg::util::intstr::IntOrString::Int(0))
+}
+
+/// Whether the Deployment's own controller says that all its pods are of the newest template.
+fn is_rolled_out(deployment: &Deployment) -> bool {
+    let Some(status) = &deployment.status else { return false };
+    let wanted = deployment.spec.as_ref().and_then(|s| s.replicas).unwrap_or(1);
+    status.observed_generation >= deployment.metadata.generation
+        && status.updated_replicas.unwrap_or(0) == wanted
+        && status.replicas.unwrap_or(0) == wanted
+        && status.available_replicas.unwrap_or(0) == wanted
+}
+
+/// What to write so that the live object is as wanted; `None` when it is. `shrunk` is the wanted
+/// object in the form in which the cache keeps live ones.
+fn compare<K: Resource<DynamicType = ()> + Serialize>(
+    kind: OwnedKind,
+    live: Option<&K>,
+    wanted: &K,
+    shrunk: &K,
+) -> Option<Write> {
+    let json = |object: &K| serde_json::to_value(object).expect("a Kubernetes object is JSON");
+    let sealed = live::seal(json(wanted));
+    let Some(live) = live else {
+        return Some(Write { kind, object: sealed, exists: false, why: "it does not exist".into() });
+    };
+    let mut compared = json(shrunk);
+    compared["metadata"]["annotations"][live::APPLIED] =
+        sealed["metadata"]["annotations"][live::APPLIED].clone();
+    let difference = live::difference(&json(live), &compared)?;
+    Some(Write { kind, object: sealed, exists: true, why: format!("{difference} is not as wanted") })
+}
+
+/// Replaces a ConfigMap's data by their hashes: all that is needed to see whether they are as
+/// wanted, and a hundredth of the memory.
+pub fn shrink_config_map(config_map: &mut ConfigMap) {
+    for bytes in config_map.binary_data.iter_mut().flat_map(|data| data.values_mut()) {
+        bytes.0 = <sha2::Sha256 as sha2::Digest>::digest(&bytes.0).to_vec();
+    }
+    config_map.data = None;
+}
+
+/// Cached objects with our names and labels that this placement does not control.
+fn in_the_way(observed: &Observed<'_>) -> Vec<InTheWay> {
+    let live = &observed.live;
+    let objects = [
+        ("ConfigMap", live.config_map.as_deref().map(|o| &o.metadata)),
+        ("Service", live.service.as_deref().map(|o| &o.metadata)),
+        ("PodDisruptionBudget", live.disruption_budget.as_deref().map(|o| &o.metadata)),
+        ("Deployment", live.deployment.as_deref().map(|o| &o.metadata)),
+    ];
+    objects.into_iter().filter_map(|(kind, meta)| is_in_the_way(observed.placement, kind, meta?)).collect()
+}
+
+/// Whether an object with the name of one of ours belongs to somebody else.
+pub fn is_in_the_way(placement: &ModelPlacement, kind: &str, meta: &ObjectMeta) -> Option<InTheWay> {
+    let owner = meta.owner_references.iter().flatten().find(|o| o.controller == Some(true));
+    if owner.is_some_and(|o| Some(&o.uid) == placement.metadata.uid.as_ref()) {
+        return None;
+    }
+    let name = meta.name.as_deref().unwrap_or_default();
+    let is_leaving =
+        owner.is_some_and(|o| o.kind == ModelPlacement::kind(&()) && o.name == placement.name_any());
+    let message = match owner {
+        Some(_) if is_leaving => {
+            format!("{kind} `{name}` of an earlier placement of the same name is being removed")
+        }
+        Some(o) => format!(
+            "{kind} `{name}` exists and belongs to {} `{}`: give the placement another name",
+            o.kind, o.name
+        ),
+        None => format!(
+            "{kind} `{name}` exists and is not the operator's: remove it, or give the placement another name"
+        ),
+    };
+    Some(InTheWay { message, is_leaving })
+}
+
+/// The problems of a placement: what compiling found, and names that are taken.
+pub fn problems(compiled: &Compiled, in_the_way: &[InTheWay]) -> Vec<Problem> {
+    let taken = in_the_way.iter().filter(|o| !o.is_leaving);
+    let taken = taken.map(|o| Problem { reason: reason::NAME_TAKEN, message: o.message.clone() });
+    compiled.problems.iter().cloned().chain(taken).collect()
+}
+
+/// Name of every object a placement owns.
+pub fn owned_name(placement: &ModelPlacement) -> String {
+    label::owned_name(&placement.name_any())
+}

@@ -1,0 +1,300 @@
+//! Looks at one placement: observe → plan → apply → status.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::future::OptionFuture;
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        core::v1::{ConfigMap, Service},
+        policy::v1::PodDisruptionBudget,
+    },
+    jiff::Timestamp,
+};
+use kube::{
+    Api, Resource, ResourceExt,
+    api::{Patch, PatchParams},
+    core::NamespaceResourceScope,
+    runtime::{controller::Action, events::EventType},
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus};
+
+use super::{
+    plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
+    push::{self, PushError},
+    status::{self, Facts},
+};
+use crate::{
+    controllers::{
+        assess::{ObservedWorker, WantedWorkers, assess},
+        context::{self, Context},
+        status_write::{self, FIELD_MANAGER, Gist},
+        wakes::Key,
+    },
+    fleet::WorkerId,
+    metrics::Kind,
+};
+
+/// The kind's name in logs and metrics.
+pub const KIND: &str = "ModelPlacement";
+
+/// What moves with traffic is looked at this often.
+const EVERY: Duration = Duration::from_secs(60);
+/// A worker that could not be written to is tried again after this long.
+const PUSH_RETRY: Duration = Duration::from_secs(1);
+/// An object in the way that is not in the cache is looked for again after this long.
+const TAKEN_RETRY: Duration = Duration::from_secs(30);
+
+/// Why a look at a placement failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    /// Whether a name is free could not be asked.
+    #[error("failed to look for {kind:?} `{name}`")]
+    Look {
+        /// Kind of the object.
+        kind: OwnedKind,
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
+    /// An owned object could not be written.
+    #[error("failed to apply {kind:?} `{name}`")]
+    Apply {
+        /// Kind of the object.
+        kind: OwnedKind,
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
+    /// The status could not be written.
+    #[error("failed to write the status")]
+    Status(#[source] kube::Error),
+}
+
+impl ReconcileError {
+    /// Whether the view was stale: look again as soon as the caches have caught up.
+    pub fn is_conflict(&self) -> bool {
+        let (Self::Look { source, .. } | Self::Apply { source, .. } | Self::Status(source)) = self;
+        is_conflict(source)
+    }
+}
+
+/// Whether an answer of the API server means that the object moved on, or is gone.
+pub fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.is_conflict() || status.is_not_found())
+}
+
+/// Looks at a placement.
+pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Result<Action, ReconcileError> {
+    let _timer = ctx.metrics.reconcile(KIND);
+    // Its objects are removed by garbage collection; there is nothing to do, and nothing to wait for.
+    if placement.metadata.deletion_timestamp.is_some() {
+        return Ok(Action::await_change());
+    }
+    let key: Key = (placement.namespace().unwrap_or_default(), placement.name_any());
+    let groups = groups(&placement, &ctx);
+    let public_keys = ctx.public_keys.borrow().clone();
+    let observed = Observed {
+        placement: &placement,
+        groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
+        live: live(&key, &ctx),
+        workers: ctx.workers(&key),
+        public_keys: &public_keys,
+        default_image: &ctx.worker_image,
+    };
+    let now = Timestamp::now();
+    let mut plan = plan::plan(&observed, now);
+    let forced = ask_for_names(&placement, &mut plan, &ctx).await?;
+    for write in std::mem::take(&mut plan.writes) {
+        let force = write.exists || forced.contains(&write.kind);
+        apply(&key, write, force, &ctx).await?;
+    }
+    let failures = push_document(&key, &plan, &ctx).await;
+    tell_conflicts(&placement, &failures, &ctx).await;
+    let status_in = write_status(&placement, &plan, &observed.workers, &observed.live, &ctx, now).await?;
+
+    let behind = plan.gzip.is_some() && updates_are_under_way(&plan, &observed.workers);
+    let times = [
+        Some(EVERY),
+        plan.look_again,
+        status_in,
+        (!failures.is_empty()).then_some(PUSH_RETRY),
+        behind.then_some(push::AGAIN),
+        (!plan.in_the_way.is_empty()).then_some(TAKEN_RETRY),
+    ];
+    Ok(Action::requeue(times.into_iter().flatten().min().unwrap_or(EVERY)))
+}
+
+fn groups(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, Arc<ModelGroup>> {
+    let namespace = placement.namespace().unwrap_or_default();
+    let targets = placement.spec.groups.iter().map(|g| g.target(&namespace));
+    targets
+        .filter_map(|(ns, name)| {
+            Some(((ns.to_owned(), name.to_owned()), context::get(&ctx.caches.groups, ns, name)?))
+        })
+        .collect()
+}
+
+fn live(key: &Key, ctx: &Context) -> Live {
+    let name = turret_crds::label::owned_name(&key.1);
+    let caches = &ctx.caches;
+    Live {
+        config_map: context::get(&caches.config_maps, &key.0, &name),
+        service: context::get(&caches.services, &key.0, &name),
+        disruption_budget: context::get(&caches.disruption_budgets, &key.0, &name),
+        deployment: context::get(&caches.deployments, &key.0, &name),
+    }
+}
+
+/// Asks the API server about names of objects that are to be made: the caches hold only objects
+/// with our labels. If one is taken, nothing is written. Returns the kinds that are ours after all.
+async fn ask_for_names(
+    placement: &ModelPlacement,
+    plan: &mut Plan,
+    ctx: &Context,
+) -> Result<Vec<OwnedKind>, ReconcileError> {
+    let mut ours = Vec::new();
+    for write in plan.writes.iter().filter(|w| !w.exists) {
+        let namespace = placement.namespace().unwrap_or_default();
+        let name = plan::owned_name(placement);
+        let kind = write.kind;
+        let found = match kind {
+            OwnedKind::ConfigMap => find::<ConfigMap>(ctx, &namespace, &name).await,
+            OwnedKind::Service => find::<Service>(ctx, &namespace, &name).await,
+            OwnedKind::PodDisruptionBudget => find::<PodDisruptionBudget>(ctx, &namespace, &name).await,
+            OwnedKind::Deployment => find::<Deployment>(ctx, &namespace, &name).await,
+        };
+        let found = found.map_err(|source| ReconcileError::Look { kind, name, source })?;
+        match found.as_ref().map(|meta| plan::is_in_the_way(placement, &format!("{kind:?}"), meta)) {
+            None => {}
+            Some(None) => ours.push(kind),
+            Some(Some(in_the_way)) => plan.in_the_way.push(in_the_way),
+        }
+    }
+    if !plan.in_the_way.is_empty() {
+        plan.writes.clear();
+    }
+    Ok(ours)
+}
+
+async fn find<K>(
+    ctx: &Context,
+    namespace: &str,
+    name: &str,
+) -> kube::Result<Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug,
+{
+    let found = Api::<K>::namespaced(ctx.client.clone(), namespace).get_metadata_opt(name).await?;
+    Ok(found.map(|o| o.metadata))
+}
+
+async fn apply(key: &Key, write: Write, force: bool, ctx: &Context) -> Result<(), ReconcileError> {
+    let Write { kind, object, why, .. } = write;
+    let name = turret_crds::label::owned_name(&key.1);
+    tracing::info!(?kind, namespace = key.0, %name, why, "apply");
+    let sent = match kind {
+        OwnedKind::ConfigMap => patch::<ConfigMap>(ctx, &key.0, &name, object, force).await,
+        OwnedKind::Service => patch::<Service>(ctx, &key.0, &name, object, force).await,
+        OwnedKind::PodDisruptionBudget => {
+            patch::<PodDisruptionBudget>(ctx, &key.0, &name, object, force).await
+        }
+        OwnedKind::Deployment => patch::<Deployment>(ctx, &key.0, &name, object, force).await,
+    };
+    ctx.metrics.applies.get_or_create(&Kind { kind: kind.name() }).inc();
+    sent.map_err(|source| ReconcileError::Apply { kind, name, source })
+}
+
+async fn patch<K>(ctx: &Context, namespace: &str, name: &str, object: Value, force: bool) -> kube::Result<()>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug,
+{
+    let params = PatchParams { force, ..PatchParams::apply(FIELD_MANAGER) };
+    let api = Api::<K>::namespaced(ctx.client.clone(), namespace);
+    api.patch_metadata(name, &params, &Patch::Apply(object)).await.map(drop)
+}
+
+async fn push_document(key: &Key, plan: &Plan, ctx: &Context) -> Vec<(WorkerId, PushError)> {
+    let Some((document, gzip)) = plan.document.as_ref().zip(plan.gzip.clone()) else { return Vec::new() };
+    if !plan.in_the_way.is_empty() {
+        return Vec::new();
+    }
+    let failures = ctx.push(key, document, gzip).await;
+    for (worker, error) in &failures {
+        tracing::warn!(%worker, sequence = document.sequence, error = error as &dyn std::error::Error, "failed to give a worker its document");
+    }
+    failures
+}
+
+/// A refused document is told, because it means that somebody else writes documents too.
+async fn tell_conflicts(placement: &ModelPlacement, failures: &[(WorkerId, PushError)], ctx: &Context) {
+    let conflict = failures.iter().find(|(_, e)| matches!(e, PushError::Conflict(_)));
+    let told: OptionFuture<_> = conflict
+        .map(|(worker, error)| {
+            let note = format!("worker {worker}: {error}");
+            ctx.tell(placement, EventType::Warning, "DocumentConflict", "Push", note)
+        })
+        .into();
+    told.await;
+}
+
+fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
+    let Some(document) = &plan.document else { return false };
+    let reports = workers.iter().filter_map(|w| w.report.as_ref());
+    reports.into_iter().any(|r| !r.serves(document.sequence, &document.digest))
+}
+
+/// Writes the status if it differs. Returns when to look again for its sake.
+async fn write_status(
+    placement: &ModelPlacement,
+    plan: &Plan,
+    workers: &[ObservedWorker],
+    live: &Live,
+    ctx: &Context,
+    now: Timestamp,
+) -> Result<Option<Duration>, ReconcileError> {
+    let wanted = WantedWorkers {
+        replicas: placement.spec.replicas,
+        template: plan.template.as_deref(),
+        document: plan.document.as_ref(),
+    };
+    let assessment = assess(&wanted, live.deployment.as_deref(), workers);
+    let leaving: Option<&InTheWay> = plan.in_the_way.iter().find(|o| o.is_leaving);
+    let facts = Facts {
+        placement,
+        problems: &plan::problems(&plan.compiled, &plan.in_the_way),
+        waiting_for: leaving.map(|o| o.message.as_str()),
+        assessment: &assessment,
+        document: plan.compiled.document.as_ref(),
+        sequence: plan.document.as_ref().map(|d| d.sequence),
+        image: &plan.image,
+    };
+    let (new, look_again) = status::status(&facts, now);
+    let old: ModelPlacementStatus = status::ours(placement.status.as_ref());
+    if new == old {
+        return Ok(look_again);
+    }
+    let gist = |s: &ModelPlacementStatus| Gist::of(s.observed_generation, &s.conditions);
+    let last = status_write::last_written(placement);
+    if let Some(wait) = status_write::may_wait(gist(&old), gist(&new), last, now) {
+        return Ok(Some(wait));
+    }
+    let api =
+        Api::<ModelPlacement>::namespaced(ctx.client.clone(), &placement.namespace().unwrap_or_default());
+    status_write::write(&api, placement, &new).await.map_err(ReconcileError::Status)?;
+    ctx.count_status_write(KIND);
+    ctx.tell_ready(placement, &old.conditions, &new.conditions).await;
+    Ok(look_again)
+}

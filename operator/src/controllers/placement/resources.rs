@@ -1,0 +1,454 @@
+//! What a placement owns, from its spec alone. Pure.
+//!
+//! **The pod template depends on nothing but the pod-shaped part of the spec**: image, `worker`,
+//! `accelerator`, `sourceVolumes`, `memory.diskBudget` and `terminationDrainSeconds`. Groups, lenses,
+//! policies and budgets travel in the worker document, so changing them replaces no pod.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    ByteString,
+    api::{
+        apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
+        core::v1::{
+            Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
+            EnvVar, EnvVarSource, HTTPGetAction, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
+            PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceFieldSelector, ResourceRequirements,
+            SeccompProfile, SecurityContext, Service, ServicePort, ServiceSpec, Toleration,
+            TopologySpreadConstraint, Volume, VolumeMount,
+        },
+        policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
+    },
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference},
+        util::intstr::IntOrString,
+    },
+};
+use kube::{Resource, ResourceExt};
+use serde_json::json;
+use turret_crds::{ModelPlacement, WorkerDocument, label, placement::Worker};
+
+use crate::controllers::{
+    assess::{DocumentRef, GroupVersion},
+    live,
+    pod::{CONTAINER, TEMPLATE},
+};
+
+/// Annotation on the ConfigMap: which version of which ModelGroup the document holds, as JSON.
+pub const DOCUMENT_GROUPS: &str = "turret.dev/document-groups";
+/// Annotation on the Deployment: hash of the pod-shaped part of the spec.
+pub const POD_SHAPE: &str = "turret.dev/pod-shape";
+/// Value of [`label::APP_MANAGED_BY`] on all that the operator makes.
+pub const MANAGED_BY: &str = "turret-operator";
+/// Value of [`label::APP_NAME`].
+const APP: &str = "turret";
+/// Value of [`label::APP_COMPONENT`].
+const COMPONENT: &str = "worker";
+/// User and group of a worker.
+const NON_ROOT: i64 = 65532;
+/// A leaving worker gets this much longer than its drain before it is killed, seconds.
+const GRACE_MARGIN_SECONDS: i64 = 30;
+/// Pods leave a node that is lost after this long, seconds.
+const NODE_LOST_SECONDS: i64 = 30;
+/// Disk of a worker without a `diskBudget`.
+const DEFAULT_DISK_BYTES: u64 = 64 << 30;
+/// The cache volume may be this much larger than the budget, which counts whole files only.
+const DISK_MARGIN_BYTES: u64 = 1 << 30;
+
+/// How pods are replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rollout {
+    /// A new pod first, then an old one goes: no capacity is missed.
+    Surge,
+    /// An old pod goes first: where there is no room for one more.
+    InPlace,
+}
+
+/// The labels by which a placement's pods are selected. They never change.
+pub fn selector(placement: &ModelPlacement) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        (label::APP_NAME.into(), APP.into()),
+        (label::APP_COMPONENT.into(), COMPONENT.into()),
+        (label::PLACEMENT.into(), placement.name_any()),
+    ])
+}
+
+/// The selector as text, for the scale subresource.
+pub fn selector_text(placement: &ModelPlacement) -> String {
+    let pairs: Vec<_> = selector(placement).into_iter().map(|(k, v)| format!("{k}={v}")).collect();
+    pairs.join(",")
+}
+
+fn labels(placement: &ModelPlacement) -> BTreeMap<String, String> {
+    let mut labels = selector(placement);
+    labels.insert(label::APP_MANAGED_BY.into(), MANAGED_BY.into());
+    labels.insert(label::PLACEMENT_UID.into(), placement.uid().unwrap_or_default());
+    labels
+}
+
+fn metadata(placement: &ModelPlacement, annotations: BTreeMap<String, String>) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(label::owned_name(&placement.name_any())),
+        namespace: placement.namespace(),
+        labels: Some(labels(placement)),
+        annotations: Some(annotations),
+        owner_references: Some(vec![OwnerReference {
+            api_version: ModelPlacement::api_version(&()).into(),
+            kind: ModelPlacement::kind(&()).into(),
+            name: placement.name_any(),
+            uid: placement.uid().unwrap_or_default(),
+            controller: Some(true),
+            block_owner_deletion: None,
+        }]),
+        ..ObjectMeta::default()
+    }
+}
+
+/// What the annotations of a ConfigMap say of the document in it.
+pub fn document_ref(config_map: &ConfigMap) -> Option<DocumentRef> {
+    let annotations = config_map.annotations();
+    Some(DocumentRef {
+        sequence: annotations.get(label::DOCUMENT_SEQUENCE)?.parse().ok()?,
+        digest: annotations.get(label::DOCUMENT_DIGEST)?.clone(),
+        groups: serde_json::from_str(annotations.get(DOCUMENT_GROUPS)?).ok()?,
+    })
+}
+
+/// The same of a document that is about to be written.
+pub fn reference(document: &WorkerDocument) -> DocumentRef {
+    let version = |g: &turret_crds::document::DocumentGroup| GroupVersion {
+        uid: g.uid.clone(),
+        generation: g.generation,
+    };
+    DocumentRef {
+        sequence: document.sequence,
+        digest: document.digest.clone(),
+        groups: document.groups.iter().map(|g| (g.name.clone(), version(g))).collect(),
+    }
+}
+
+/// The ConfigMap with the worker document, given as [`WorkerDocument::to_gzip`] writes it.
+pub fn config_map(placement: &ModelPlacement, document: &DocumentRef, gzip: Vec<u8>) -> ConfigMap {
+    let annotations = BTreeMap::from([
+        (label::DOCUMENT_SEQUENCE.into(), document.sequence.to_string()),
+        (label::DOCUMENT_DIGEST.into(), document.digest.clone()),
+        (DOCUMENT_GROUPS.into(), json!(document.groups).to_string()),
+    ]);
+    ConfigMap {
+        metadata: metadata(placement, annotations),
+        binary_data: Some(BTreeMap::from([(label::DOCUMENT_KEY.into(), ByteString(gzip))])),
+        ..ConfigMap::default()
+    }
+}
+
+/// The Service in front of the workers. Its labels reach the EndpointSlices, by which the gateway
+/// finds the workers.
+pub fn service(placement: &ModelPlacement) -> Service {
+    let port = |name: &str, number: u16| ServicePort {
+        name: Some(name.into()),
+        port: number.into(),
+        target_port: Some(IntOrString::String(name.into())),
+        protocol: Some("TCP".into()),
+        ..ServicePort::default()
+    };
+    Service {
+        metadata: metadata(placement, BTreeMap::new()),
+        spec: Some(ServiceSpec {
+            type_: Some("ClusterIP".into()),
+            selector: Some(selector(placement)),
+            ports: Some(vec![
+                port(label::DATA_PORT_NAME, label::DATA_PORT),
+                port(label::CONTROL_PORT_NAME, label::CONTROL_PORT),
+            ]),
+            ..ServiceSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// At most one worker at a time is evicted; one that does not serve may always be.
+pub fn disruption_budget(placement: &ModelPlacement) -> PodDisruptionBudget {
+    PodDisruptionBudget {
+        metadata: metadata(placement, BTreeMap::new()),
+        spec: Some(PodDisruptionBudgetSpec {
+            max_unavailable: Some(IntOrString::Int(1)),
+            unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
+            selector: Some(LabelSelector {
+                match_labels: Some(selector(placement)),
+                ..LabelSelector::default()
+            }),
+            ..PodDisruptionBudgetSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// Hash of the pod-shaped part of the spec: a change of it, and nothing else, replaces pods.
+pub fn pod_shape(placement: &ModelPlacement) -> String {
+    // Which image a placement without one gets is decided by this hash, so it cannot be part of it.
+    let given = placement.spec.worker.as_ref().and_then(|w| w.image.as_deref()).unwrap_or_default();
+    let template = template(placement, given);
+    live::hash(&serde_json::to_value(template).expect("a pod template is JSON"))
+}
+
+/// The Deployment of the workers, made from `image`.
+pub fn deployment(placement: &ModelPlacement, image: &str, rollout: Rollout) -> Deployment {
+    let mut template = template(placement, image);
+    let hash = live::hash(&serde_json::to_value(&template).expect("a pod template is JSON"));
+    template
+        .metadata
+        .get_or_insert_default()
+        .annotations
+        .get_or_insert_default()
+        .insert(TEMPLATE.into(), hash);
+    let (surge, unavailable) = match rollout {
+        Rollout::Surge => (1, 0),
+        Rollout::InPlace => (0, 1),
+    };
+    Deployment {
+        metadata: metadata(placement, BTreeMap::from([(POD_SHAPE.into(), pod_shape(placement))])),
+        spec: Some(DeploymentSpec {
+            replicas: Some(placement.spec.replicas),
+            revision_history_limit: Some(2),
+            selector: LabelSelector { match_labels: Some(selector(placement)), ..LabelSelector::default() },
+            strategy: Some(DeploymentStrategy {
+                type_: Some("RollingUpdate".into()),
+                rolling_update: Some(RollingUpdateDeployment {
+                    max_surge: Some(IntOrString::Int(surge)),
+                    max_unavailable: Some(IntOrString::Int(unavailable)),
+                }),
+            }),
+            template,
+            ..DeploymentSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// Hash of the pod template a Deployment makes pods from, as its own annotation says.
+pub fn template_hash(deployment: &Deployment) -> Option<&str> {
+    let template = &deployment.spec.as_ref()?.template;
+    Some(template.metadata.as_ref()?.annotations.as_ref()?.get(TEMPLATE)?.as_str())
+}
+
+fn template(placement: &ModelPlacement, image: &str) -> PodTemplateSpec {
+    let worker = placement.spec.worker.clone().unwrap_or_default();
+    let drain = i64::from(placement.spec.termination_drain_seconds());
+    let mut pod_labels = worker.pod_labels.clone();
+    pod_labels.extend(labels(placement));
+    PodTemplateSpec {
+        metadata: Some(ObjectMeta {
+            labels: Some(pod_labels),
+            annotations: (!worker.pod_annotations.is_empty()).then(|| worker.pod_annotations.clone()),
+            ..ObjectMeta::default()
+        }),
+        spec: Some(PodSpec {
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            containers: vec![container(placement, &worker, image, drain)],
+            node_selector: (!worker.node_selector.is_empty()).then(|| worker.node_selector.clone()),
+            priority_class_name: worker.priority_class_name.clone(),
+            runtime_class_name: worker.runtime_class_name.clone(),
+            service_account_name: worker.service_account_name.clone(),
+            security_context: Some(PodSecurityContext {
+                run_as_non_root: Some(true),
+                run_as_user: Some(NON_ROOT),
+                run_as_group: Some(NON_ROOT),
+                fs_group: Some(NON_ROOT),
+                fs_group_change_policy: Some("OnRootMismatch".into()),
+                seccomp_profile: Some(SeccompProfile {
+                    type_: "RuntimeDefault".into(),
+                    ..SeccompProfile::default()
+                }),
+                ..PodSecurityContext::default()
+            }),
+            termination_grace_period_seconds: Some(drain + GRACE_MARGIN_SECONDS),
+            tolerations: Some(tolerations(&worker)),
+            topology_spread_constraints: Some(vec![TopologySpreadConstraint {
+                label_selector: Some(LabelSelector {
+                    match_labels: Some(selector(placement)),
+                    ..LabelSelector::default()
+                }),
+                max_skew: 1,
+                topology_key: "kubernetes.io/hostname".into(),
+                when_unsatisfiable: "ScheduleAnyway".into(),
+                ..TopologySpreadConstraint::default()
+            }]),
+            volumes: Some(volumes(placement)),
+            ..PodSpec::default()
+        }),
+    }
+}
+
+fn container(placement: &ModelPlacement, worker: &Worker, image: &str, drain: i64) -> Container {
+    let port = |name: &str, number: u16| ContainerPort {
+        name: Some(name.into()),
+        container_port: number.into(),
+        protocol: Some("TCP".into()),
+        ..ContainerPort::default()
+    };
+    let probe = |path: &str, period: i32, failures: i32, timeout: i32| Probe {
+        http_get: Some(HTTPGetAction {
+            path: Some(path.into()),
+            port: IntOrString::String(label::DATA_PORT_NAME.into()),
+            scheme: Some("HTTP".into()),
+            ..HTTPGetAction::default()
+        }),
+        period_seconds: Some(period),
+        failure_threshold: Some(failures),
+        timeout_seconds: Some(timeout),
+        ..Probe::default()
+    };
+    let args = ["serve", "--config", label::DOCUMENT_DIR, "--drain-seconds"].map(String::from);
+    Container {
+        name: CONTAINER.into(),
+        image: Some(image.into()),
+        image_pull_policy: Some("IfNotPresent".into()),
+        args: Some(args.into_iter().chain([drain.to_string()]).collect()),
+        env: Some(environment(placement, worker)),
+        ports: Some(vec![
+            port(label::DATA_PORT_NAME, label::DATA_PORT),
+            port(label::CONTROL_PORT_NAME, label::CONTROL_PORT),
+        ]),
+        // It listens at once and loads afterwards: starting up is short, being ready may take long.
+        startup_probe: Some(probe("/livez", 1, 120, 2)),
+        liveness_probe: Some(probe("/livez", 10, 6, 5)),
+        readiness_probe: Some(probe("/readyz", 2, 2, 2)),
+        resources: Some(resources(placement, worker)),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
+            read_only_root_filesystem: Some(true),
+            ..SecurityContext::default()
+        }),
+        // What a worker says last is why it ended.
+        termination_message_policy: Some("FallbackToLogsOnError".into()),
+        volume_mounts: Some(mounts(placement)),
+        ..Container::default()
+    }
+}
+
+fn environment(placement: &ModelPlacement, worker: &Worker) -> Vec<EnvVar> {
+    let field = |name: &str, path: &str| EnvVar {
+        name: name.into(),
+        value: None,
+        value_from: Some(EnvVarSource {
+            field_ref: Some(ObjectFieldSelector { field_path: path.into(), api_version: Some("v1".into()) }),
+            ..EnvVarSource::default()
+        }),
+    };
+    let mut env = vec![
+        field(label::ENV_NAMESPACE, "metadata.namespace"),
+        field(label::ENV_WORKER_NAME, "metadata.name"),
+    ];
+    if let Some(accelerator) = &placement.spec.accelerator {
+        let value = Some(accelerator.resource_name.clone());
+        env.push(EnvVar { name: label::ENV_ACCELERATOR.into(), value, value_from: None });
+    }
+    if worker.resources.as_ref().is_some_and(|r| r.limits.contains_key("cpu")) {
+        // Rounded up to whole CPUs by the kubelet.
+        env.push(EnvVar {
+            name: label::ENV_THREADS.into(),
+            value: None,
+            value_from: Some(EnvVarSource {
+                resource_field_ref: Some(ResourceFieldSelector {
+                    container_name: Some(CONTAINER.into()),
+                    resource: "limits.cpu".into(),
+                    divisor: None,
+                }),
+                ..EnvVarSource::default()
+            }),
+        });
+    }
+    // What the user sets goes before what we derive.
+    env.retain(|ours| !worker.env.iter().any(|theirs| theirs.name == ours.name));
+    env.extend(worker.env.iter().cloned().map(EnvVar::from));
+    env
+}
+
+fn resources(placement: &ModelPlacement, worker: &Worker) -> ResourceRequirements {
+    let mut resources = ResourceRequirements::from(worker.resources.clone().unwrap_or_default());
+    if let Some(accelerator) = &placement.spec.accelerator {
+        let limits = resources.limits.get_or_insert_default();
+        limits.insert(accelerator.resource_name.clone(), Quantity("1".into()));
+    }
+    if let Some(bytes) = disk_budget(placement) {
+        let requests = resources.requests.get_or_insert_default();
+        requests.entry("ephemeral-storage".into()).or_insert_with(|| Quantity(bytes.to_string()));
+    }
+    resources
+}
+
+/// The disk budget, when one is given that can be read; an unreadable one is refused with a
+/// condition before anything is made from it.
+fn disk_budget(placement: &ModelPlacement) -> Option<u64> {
+    placement.spec.memory.as_ref()?.disk_budget.as_ref()?.bytes().ok()
+}
+
+fn tolerations(worker: &Worker) -> Vec<Toleration> {
+    let lost = |key: &str| Toleration {
+        key: Some(key.into()),
+        operator: Some("Exists".into()),
+        effect: Some("NoExecute".into()),
+        toleration_seconds: Some(NODE_LOST_SECONDS),
+        value: None,
+    };
+    let ours = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"].map(lost);
+    let theirs = &worker.tolerations;
+    let ours = ours.into_iter().filter(|o| !theirs.iter().any(|t| t.key == o.key));
+    theirs.iter().cloned().chain(ours).collect()
+}
+
+fn volumes(placement: &ModelPlacement) -> Vec<Volume> {
+    let empty = |name: &str, bytes: u64| Volume {
+        name: name.into(),
+        empty_dir: Some(EmptyDirVolumeSource { size_limit: Some(Quantity(bytes.to_string())), medium: None }),
+        ..Volume::default()
+    };
+    let disk = disk_budget(placement).unwrap_or(DEFAULT_DISK_BYTES);
+    let mut volumes = vec![
+        Volume {
+            name: "document".into(),
+            config_map: Some(ConfigMapVolumeSource {
+                name: label::owned_name(&placement.name_any()),
+                ..ConfigMapVolumeSource::default()
+            }),
+            ..Volume::default()
+        },
+        empty("cache", disk.saturating_add(DISK_MARGIN_BYTES)),
+        empty("tmp", 1 << 30),
+    ];
+    volumes.extend(placement.spec.source_volumes.iter().map(|source| Volume {
+        name: source_volume_name(&source.name),
+        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+            claim_name: source.persistent_volume_claim.claim_name.clone(),
+            read_only: Some(true),
+        }),
+        ..Volume::default()
+    }));
+    volumes
+}
+
+/// Volume names of the user cannot meet ours.
+fn source_volume_name(name: &str) -> String {
+    format!("source-{name}")
+}
+
+fn mounts(placement: &ModelPlacement) -> Vec<VolumeMount> {
+    let mount = |name: &str, path: &str, read_only: bool| VolumeMount {
+        name: name.into(),
+        mount_path: path.into(),
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    };
+    let mut mounts = vec![
+        mount("document", label::DOCUMENT_DIR, true),
+        mount("cache", label::CACHE_DIR, false),
+        mount("tmp", "/tmp", false),
+    ];
+    mounts.extend(placement.spec.source_volumes.iter().map(|source| {
+        mount(&source_volume_name(&source.name), &format!("{}/{}", label::VOLUMES_DIR, source.name), true)
+    }));
+    mounts
+}

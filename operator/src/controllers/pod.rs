@@ -1,0 +1,248 @@
+//! What a worker pod says about itself: the few facts that decisions need, and its troubles.
+
+use k8s_openapi::{
+    api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod},
+    jiff::Timestamp,
+};
+use kube::ResourceExt;
+use turret_crds::{condition::reason, label};
+
+/// Annotation on a worker pod: hash of the template it was made from.
+pub const TEMPLATE: &str = "turret.dev/pod-template";
+/// Name of the container that runs the worker.
+pub const CONTAINER: &str = "worker";
+
+/// Facts of a worker pod.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PodFacts {
+    /// Its name.
+    pub name: String,
+    /// Its address, once it has one.
+    pub ip: Option<String>,
+    /// Hash of the template it was made from.
+    pub template: Option<String>,
+    /// Whether it is being deleted.
+    pub leaving: bool,
+    /// Whether it has ended for good (evicted, for example) and will not start again.
+    pub ended: bool,
+    /// Whether Kubernetes sends it requests.
+    pub ready: bool,
+    /// What keeps it from running.
+    pub trouble: Option<Trouble>,
+    /// Since when it cannot be scheduled.
+    pub unschedulable_since: Option<Timestamp>,
+}
+
+/// What keeps a pod from running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// A constant of [`reason`].
+    pub reason: &'static str,
+    /// For a person. Never holds counts or times, which would move with every attempt.
+    pub message: String,
+    /// Whether only a change by somebody can help.
+    pub needs_change: bool,
+}
+
+impl PodFacts {
+    /// Reads the facts of a pod.
+    pub fn of(pod: &Pod) -> Self {
+        let status = pod.status.as_ref();
+        let conditions = status.and_then(|s| s.conditions.as_deref()).unwrap_or_default();
+        let condition = |type_: &str| conditions.iter().find(|c| c.type_ == type_);
+        let phase = status.and_then(|s| s.phase.as_deref());
+        let container = status
+            .and_then(|s| s.container_statuses.as_deref())
+            .and_then(|all| all.iter().find(|c| c.name == CONTAINER));
+        let unscheduled = condition("PodScheduled").filter(|c| c.status == "False");
+        let unschedulable = unscheduled.map(|c| Trouble {
+            reason: reason::UNSCHEDULABLE,
+            message: format!(
+                "pod {} cannot be scheduled: {}",
+                pod.name_any(),
+                c.message.as_deref().unwrap_or("the scheduler gives no reason")
+            ),
+            needs_change: false,
+        });
+        Self {
+            name: pod.name_any(),
+            ip: status.and_then(|s| s.pod_ip.clone()).filter(|ip| !ip.is_empty()),
+            template: pod.annotations().get(TEMPLATE).cloned(),
+            leaving: pod.metadata.deletion_timestamp.is_some(),
+            ended: matches!(phase, Some("Failed" | "Succeeded")),
+            ready: condition("Ready").is_some_and(|c| c.status == "True"),
+            trouble: unschedulable.or_else(|| container.and_then(|c| container_trouble(&pod.name_any(), c))),
+            unschedulable_since: unscheduled.and_then(|c| c.last_transition_time.as_ref()).map(|t| t.0),
+        }
+    }
+
+    /// Whether it counts among the workers that are there.
+    pub fn counts(&self) -> bool {
+        !self.leaving && !self.ended
+    }
+}
+
+/// Drops of a pod what no decision needs: nearly all of it.
+pub fn shrink(pod: &mut Pod) {
+    pod.spec = None;
+    pod.metadata.managed_fields = None;
+    pod.metadata.owner_references = None;
+}
+
+fn container_trouble(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
+    let state = container.state.as_ref();
+    let ended = state
+        .and_then(|s| s.terminated.as_ref())
+        .or_else(|| container.last_state.as_ref().and_then(|s| s.terminated.as_ref()));
+    let running = state.is_some_and(|s| s.running.is_some());
+    if let Some(waiting) = state.and_then(|s| s.waiting.as_ref()) {
+        let said = waiting.message.as_deref().unwrap_or_default();
+        match waiting.reason.as_deref().unwrap_or_default() {
+            "ErrImagePull"
+            | "ImagePullBackOff"
+            | "ErrImageNeverPull"
+            | "InvalidImageName"
+            | "ImageInspectError"
+            | "RegistryUnavailable" => {
+                return Some(Trouble {
+                    reason: reason::IMAGE_UNAVAILABLE,
+                    message: format!(
+                        "pod {pod} cannot get the image `{}`; check spec.worker.image, the registry and the node's access to it",
+                        container.image
+                    ),
+                    needs_change: false,
+                });
+            }
+            "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
+                return Some(Trouble {
+                    reason: reason::CRASHING,
+                    message: format!("pod {pod} cannot be started: {said}"),
+                    needs_change: false,
+                });
+            }
+            // `ContainerCreating` and `PodInitializing` are the ordinary way up.
+            _ => {}
+        }
+    }
+    // While it runs again, only what it does now counts.
+    let last = ended.filter(|_| !running && !container.ready)?;
+    Some(last_words(pod, last))
+}
+
+fn last_words(pod: &str, ended: &ContainerStateTerminated) -> Trouble {
+    let said = ended.message.as_deref().map(str::trim).filter(|m| !m.is_empty());
+    if ended.exit_code == label::EXIT_DEVICE {
+        return Trouble {
+            reason: reason::DEVICE_NOT_FOUND,
+            message: format!(
+                "pod {pod} cannot use the device it was given: {}",
+                shorten(said.unwrap_or("it gives no reason; see its log"))
+            ),
+            needs_change: true,
+        };
+    }
+    let how = match (ended.reason.as_deref(), ended.exit_code) {
+        (Some("OOMKilled"), _) => {
+            "was killed because it used more memory than worker.resources.limits.memory".to_owned()
+        }
+        (_, code) => format!("ended with exit code {code}"),
+    };
+    let said = said.map(|s| format!(": {}", shorten(s))).unwrap_or_default();
+    Trouble { reason: reason::CRASHING, message: format!("pod {pod} {how}{said}"), needs_change: false }
+}
+
+/// The last part of a text (a process says why it ends at its end), short enough for a status.
+fn shorten(text: &str) -> String {
+    const MOST: usize = 400;
+    let from = text.char_indices().rev().nth(MOST - 1).map_or(0, |(at, _)| at);
+    let cut = if from > 0 { "…" } else { "" };
+    format!("{cut}{}", text[from..].replace('\n', " "))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn facts(status: serde_json::Value) -> PodFacts {
+        let pod = json!({"metadata": {"name": "p", "namespace": "n"}, "status": status});
+        PodFacts::of(&serde_json::from_value(pod).unwrap())
+    }
+
+    fn container(state: serde_json::Value, last: serde_json::Value) -> serde_json::Value {
+        json!({"containerStatuses": [{
+            "name": "worker", "image": "reg/worker:1", "imageID": "", "ready": false, "restartCount": 3,
+            "state": state, "lastState": last,
+        }]})
+    }
+
+    #[test]
+    fn troubles_name_their_reason_and_what_to_do() {
+        let back_off =
+            json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting"}});
+        let ended = |code: i32, reason: &str, message: &str| json!({"terminated": {"exitCode": code, "reason": reason, "message": message}});
+        let cases = [
+            (
+                json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                       "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."}]}),
+                reason::UNSCHEDULABLE,
+                "Insufficient nvidia.com/gpu",
+                false,
+            ),
+            (
+                container(back_off.clone(), ended(78, "Error", "no CUDA device")),
+                reason::DEVICE_NOT_FOUND,
+                "no CUDA device",
+                true,
+            ),
+            (
+                container(back_off.clone(), ended(1, "Error", "bad flag")),
+                reason::CRASHING,
+                "exit code 1: bad flag",
+                false,
+            ),
+            (container(back_off, ended(137, "OOMKilled", "")), reason::CRASHING, "limits.memory", false),
+            (
+                container(
+                    json!({"waiting": {"reason": "ImagePullBackOff", "message": "Back-off 20s"}}),
+                    json!({}),
+                ),
+                reason::IMAGE_UNAVAILABLE,
+                "reg/worker:1",
+                false,
+            ),
+            (
+                container(
+                    json!({"waiting": {"reason": "CreateContainerConfigError", "message": "no user"}}),
+                    json!({}),
+                ),
+                reason::CRASHING,
+                "no user",
+                false,
+            ),
+        ];
+        for (status, reason, says, needs_change) in cases {
+            let trouble = facts(status).trouble.unwrap_or_else(|| panic!("{reason} is seen"));
+            assert_eq!((trouble.reason, trouble.needs_change), (reason, needs_change));
+            assert!(trouble.message.contains(says), "{}", trouble.message);
+            assert!(!trouble.message.contains("0s"), "a moving time in `{}`", trouble.message);
+        }
+    }
+
+    #[test]
+    fn a_pod_that_starts_or_runs_again_has_no_trouble() {
+        let ended = json!({"terminated": {"exitCode": 1}});
+        for state in [json!({"waiting": {"reason": "ContainerCreating"}}), json!({"running": {}})] {
+            assert_eq!(facts(container(state.clone(), json!({}))).trouble, None);
+        }
+        assert_eq!(facts(container(json!({"running": {}}), ended)).trouble, None);
+    }
+
+    #[test]
+    fn long_last_words_keep_their_end() {
+        let words = format!("{} the end", "é".repeat(1000));
+        let short = shorten(&words);
+        assert!(short.starts_with('…') && short.ends_with("the end") && short.chars().count() == 401);
+    }
+}

@@ -1,0 +1,175 @@
+//! Signing keys in Secrets: followed, and filled when empty.
+//!
+//! The chart renders both Secrets empty, so that the operator needs no right to make Secrets of any
+//! name. Emptying one replaces its key.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::Secret;
+use kube::{
+    Api, ResourceExt,
+    api::{Patch, PatchParams},
+    runtime::{WatchStreamExt, watcher},
+};
+use serde_json::json;
+use tokio::sync::watch;
+use turret_crds::token::{PublicKey, Scope};
+
+use crate::{
+    controllers::status_write::FIELD_MANAGER,
+    keys::{SECRET_FIELD, Signer, SigningKey},
+};
+
+/// A Secret that could not be written is tried again after this long.
+const RETRY: Duration = Duration::from_secs(2);
+
+fn observe(api: Api<Secret>, name: &str) -> impl Stream<Item = Option<Secret>> + Send + use<> {
+    let name = name.to_owned();
+    watcher::watch_object(api, &name).default_backoff().filter_map(move |seen| {
+        let seen = seen
+            .inspect_err(|error| {
+                tracing::warn!(
+                    secret = name,
+                    error = error as &dyn std::error::Error,
+                    "failed to watch a Secret"
+                );
+            })
+            .ok();
+        std::future::ready(seen)
+    })
+}
+
+enum Found {
+    Key(SigningKey),
+    Empty,
+    Broken,
+}
+
+fn key_of(secret: &Secret) -> Found {
+    let field = secret.data.as_ref().and_then(|d| d.get(SECRET_FIELD)).filter(|d| !d.0.is_empty());
+    let Some(field) = field else { return Found::Empty };
+    match SigningKey::from_pem(&String::from_utf8_lossy(&field.0)) {
+        Ok(key) => Found::Key(key),
+        Err(error) => {
+            tracing::error!(secret = %secret.name_any(), %error, "a signing key cannot be used");
+            Found::Broken
+        }
+    }
+}
+
+/// Follows a Secret and fills it when it is empty or absent. The leader's task.
+async fn follow_and_fill(api: Api<Secret>, name: String, keys: watch::Sender<Option<SigningKey>>) {
+    let mut secrets = std::pin::pin!(observe(api.clone(), &name));
+    while let Some(secret) = secrets.next().await {
+        match secret.as_ref().map(key_of) {
+            Some(Found::Key(key)) => {
+                keys.send_if_modified(|old| {
+                    let is_new = old.as_ref() != Some(&key);
+                    *old = Some(key);
+                    is_new
+                });
+            }
+            // Filled on what was seen: if somebody was faster, the watch shows what they wrote.
+            Some(Found::Empty) | None => fill(&api, &name, secret.as_ref()).await,
+            Some(Found::Broken) => {}
+        }
+    }
+}
+
+async fn fill(api: &Api<Secret>, name: &str, seen: Option<&Secret>) {
+    let key = SigningKey::generate();
+    let mut secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
+        "data": {SECRET_FIELD: k8s_openapi::ByteString(key.to_pem().into_bytes())},
+    });
+    if let Some(version) = seen.and_then(ResourceExt::resource_version) {
+        secret["metadata"]["resourceVersion"] = version.into();
+    }
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    loop {
+        match api.patch(name, &params, &Patch::Apply(&secret)).await {
+            Ok(_) => return tracing::info!(secret = name, key = key.id(), "made a signing key"),
+            // Somebody was faster; the watch shows what they wrote.
+            Err(kube::Error::Api(status)) if status.is_conflict() => return,
+            Err(error) => {
+                tracing::warn!(
+                    secret = name,
+                    error = &error as &dyn std::error::Error,
+                    "failed to write a signing key, trying again"
+                );
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// Both keys, followed and filled: the operator's, to sign with, and the public halves of both.
+pub struct Keys {
+    /// The operator's signer.
+    pub signer: Arc<Signer>,
+    /// What goes into every document.
+    pub public: watch::Receiver<Vec<PublicKey>>,
+}
+
+/// Starts to follow both Secrets; returns when both hold a key.
+pub async fn start(
+    tasks: &mut tokio::task::JoinSet<()>,
+    api: Api<Secret>,
+    operator: &str,
+    gateway: &str,
+) -> Keys {
+    let mut follow = |name: &str| {
+        let (sender, receiver) = watch::channel(None);
+        tasks.spawn(follow_and_fill(api.clone(), name.to_owned(), sender));
+        receiver
+    };
+    let (mut operator, mut gateway) = (follow(operator), follow(gateway));
+    let first = async |keys: &mut watch::Receiver<Option<SigningKey>>| {
+        let key =
+            keys.wait_for(Option::is_some).await.expect("the task that follows the Secret runs for ever");
+        key.clone().expect("waited for a key")
+    };
+    let own = first(&mut operator).await;
+    let mut theirs = first(&mut gateway).await;
+    let signer = Arc::new(Signer::new(crate::keys::OPERATOR_ISSUER, Scope::Control, own));
+    let (sender, public) = watch::channel(vec![signer.public(), theirs.public(Scope::Serve)]);
+    let shared = signer.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::select! {
+                Ok(()) = operator.changed() => {
+                    if let Some(key) = operator.borrow_and_update().clone() {
+                        shared.replace(key);
+                    }
+                }
+                Ok(()) = gateway.changed() => {
+                    if let Some(key) = gateway.borrow_and_update().clone() {
+                        theirs = key;
+                    }
+                }
+                else => return,
+            }
+            sender.send_replace(vec![shared.public(), theirs.public(Scope::Serve)]);
+        }
+    });
+    Keys { signer, public }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secret(data: serde_json::Value) -> Secret {
+        serde_json::from_value(json!({"metadata": {"name": "s"}, "data": data})).unwrap()
+    }
+
+    #[test]
+    fn an_empty_secret_is_filled_a_broken_one_is_left_for_a_person() {
+        assert!(matches!(key_of(&secret(json!({}))), Found::Empty));
+        assert!(matches!(key_of(&secret(json!({SECRET_FIELD: ""}))), Found::Empty));
+        assert!(matches!(key_of(&secret(json!({SECRET_FIELD: "bm9uc2Vuc2U="}))), Found::Broken));
+        let pem = k8s_openapi::ByteString(SigningKey::generate().to_pem().into_bytes());
+        assert!(matches!(key_of(&secret(json!({SECRET_FIELD: pem}))), Found::Key(_)));
+    }
+}
