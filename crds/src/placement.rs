@@ -150,8 +150,8 @@ pub struct Memory {
     /// Absent: an eighth of the device budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lens_budget: Option<ByteQuantity>,
-    /// Disk the worker may use for files it fetched. Absent: 64Gi. It is requested as ephemeral
-    /// storage, so changing it replaces the pods.
+    /// Disk the worker may use for files it fetched. Absent: 64Gi, not set aside. When given it is
+    /// requested as ephemeral storage, so changing it replaces the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_budget: Option<ByteQuantity>,
 }

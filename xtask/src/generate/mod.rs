@@ -128,7 +128,8 @@ fn program(name: &str, words: &[&str]) -> Result<String> {
     for (variable, _) in std::env::vars_os().filter(|(v, _)| v.to_string_lossy().starts_with("TURRET_")) {
         command.env_remove(variable);
     }
-    command.env_remove("RUST_LOG").env("NO_COLOR", "1");
+    // Defaults that depend on the user are shown as everybody has them.
+    command.env_remove("RUST_LOG").env("NO_COLOR", "1").env("XDG_CACHE_HOME", "~/.cache");
     output(&mut command)
 }
 
