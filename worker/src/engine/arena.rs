@@ -272,3 +272,66 @@ impl std::fmt::Debug for Region {
 fn system(attempt: &'static str, bytes: usize) -> ArenaError {
     ArenaError::System { attempt, bytes, source: std::io::Error::last_os_error() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn resident_bytes() -> usize {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * PAGE
+    }
+
+    #[test]
+    fn what_is_dropped_is_given_back_to_the_system() {
+        let arena = Arena::new(1 << 30).unwrap();
+        let mut region = arena.reserve(Part::Lens, 256 * MIB).unwrap();
+        region.bytes_mut().fill(1);
+        let filled = resident_bytes();
+        assert_eq!(arena.used().lens_bytes, 256 * MIB);
+        drop(region);
+        assert!(
+            resident_bytes() + 200 * MIB as usize <= filled,
+            "other tests run beside, hence not all of it"
+        );
+        assert_eq!(arena.used(), ArenaUse::default());
+    }
+
+    #[test]
+    fn a_region_shrinks_and_grows_and_reads_zero_where_it_was_cut() {
+        let arena = Arena::new(1 << 30).unwrap();
+        let mut region = arena.reserve_addresses(Part::Kv, 16 * MIB).unwrap();
+        region.set_charged(8 * MIB);
+        region.bytes_mut().fill(7);
+        region.set_charged(MIB);
+        region.set_charged(4 * MIB);
+        assert_eq!(arena.used().kv_bytes, 4 * MIB);
+        assert!(region.bytes()[..MIB as usize].iter().all(|b| *b == 7));
+        assert!(region.bytes()[MIB as usize..].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn lenses_of_all_sizes_come_and_go_without_fragmenting_it() {
+        // Sixty megabytes live at most, in a space made for sixty-four: only addresses could run out.
+        let arena = Arena::new(64 * MIB).unwrap();
+        let mut live: Vec<Region> = Vec::new();
+        let mut random = 1_u64;
+        for _ in 0..20_000 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let bytes = 1 + (1 << ((random >> 40) % 25)) + (random >> 50);
+            while arena.used().lens_bytes + bytes > 60 * MIB {
+                let index = (random >> 20) as usize % live.len();
+                live.swap_remove(index);
+            }
+            let mut region = arena.reserve(Part::Lens, bytes).unwrap();
+            assert_eq!((region.bytes()[0], region.len() as u64), (0, bytes));
+            region.bytes_mut()[0] = 1;
+            live.push(region);
+        }
+        live.clear();
+        assert_eq!(arena.used(), ArenaUse::default());
+        assert_eq!(arena.0.state.lock().free.len(), 1, "neighbours are joined again");
+    }
+}

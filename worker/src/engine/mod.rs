@@ -13,6 +13,8 @@ pub mod sampler;
 pub mod schedule;
 mod sequence;
 mod step;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,8 +25,8 @@ use tokio::sync::mpsc::error::TryRecvError;
 
 use arena::{Arena, ArenaError, ArenaUse, Part, Region};
 use handle::{
-    ActivateError, BaseId, COMMANDS, CannotFit, ChangeError, Command, EngineConfig, EngineHandle, LensId, Published, RemoveError,
-    Reply, ReserveError, Snapshot, SubmitError,
+    ActivateError, BaseId, COMMANDS, CannotFit, ChangeError, Command, EngineConfig, EngineHandle, LensId,
+    Published, RemoveError, Reply, ReserveError, Snapshot, SubmitError,
 };
 use memory::BaseNeeds;
 use row::{RowFailure, RowRequest, RowStream, row_channel};
@@ -87,7 +89,8 @@ impl Engine {
 /// Memory of this machine, for the size of the address space.
 fn machine_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
     kib.unwrap_or(64 << 20) * 1024
 }
 
@@ -172,35 +175,63 @@ impl Core {
         }
     }
 
-    /// Answers are sent to whoever still waits for them.
     fn handle(&mut self, command: Command) {
         self.published.heartbeat.fetch_add(1, Ordering::Relaxed);
+        // Who went away before this command was sent no longer counts.
+        self.drop_cancelled();
         match command {
-            // A region that nobody receives is dropped here, which frees it.
-            Command::ReserveBase { layout, reply } => drop(reply.send(self.reserve_base(&layout))),
-            Command::ReserveLens { bytes, reply } => drop(reply.send(self.reserve_lens(bytes))),
+            // A region that nobody receives is dropped by `answer`, which frees it.
+            Command::ReserveBase { layout, reply } => {
+                let region = self.reserve_base(&layout);
+                self.answer(reply, region);
+            }
+            Command::ReserveLens { bytes, reply } => {
+                let region = self.reserve_lens(bytes);
+                self.answer(reply, region);
+            }
             Command::InstallBase { base, reply } => {
                 let id = BaseId(self.new_id());
                 self.bases.insert(id, *base);
-                if reply.send(id).is_err() {
+                if self.answer(reply, id).is_some() {
                     self.bases.remove(&id);
                 }
             }
             Command::InstallLens { base, lens, reply } => {
-                let answer = self.install_lens(base, *lens);
-                if let Err(Ok(id)) = reply.send(answer) {
+                let installed = self.install_lens(base, *lens);
+                if let Some(Ok(id)) = self.answer(reply, installed) {
                     self.lenses.remove(&id);
                 }
             }
-            Command::Activate { base, reply } => drop(reply.send(self.activate(base))),
-            Command::RemoveBase { base, reply } => drop(reply.send(self.remove_base(base))),
+            Command::Activate { base, reply } => {
+                let done = self.activate(base);
+                self.answer(reply, done);
+            }
+            Command::RemoveBase { base, reply } => {
+                let bytes = self.remove_base(base);
+                self.answer(reply, bytes);
+            }
             Command::RemoveLens { lens, when_idle, reply } => self.remove_lens(lens, when_idle, reply),
-            Command::Submit { row, reply } => drop(reply.send(self.submit(*row))),
-            Command::AbortRows { reply } => drop(reply.send(self.abort_rows())),
-            Command::Reconfigure { config, reply } => drop(reply.send(self.reconfigure(config))),
+            Command::Submit { row, reply } => {
+                let stream = self.submit(*row);
+                self.answer(reply, stream);
+            }
+            Command::AbortRows { reply } => {
+                let rows = self.abort_rows();
+                self.answer(reply, rows);
+            }
+            Command::Reconfigure { config, reply } => {
+                let done = self.reconfigure(config);
+                self.answer(reply, done);
+            }
             Command::Shutdown { reply } => self.shutdown.push(reply),
         }
+    }
+
+    /// Answers a command; gives the answer back when nobody waits for it any more. Whoever has the answer finds
+    /// it in the snapshot too.
+    fn answer<T>(&self, reply: Reply<T>, answer: T) -> Option<T> {
         self.publish();
+        reply.send(answer).err()
     }
 
     fn new_id(&mut self) -> u64 {
@@ -223,7 +254,8 @@ impl Core {
             None => memory::fits_inactive(base_bytes, &self.config).map_err(ReserveError::ArenaFull)?,
             Some(active) => {
                 let blocks = active.needs.min_blocks.max(active.cache.used());
-                memory::fits(base_bytes, &active.needs, blocks, &self.config).map_err(ReserveError::ArenaFull)?;
+                memory::fits(base_bytes, &active.needs, blocks, &self.config)
+                    .map_err(ReserveError::ArenaFull)?;
             }
         }
         let used = ArenaUse { base_bytes, ..self.arena.used() };
@@ -343,7 +375,7 @@ impl Core {
             Some(_) if rows > 0 => Err(RemoveError::InUse { rows }),
             Some(_) => Ok(self.drop_lens(id)),
         };
-        let _ = reply.send(answer);
+        self.answer(reply, answer);
     }
 
     /// Frees a lens that no row holds.
@@ -353,7 +385,7 @@ impl Core {
         let weights = Arc::into_inner(lens.weights).expect("no row and no batch holds the lens");
         drop(weights);
         for reply in lens.retiring {
-            let _ = reply.send(Ok(bytes));
+            self.answer(reply, Ok(bytes));
         }
         bytes
     }
@@ -491,7 +523,9 @@ fn check_row(row: &RowRequest, limit: u32, base: &FilledBase) -> Result<(), Subm
     check("top_p", s.top_p, s.top_p > 0.0 && s.top_p <= 1.0, "above 0, up to 1")?;
     check("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0 to 1")?;
     check("lenses", row.lenses.len() as f32, row.lenses.len() <= MAX_ROW_LENSES, "at most 8 on one row")?;
-    row.lenses.iter().try_for_each(|lens| check("scale", lens.scale, lens.scale.is_finite(), "finite numbers"))
+    row.lenses
+        .iter()
+        .try_for_each(|lens| check("scale", lens.scale, lens.scale.is_finite(), "finite numbers"))
 }
 
 fn system(error: ArenaError) -> ReserveError {

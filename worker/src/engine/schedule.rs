@@ -163,7 +163,11 @@ mod tests {
     #[test]
     fn the_youngest_steps_back_when_blocks_run_out() {
         let full = BLOCK_TOKENS as u32;
-        let plan = plan(&[row(full + 1, full), row(full + 1, full)], &[row(1, 0)], StepBudget { free_blocks: 0, ..BUDGET });
+        let plan = plan(
+            &[row(full + 1, full), row(full + 1, full)],
+            &[row(1, 0)],
+            StepBudget { free_blocks: 0, ..BUDGET },
+        );
         assert_eq!(plan.keep_running, 1);
         assert_eq!(plan.shares, [Share { row: 0, tokens: 1, new_blocks: 1 }]);
         assert_eq!(plan.admit, 0, "who stepped back comes before who is new");

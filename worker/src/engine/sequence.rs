@@ -60,7 +60,11 @@ impl Sequence {
     }
 
     pub(crate) fn state(&self) -> RowState {
-        RowState { tokens: self.tokens.len() as u32, computed: self.computed, blocks: self.blocks.len() as u32 }
+        RowState {
+            tokens: self.tokens.len() as u32,
+            computed: self.computed,
+            blocks: self.blocks.len() as u32,
+        }
     }
 
     /// Tokens it may come to have.

@@ -71,7 +71,12 @@ impl Active {
     }
 
     /// Takes new limits between two steps.
-    pub(super) fn set_needs(&mut self, config: &ModelConfig, needs: BaseNeeds, limits: &EngineConfig) -> Result<()> {
+    pub(super) fn set_needs(
+        &mut self,
+        config: &ModelConfig,
+        needs: BaseNeeds,
+        limits: &EngineConfig,
+    ) -> Result<()> {
         if needs.step != self.workspace.size() {
             self.workspace = Workspace::new(config, needs.step)?;
             self.batch = batch_for(&needs, limits.max_running_rows as usize);
@@ -92,7 +97,8 @@ impl Active {
         self.running_states.clear();
         self.running_states.extend(running.iter().map(Sequence::state));
         self.waiting_states.clear();
-        self.waiting_states.extend(waiting.iter().take(limits.max_running_rows as usize).map(Sequence::state));
+        self.waiting_states
+            .extend(waiting.iter().take(limits.max_running_rows as usize).map(Sequence::state));
         let budget = StepBudget {
             max_running_rows: limits.max_running_rows.max(1),
             prefill_chunk_tokens: limits.prefill_chunk_tokens,
@@ -152,7 +158,12 @@ impl Active {
                 outputs_from: from,
             });
             let position = start + from as u32;
-            self.outputs.push(RowOutputs { row: share.row, start: outputs.start, end: outputs.end, position });
+            self.outputs.push(RowOutputs {
+                row: share.row,
+                start: outputs.start,
+                end: outputs.end,
+                position,
+            });
             counts.prompt_tokens += u64::from(row.prompt_tokens_in(tokens));
         }
         self.decoder.forward(base, &mut self.cache, &self.batch, &mut self.workspace, None)?;

@@ -79,7 +79,10 @@ impl<'a> CacheBlocks<'a> {
         assert!((block as usize) < self.blocks && layer < self.shape.layers, "outside of the cache");
         // SAFETY: the block and layer exist.
         unsafe {
-            self.bytes.add(block as usize * self.shape.block_bytes()).cast::<E>().add(layer * 2 * self.shape.half_layer())
+            self.bytes
+                .add(block as usize * self.shape.block_bytes())
+                .cast::<E>()
+                .add(layer * 2 * self.shape.half_layer())
         }
     }
 
@@ -159,7 +162,16 @@ pub fn attention(
                         to.get().add(token * shape.q_width() + head * shape.head_dim),
                     )
                 };
-                launch(Heads { cache, layer, kv_head, table, position: query.position as usize, q, out, heads });
+                launch(Heads {
+                    cache,
+                    layer,
+                    kv_head,
+                    table,
+                    position: query.position as usize,
+                    q,
+                    out,
+                    heads,
+                });
                 head += heads;
             }
         }
@@ -217,7 +229,10 @@ impl Heads<'_> {
     }
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop, reason = "plain counted loops are what unrolls under target features")]
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "plain counted loops are what unrolls under target features"
+    )]
     unsafe fn visit<S: Simd, E: Element, const G: usize>(&self) {
         let shape = self.cache.shape;
         let d = shape.head_dim;

@@ -177,15 +177,21 @@ fn down(pool: &Pool, linear: &Linear<'_>, deltas: &dyn Deltas, x: &[f32], scratc
         let share = delta.ranks.div_ceil(slices).next_multiple_of(4);
         let first = (slice * share).min(delta.ranks);
         let last = (first + share).min(delta.ranks);
-        let a = Linear { weight: delta.a, bias: None, outputs: delta.ranks, inputs: linear.inputs, accumulate: false };
-        // SAFETY: the lengths were checked above.
-        let (x, y) = unsafe {
-            (x.as_ptr().add(delta.row_start * linear.inputs), to.get().add(delta.scratch_start))
+        let a = Linear {
+            weight: delta.a,
+            bias: None,
+            outputs: delta.ranks,
+            inputs: linear.inputs,
+            accumulate: false,
         };
+        // SAFETY: the lengths were checked above.
+        let (x, y) =
+            unsafe { (x.as_ptr().add(delta.row_start * linear.inputs), to.get().add(delta.scratch_start)) };
         launch(Range { x, y, rows: delta.rows, linear: &a, first, last });
         for part in 0..deltas.parts(index) {
             let part = deltas.part(index, part);
-            for rank in (part.rank_start..part.rank_start + part.ranks).filter(|r| (first..last).contains(r)) {
+            for rank in (part.rank_start..part.rank_start + part.ranks).filter(|r| (first..last).contains(r))
+            {
                 for row in 0..delta.rows {
                     // SAFETY: inside this delta's scratch, in the ranks of this task.
                     unsafe { *y.add(row * delta.ranks + rank) *= part.scale };
@@ -210,7 +216,10 @@ fn up(range: &Range<'_>, deltas: &dyn Deltas, scratch: &[f32]) {
             let part = deltas.part(index, part);
             let first = range.first.max(part.output_start);
             let last = range.last.min(part.output_start + part.outputs);
-            assert!(part.output_start + part.outputs <= range.linear.outputs, "a delta is outside of its matrix");
+            assert!(
+                part.output_start + part.outputs <= range.linear.outputs,
+                "a delta is outside of its matrix"
+            );
             assert_eq!(part.b.len(), part.ranks * part.outputs, "B has another shape");
             assert!(part.rank_start + part.ranks <= delta.ranks, "a part is outside of its delta");
             for row in 0..if first < last { delta.rows } else { 0 } {
@@ -272,7 +281,13 @@ impl Range<'_> {
     }
 
     #[inline(always)]
-    unsafe fn column<S: Simd, E: Element, const N: usize>(&self, w: *const E, row: usize, until: usize, output: usize) {
+    unsafe fn column<S: Simd, E: Element, const N: usize>(
+        &self,
+        w: *const E,
+        row: usize,
+        until: usize,
+        output: usize,
+    ) {
         let mut row = row;
         // SAFETY: as above.
         unsafe {
@@ -291,8 +306,16 @@ impl Range<'_> {
 
     /// M rows by N outputs. For each of them: sixteen partial sums over k in order, then their sum.
     #[inline(always)]
-    #[allow(clippy::needless_range_loop, reason = "plain counted loops are what unrolls under target features")]
-    unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(&self, w: *const E, row: usize, output: usize) {
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "plain counted loops are what unrolls under target features"
+    )]
+    unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
+        &self,
+        w: *const E,
+        row: usize,
+        output: usize,
+    ) {
         let k = self.linear.inputs;
         // SAFETY: rows `row..row + M` of x and `output..output + N` of w exist; the last partial vector is
         // loaded through a copy.

@@ -44,7 +44,9 @@ impl InplaceOp1 for Embed<'_> {
 
     fn cpu_fwd(&self, y: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let y = write(y, layout)?;
-        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| widen(self.table, self.tokens[i] as usize, y));
+        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| {
+            widen(self.table, self.tokens[i] as usize, y)
+        });
         Ok(())
     }
 }
@@ -148,7 +150,8 @@ impl InplaceOp1 for RotateAndStore<'_> {
         let (q, kv) = (self.heads * d, self.kv_heads * d);
         each_row(self.pool, qkv, q + 2 * kv, self.queries.len(), |token, qkv| {
             let (rotated, v) = qkv.split_at_mut(q + kv);
-            let (cos, sin) = (&self.rotary.cos[token * half..][..half], &self.rotary.sin[token * half..][..half]);
+            let (cos, sin) =
+                (&self.rotary.cos[token * half..][..half], &self.rotary.sin[token * half..][..half]);
             for (index, head) in rotated.chunks_exact_mut(d).enumerate() {
                 if let Some((q_norm, k_norm, eps)) = self.qk_norm {
                     rms_norm_in_place(head, if index < self.heads { q_norm } else { k_norm }, eps);

@@ -24,6 +24,10 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 /// Files of a LoRA folder that a worker reads: what a digest of the lens covers.
 pub const LORA_FILES: [&str; 2] = [CONFIG, WEIGHTS];
 
+/// A LoRA folder with one of these is more than a LoRA, and would answer something else without it.
+const OTHER_KINDS: [(&str, &str); 2] =
+    [("oracle.json", "an activation oracle"), ("verbalizer.json", "a verbalizer")];
+
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
 const MAX_RANK: usize = 4096;
 const ALIGNMENT: usize = 64;
@@ -138,6 +142,11 @@ struct Move {
 impl LoraFolder {
     /// Reads the config and the header, and checks both against the base.
     pub fn open(folder: &Path, base: &Arc<ModelConfig>) -> Result<Self, LensError> {
+        for (file, kind) in OTHER_KINDS {
+            if folder.join(file).exists() {
+                return Err(LensError::UnsupportedKind { file, kind });
+            }
+        }
         let path = folder.join(CONFIG);
         let text = read_config(&path)?;
         let config: AdapterConfig = serde_json::from_str(&text)
@@ -539,4 +548,135 @@ fn check(file: &TensorFile, moves: &[Move]) -> Result<(), LensError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lens::LensFailure;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn base() -> Arc<ModelConfig> {
+        let fixture = fixture().join("model/config.json");
+        Arc::new(ModelConfig::parse(&std::fs::read_to_string(fixture).unwrap()).unwrap())
+    }
+
+    fn fixture() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/qwen2")
+    }
+
+    /// A copy of a fixture lens with some keys of its config changed.
+    fn changed(lens: &str, change: &[(&str, Value)]) -> tempfile::TempDir {
+        let (from, dir) = (fixture().join("lenses").join(lens), tempfile::tempdir().unwrap());
+        let mut config: Value =
+            serde_json::from_str(&std::fs::read_to_string(from.join(CONFIG)).unwrap()).unwrap();
+        for (key, value) in change {
+            config[*key] = value.clone();
+        }
+        std::fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
+        std::fs::copy(from.join(WEIGHTS), dir.path().join(WEIGHTS)).unwrap();
+        dir
+    }
+
+    fn failure(dir: &Path) -> (LensFailure, String) {
+        let error = LoraFolder::open(dir, &base()).err().expect("it must be refused");
+        (error.failure(), error.to_string())
+    }
+
+    #[test]
+    fn settings_that_are_not_computed_are_refused_by_name() {
+        for (key, value) in [
+            ("use_dora", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
+            ("bias", json!("lora_only")),
+            ("lora_bias", json!(true)),
+            ("fan_in_fan_out", json!(true)),
+            ("layer_replication", json!([[0, 2]])),
+            ("alora_invocation_tokens", json!([1, 2])),
+            ("trainable_token_indices", json!([3])),
+            ("target_parameters", json!(["experts"])),
+            ("init_lora_weights", json!("pissa")),
+            ("peft_type", json!("IA3")),
+            ("a_key_of_the_future", json!({"on": true})),
+        ] {
+            let dir = changed("attn-r4", &[(key, value)]);
+            let (failure, message) = failure(dir.path());
+            assert_eq!(failure, LensFailure::UnsupportedTensors, "{key}: {message}");
+            assert!(message.contains(key), "{message}");
+        }
+        let dir = changed("attn-r4", &[("target_modules", json!(["q_proj", "v_proj", "lm_head"]))]);
+        assert!(failure(dir.path()).1.contains("lm_head"));
+        let dir = changed("attn-r4", &[]);
+        std::fs::write(dir.path().join("oracle.json"), "{}").unwrap();
+        assert_eq!(failure(dir.path()).0, LensFailure::UnsupportedTensors);
+    }
+
+    #[test]
+    fn what_config_and_file_do_not_agree_on_is_refused() {
+        let two = |a: (&'static str, Value)| changed("attn-r4", &[a]);
+        for (change, expected, word) in [
+            (("target_modules", json!(["q_proj"])), LensFailure::Malformed, "v_proj"),
+            (("target_modules", json!(["q_proj", "v_proj", "o_proj"])), LensFailure::Malformed, "o_proj"),
+            (("target_modules", json!(["c_attn"])), LensFailure::BaseMismatch, "match no module"),
+            (("target_modules", json!("(unclosed")), LensFailure::Malformed, "regular expression"),
+            (("layers_to_transform", json!([0])), LensFailure::Malformed, "layers.1"),
+            (("r", json!(8)), LensFailure::BaseMismatch, "shape"),
+            (("r", json!(0)), LensFailure::Malformed, "rank"),
+            (("rank_pattern", json!({"q_proj": 1000000})), LensFailure::Malformed, "rank"),
+            (("lora_alpha", json!(1e300)), LensFailure::Malformed, "alpha"),
+            (("lora_alpha", json!("many")), LensFailure::Malformed, "many"),
+        ] {
+            let key = change.0;
+            let dir = two(change);
+            let (failure, message) = failure(dir.path());
+            assert_eq!(failure, expected, "{key}: {message}");
+            assert!(message.contains(word), "{message}");
+        }
+    }
+
+    #[test]
+    fn another_bases_lens_and_damaged_files_are_told_apart() {
+        let mut smaller = (*base()).clone();
+        smaller.layers = 2;
+        let lens = fixture().join("lenses/attn-r4");
+        let error = LoraFolder::open(&lens, &Arc::new(smaller)).err().unwrap();
+        assert_eq!(error.failure(), LensFailure::BaseMismatch, "{error}");
+        let mut narrower = (*base()).clone();
+        narrower.hidden_size = 32;
+        let error = LoraFolder::open(&lens, &Arc::new(narrower)).err().unwrap();
+        assert_eq!(error.failure(), LensFailure::BaseMismatch, "{error}");
+
+        let dir = changed("attn-r4", &[]);
+        let weights = std::fs::read(dir.path().join(WEIGHTS)).unwrap();
+        std::fs::write(dir.path().join(WEIGHTS), &weights[..weights.len() - 1]).unwrap();
+        assert_eq!(failure(dir.path()).0, LensFailure::Truncated);
+        std::fs::write(dir.path().join(WEIGHTS), b"eight by and more").unwrap();
+        assert_eq!(failure(dir.path()).0, LensFailure::Malformed);
+        std::fs::remove_file(dir.path().join(WEIGHTS)).unwrap();
+        assert_eq!(failure(dir.path()).0, LensFailure::Unreadable);
+    }
+
+    #[test]
+    fn patterns_choose_modules_as_peft_does() {
+        let names = |targets: Value, exclude: Value, layers: Value| {
+            let text = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets,
+                "exclude_modules": exclude, "layers_to_transform": layers});
+            let config: AdapterConfig = serde_json::from_str(&text.to_string()).unwrap();
+            let adapted = adapted_modules(&config, &base(), &PathBuf::new()).unwrap();
+            adapted.iter().map(|a| format!("{}.{}", a.layer, a.module.name)).collect::<Vec<_>>()
+        };
+        let none = Value::Null;
+        assert_eq!(names(json!("all-linear"), none.clone(), none.clone()).len(), 28);
+        assert_eq!(
+            names(json!(["mlp.down_proj"]), none.clone(), json!([1, 3])),
+            ["1.mlp.down_proj", "3.mlp.down_proj"]
+        );
+        assert_eq!(names(json!(["v_proj"]), none.clone(), json!(2)), ["2.self_attn.v_proj"]);
+        let regex = json!(r".*\.(0|1)\..*(?<!k)_proj");
+        assert_eq!(names(regex.clone(), none.clone(), none.clone()).len(), 12);
+        assert_eq!(names(regex, json!(["mlp.up_proj", "gate_proj"]), none.clone()).len(), 8);
+        assert_eq!(names(json!("model.layers.3.mlp.up_proj"), none.clone(), none.clone()), ["3.mlp.up_proj"]);
+        assert_eq!(names(json!("all-linear"), json!(".*mlp.*"), none).len(), 16);
+    }
 }

@@ -75,6 +75,14 @@ pub enum LensError {
         /// Its value.
         value: String,
     },
+    /// The folder is of a kind that is not loaded.
+    #[error("`{file}` makes the folder {kind}, which is not supported")]
+    UnsupportedKind {
+        /// What tells.
+        file: &'static str,
+        /// Which kind.
+        kind: &'static str,
+    },
     /// A tensor that would change the answer and that is not computed.
     #[error("tensor `{tensor}` is not supported: {why}")]
     UnsupportedTensor {
@@ -109,6 +117,7 @@ impl LensError {
             Self::BaseMismatch { .. } => LensFailure::BaseMismatch,
             Self::UnsupportedSetting { .. }
             | Self::UnsupportedTensor { .. }
+            | Self::UnsupportedKind { .. }
             | Self::File(TensorFileError::Dtype { .. }) => LensFailure::UnsupportedTensors,
             Self::Malformed { .. }
             | Self::File(TensorFileError::Malformed { .. } | TensorFileError::NotFinite { .. }) => {

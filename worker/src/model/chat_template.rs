@@ -31,7 +31,9 @@ pub enum TemplateError {
     #[error("the chat template failed: {0}")]
     Failed(String),
     /// The model has none.
-    #[error("this base has no chat template; use /v1/completions, or a base with `chat_template` in its tokenizer")]
+    #[error(
+        "this base has no chat template; use /v1/completions, or a base with `chat_template` in its tokenizer"
+    )]
     Missing,
 }
 
@@ -67,7 +69,8 @@ impl ChatTemplate {
         }
         let malformed = |e: Error| TemplateError::Malformed(describe(&e));
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(malformed)?;
+        let syntax =
+            SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(malformed)?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -81,8 +84,11 @@ impl ChatTemplate {
 
     /// The text of a conversation.
     pub fn render(&self, input: &ChatInput) -> Result<String, TemplateError> {
-        let mut variables: BTreeMap<String, Value> =
-            self.special_tokens.iter().map(|(name, token)| (name.clone(), Value::from(token.as_str()))).collect();
+        let mut variables: BTreeMap<String, Value> = self
+            .special_tokens
+            .iter()
+            .map(|(name, token)| (name.clone(), Value::from(token.as_str())))
+            .collect();
         variables.extend(input.variables.clone());
         variables.insert("messages".into(), input.messages.clone());
         variables.insert("tools".into(), input.tools.clone().unwrap_or(Value::from(())));
@@ -245,7 +251,11 @@ impl serde_json::ser::Formatter for PythonJson {
     fn end_array<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
         self.close(out, b"]")
     }
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         self.next(out, first)
     }
     fn end_array_value<W: ?Sized + std::io::Write>(&mut self, _: &mut W) -> std::io::Result<()> {
@@ -258,7 +268,11 @@ impl serde_json::ser::Formatter for PythonJson {
     fn end_object<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
         self.close(out, b"}")
     }
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         self.next(out, first)
     }
     fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {

@@ -17,7 +17,7 @@ use super::rope::Frequencies;
 use super::weights::{FilledBase, Matrix, Vector};
 use crate::kernels::attention::Query;
 use crate::kernels::matmul::{Deltas, Linear, NoDeltas};
-use crate::kernels::ops::{Attend, Embed, Project, RmsNorm, RotateAndStore, Rotary, SiluMul};
+use crate::kernels::ops::{Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, SiluMul};
 use crate::kernels::threads::Pool;
 use crate::lens::FilledLens;
 
@@ -349,8 +349,13 @@ impl Step<'_> {
             inputs: matrix.inputs,
             accumulate,
         };
-        let project =
-            Project { pool: &self.decoder.pool, linear, deltas, rows: self.rows, scratch: &self.work.scratch };
+        let project = Project {
+            pool: &self.decoder.pool,
+            linear,
+            deltas,
+            rows: self.rows,
+            scratch: &self.work.scratch,
+        };
         to.inplace_op2(from, &project)
     }
 }

@@ -99,3 +99,43 @@ impl KvCache {
         CacheBlocks::new(self.shape, self.region.bytes_mut())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::arena::{Arena, Part};
+
+    #[test]
+    fn a_smaller_cache_keeps_what_rows_hold() {
+        let shape = CacheShape { layers: 1, kv_heads: 1, group: 1, head_dim: 8, dtype: Dtype::F32 };
+        let size = shape.block_bytes();
+        let arena = Arena::new(1 << 28).unwrap();
+        let region = arena.reserve_addresses(Part::Kv, 64 * size as u64).unwrap();
+        let mut cache = KvCache::new(shape, region);
+        cache.resize(20, std::iter::empty());
+        let mut rows: Vec<Vec<u32>> =
+            (0..5).map(|_| (0..4).map(|_| cache.take().expect("20 blocks")).collect()).collect();
+        assert_eq!(cache.take(), None);
+        for block in rows.iter().flatten() {
+            cache.region.bytes_mut()[*block as usize * size..][..size].fill(*block as u8 + 1);
+        }
+        let expected: Vec<Vec<u8>> =
+            rows.iter().map(|row| row.iter().map(|b| *b as u8 + 1).collect()).collect();
+        for row in [1, 0] {
+            cache.give_back(&mut rows[row]);
+        }
+        cache.resize(12, rows.iter_mut());
+        assert_eq!((cache.total(), cache.free(), arena.used().kv_bytes), (12, 0, 12 * size as u64));
+        for (row, expected) in rows.iter().zip(&expected).skip(2) {
+            for (block, fill) in row.iter().zip(expected) {
+                assert!(*block < 12);
+                assert!(cache.region.bytes()[*block as usize * size..][..size].iter().all(|b| b == fill));
+            }
+        }
+        cache.resize(64, rows.iter_mut());
+        let mut held: Vec<u32> = rows.into_iter().flatten().collect();
+        held.extend(std::iter::from_fn(|| cache.take()));
+        held.sort();
+        assert_eq!(held, (0..64).collect::<Vec<_>>(), "every block is held once or free once");
+    }
+}

@@ -16,7 +16,12 @@ impl Frequencies {
         });
         Self(match config.rope.scaling {
             RopeScaling::Default => plain.collect(),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => {
                 let original = original_max_position_embeddings;
                 plain
                     .map(|frequency| {
@@ -27,8 +32,8 @@ impl Frequencies {
                         } else if wavelength < original / high_freq_factor {
                             frequency
                         } else {
-                            let high_share =
-                                (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                            let high_share = (original / wavelength - low_freq_factor)
+                                / (high_freq_factor - low_freq_factor);
                             (1.0 - high_share as f32) * low + high_share as f32 * frequency
                         }
                     })

@@ -88,7 +88,11 @@ impl SingleRow {
     }
 
     /// Computes a sequence from its first token, in one step.
-    pub fn compute(&mut self, tokens: &[u32], lenses: &[(Arc<FilledLens>, f32)]) -> Result<Trace, SingleError> {
+    pub fn compute(
+        &mut self,
+        tokens: &[u32],
+        lenses: &[(Arc<FilledLens>, f32)],
+    ) -> Result<Trace, SingleError> {
         assert!(tokens.len() <= self.context_tokens as usize, "the sequence is longer than the context");
         let mut blocks: Vec<u32> = (0..blocks_for(tokens.len() as u32)).collect();
         blocks.reverse();

@@ -77,7 +77,8 @@ impl Tokenizer {
         let settings = read_object(&folder.join("tokenizer_config.json"))?;
         let special_tokens = special_tokens(&settings);
         let template_file = folder.join("chat_template.jinja");
-        let source = if template_file.exists() { Some(read(&template_file)?) } else { inline_template(&settings) };
+        let source =
+            if template_file.exists() { Some(read(&template_file)?) } else { inline_template(&settings) };
         let eos = special_tokens.get("eos_token").and_then(|token| tokenizer.token_to_id(token));
         let template = source.map(|source| ChatTemplate::new(&source, special_tokens)).transpose()?;
 

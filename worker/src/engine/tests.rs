@@ -1,0 +1,476 @@
+//! Properties of the running engine, on small random models made in memory: a batch means nothing, nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use futures::executor::block_on;
+use futures::future::join_all;
+use half::{bf16, f16};
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::handle::*;
+use super::row::*;
+use super::{Engine, memory};
+use crate::lens::lora::LoraFolder;
+use crate::model::config::ModelConfig;
+use crate::model::tensor_file::tests::write;
+use crate::model::weights::{BaseLayout, Dtype, FilledBase};
+
+const VOCAB: u32 = 67;
+
+/// A small architecture whose widths fit no vector, with everything that the three published ones have.
+fn config(name: &str) -> Arc<ModelConfig> {
+    let text = json!({
+        "architectures": [name], "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "vocab_size": VOCAB,
+        "max_position_embeddings": 160, "tie_word_embeddings": name != "LlamaForCausalLM",
+    });
+    Arc::new(ModelConfig::parse(&text.to_string()).unwrap())
+}
+
+/// Numbers between -1 and 1 that follow from a seed.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as f32 / (1u64 << 30) as f32) - 1.0
+    }
+
+    fn fill(&mut self, bytes: &mut [u8], dtype: Dtype, scale: f32) {
+        for element in bytes.chunks_exact_mut(dtype.bytes()) {
+            let x = self.next() * scale;
+            match dtype {
+                Dtype::F32 => element.copy_from_slice(&x.to_le_bytes()),
+                Dtype::BF16 => element.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
+                Dtype::F16 => element.copy_from_slice(&f16::from_f32(x).to_le_bytes()),
+            }
+        }
+    }
+}
+
+fn limits(layout: &BaseLayout, chunk: u32, rows: u32, spare_blocks: u32) -> EngineConfig {
+    let mut limits = EngineConfig {
+        device_bytes: 0,
+        lens_bytes: 1 << 20,
+        max_context_tokens: 128,
+        max_running_rows: rows,
+        prefill_chunk_tokens: chunk,
+        max_waiting_rows: 2048,
+    };
+    let needs = memory::BaseNeeds::of(&layout.config, layout.dtype, &limits);
+    let blocks = u64::from(needs.min_blocks + spare_blocks) * needs.block_bytes;
+    limits.device_bytes = layout.bytes + limits.lens_bytes + needs.workspace_bytes + blocks;
+    limits
+}
+
+async fn install(engine: &EngineHandle, layout: &BaseLayout, seed: u64) -> BaseId {
+    let mut region = engine.reserve_base(layout).await.unwrap();
+    let mut noise = Noise(seed);
+    // All as matrices of the layout's dtype first, then the vectors in f32.
+    noise.fill(region.bytes_mut(), layout.dtype, 0.35);
+    let vectors = layout.layers.iter().flat_map(|l| {
+        let norms =
+            [Some(l.attention_norm), Some(l.mlp_norm), l.qkv_bias, l.o_bias, l.down_bias, l.gate_up_bias];
+        norms.into_iter().flatten().chain(l.qk_norm.into_iter().flat_map(|(q, k)| [q, k]))
+    });
+    for vector in vectors.chain([layout.final_norm]) {
+        noise.fill(&mut region.bytes_mut()[vector.offset..][..vector.len * 4], Dtype::F32, 1.0);
+    }
+    engine.install_base(FilledBase::new(layout.clone(), region)).await.unwrap()
+}
+
+/// Writes and loads a LoRA lens with random tensors.
+async fn load_lens(engine: &EngineHandle, base: BaseId, config: &Arc<ModelConfig>, seed: u64) -> LensId {
+    let dir = tempfile::tempdir().unwrap();
+    let rank = 3 + (seed % 5) as usize;
+    let targets = if seed % 2 == 0 { json!(["q_proj", "v_proj", "down_proj"]) } else { json!("all-linear") };
+    let adapter = json!({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets});
+    std::fs::write(dir.path().join("adapter_config.json"), adapter.to_string()).unwrap();
+    let dtype = if seed % 3 == 0 { Dtype::BF16 } else { Dtype::F32 };
+    let mut noise = Noise(seed);
+    let mut tensors = BTreeMap::new();
+    for layer in 0..config.layers {
+        for module in crate::model::lora::modules(config) {
+            let short = module.name.rsplit('.').next().unwrap();
+            if seed % 2 == 0 && !["q_proj", "v_proj", "down_proj"].contains(&short) {
+                continue;
+            }
+            for (matrix, rows, columns) in [('A', rank, module.inputs), ('B', module.outputs, rank)] {
+                let name =
+                    format!("base_model.model.model.layers.{layer}.{}.lora_{matrix}.weight", module.name);
+                let mut bytes = vec![0; rows * columns * dtype.bytes()];
+                noise.fill(&mut bytes, dtype, 0.4);
+                tensors.insert(name, (dtype, vec![rows, columns], bytes));
+            }
+        }
+    }
+    write(&dir.path().join("adapter_model.safetensors"), &tensors);
+    let folder = LoraFolder::open(dir.path(), config).unwrap();
+    let region = engine.reserve_lens(folder.layout()).await.unwrap();
+    let filled = folder.fill(region, &mut |_| ControlFlow::Continue(())).unwrap();
+    engine.install_lens(base, filled).await.unwrap()
+}
+
+/// A row before it is known which ids its base and lenses have.
+#[derive(Debug, Clone)]
+struct Ask {
+    prompt: Vec<u32>,
+    lenses: Vec<(usize, f32)>,
+    new: u32,
+    temperature: f32,
+    seed: u64,
+}
+
+impl Ask {
+    fn request(&self, base: BaseId, lenses: &[LensId]) -> RowRequest {
+        RowRequest {
+            base,
+            prompt: self.prompt.clone(),
+            lenses: self.lenses.iter().map(|&(i, scale)| RowLens { lens: lenses[i], scale }).collect(),
+            sampling: Sampling {
+                temperature: self.temperature,
+                seed: self.seed,
+                top_p: 0.95,
+                ..Sampling::GREEDY
+            },
+            stop_token_ids: vec![5],
+            max_new_tokens: self.new,
+            logprobs: Some(2),
+            prompt_logprobs: Some(1),
+        }
+    }
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    let lenses =
+        prop::sample::select(vec![vec![], vec![(0, 1.0)], vec![(1, 0.5)], vec![(0, -0.75), (1, 1.0)]]);
+    let prompt = prop::collection::vec(0..VOCAB, 1..70);
+    (prompt, lenses, 0u32..40, prop::sample::select(vec![0.0, 0.9]), any::<u64>())
+        .prop_map(|(prompt, lenses, new, temperature, seed)| Ask { prompt, lenses, new, temperature, seed })
+}
+
+/// Everything a row reported. Its f32 numbers are compared as they are: equal means equal bits here, as none is zero or NaN.
+async fn run(engine: &EngineHandle, request: RowRequest) -> Vec<RowEvent> {
+    let mut stream = engine.submit(request).await.unwrap();
+    let mut events = Vec::new();
+    while let Some(event) = stream.next().await {
+        events.push(event);
+    }
+    assert!(matches!(events.last(), Some(RowEvent::Finished { .. })), "{events:?}");
+    events
+}
+
+/// The rows in an engine of its own: all at once, or one after the other.
+fn answers(
+    layout: &BaseLayout,
+    limits: EngineConfig,
+    asks: &[&Ask],
+    together: bool,
+) -> (Vec<Vec<RowEvent>>, u64) {
+    block_on(async {
+        let engine = Engine::start(limits).unwrap();
+        let base = install(&engine, layout, 7).await;
+        engine.activate(base).await.unwrap();
+        let lenses = [
+            load_lens(&engine, base, &layout.config, 2).await,
+            load_lens(&engine, base, &layout.config, 3).await,
+        ];
+        let requests = asks.iter().map(|ask| ask.request(base, &lenses));
+        let answers = if together {
+            join_all(requests.map(|request| run(&engine, request))).await
+        } else {
+            let mut answers = Vec::new();
+            for request in requests {
+                answers.push(run(&engine, request).await);
+            }
+            answers
+        };
+        let preemptions = engine.snapshot().preemptions_total;
+        engine.shutdown().await;
+        (answers, preemptions)
+    })
+}
+
+fn rows_are_the_same_in_any_batch(name: &str, dtype: Dtype) {
+    let layout = BaseLayout::of(&config(name), dtype);
+    let strategy = (
+        prop::collection::vec(ask(), 2..9),
+        any::<u64>(),
+        prop::sample::select(vec![1u32, 3, 16, 40, 128]),
+        2u32..9,
+        0u32..12,
+    );
+    let preemptions = std::cell::Cell::new(0);
+    let mut runner =
+        proptest::test_runner::TestRunner::new(ProptestConfig { cases: 24, ..Default::default() });
+    runner
+        .run(&strategy, |(asks, order, chunk, rows, spare)| {
+            let (alone, _) =
+                answers(&layout, limits(&layout, 128, 1, 0), &asks.iter().collect::<Vec<_>>(), false);
+            let mut mixed: Vec<usize> = (0..asks.len()).collect();
+            mixed.sort_by_key(|&i| order.rotate_left(i as u32 * 7) ^ i as u64);
+            let shuffled: Vec<&Ask> = mixed.iter().map(|&i| &asks[i]).collect();
+            let (together, stepped_back) =
+                answers(&layout, limits(&layout, chunk, rows, spare), &shuffled, true);
+            preemptions.set(preemptions.get() + stepped_back);
+            for (answer, &i) in together.iter().zip(&mixed) {
+                prop_assert_eq!(answer, &alone[i]);
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(preemptions.get() > 0, "the schedules were so easy that no row stepped back");
+}
+
+#[test]
+fn rows_are_the_same_in_any_batch_in_f32() {
+    rows_are_the_same_in_any_batch("LlamaForCausalLM", Dtype::F32);
+}
+
+#[test]
+fn rows_are_the_same_in_any_batch_in_bf16() {
+    rows_are_the_same_in_any_batch("Qwen2ForCausalLM", Dtype::BF16);
+}
+
+#[test]
+fn rows_are_the_same_in_any_batch_in_f16() {
+    rows_are_the_same_in_any_batch("Qwen3ForCausalLM", Dtype::F16);
+}
+
+fn some_ask(seed: u64, lenses: Vec<(usize, f32)>, new: u32) -> Ask {
+    let mut noise = Noise(seed);
+    let prompt = (0..20).map(|_| ((noise.next() + 1.0) * 30.0) as u32 + 6).collect();
+    Ask { prompt, lenses, new, temperature: 0.0, seed }
+}
+
+#[test]
+fn a_lens_loaded_again_gives_the_same_bits() {
+    let layout = BaseLayout::of(&config("Qwen2ForCausalLM"), Dtype::BF16);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 32, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let ask = some_ask(9, vec![(0, 1.0)], 20);
+        let first = load_lens(&engine, base, &layout.config, 3).await;
+        let before = run(&engine, ask.request(base, &[first])).await;
+        let other = load_lens(&engine, base, &layout.config, 4).await;
+        assert!(engine.remove_lens(first).await.unwrap() > 0);
+        assert_ne!(run(&engine, ask.request(base, &[other])).await, before, "the lens does something");
+        assert_eq!(
+            engine.submit(ask.request(base, &[first])).await.unwrap_err(),
+            SubmitError::UnknownLens(first)
+        );
+        let again = load_lens(&engine, base, &layout.config, 3).await;
+        assert_eq!(run(&engine, ask.request(base, &[again])).await, before);
+        engine.shutdown().await;
+    });
+}
+
+#[test]
+fn a_lens_in_use_stays_until_its_last_row_ends() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 32, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let lens = load_lens(&engine, base, &layout.config, 3).await;
+        let bytes = engine.snapshot().arena.lens_bytes;
+        // A row that cannot end before it is read to the end: nothing stops it, and it has a hundred tokens to go.
+        let mut request = some_ask(3, vec![(0, 1.0)], 108).request(base, &[lens]);
+        request.stop_token_ids.clear();
+        let row = engine.submit(request.clone()).await.unwrap();
+        match engine.remove_lens(lens).await {
+            Err(RemoveError::InUse { rows: 1 }) => {}
+            other => panic!("{other:?}"),
+        }
+        let retired = engine.retire_lens(lens);
+        futures::pin_mut!(retired);
+        assert!(futures::poll!(retired.as_mut()).is_pending());
+        drop(row);
+        assert_eq!(retired.await, Ok(bytes));
+        assert_eq!(engine.snapshot().arena.lens_bytes, 0);
+        assert!(matches!(engine.submit(request).await, Err(SubmitError::UnknownLens(_))));
+        engine.shutdown().await;
+    });
+}
+
+#[test]
+fn random_cancels_leave_nothing_behind() {
+    let layout = BaseLayout::of(&config("Qwen2ForCausalLM"), Dtype::BF16);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 16, 6, 10)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let lens = load_lens(&engine, base, &layout.config, 2).await;
+        let mut noise = Noise(11);
+        let mut open: Vec<RowStream> = Vec::new();
+        for seed in 0..2000 {
+            let lenses = if seed % 3 == 0 { vec![(0, 1.0)] } else { vec![] };
+            open.push(engine.submit(some_ask(seed, lenses, 100).request(base, &[lens])).await.unwrap());
+            if noise.next() > 0.0 {
+                // Some rows get on before others go.
+                let index = ((noise.next() + 1.0) * 0.5 * (open.len() - 1) as f32) as usize;
+                open[index].next().await;
+            }
+            while open.len() > 12 || (noise.next() > 0.3 && !open.is_empty()) {
+                let index = ((noise.next() + 1.0) * 0.5 * (open.len() - 1) as f32) as usize;
+                open.swap_remove(index);
+            }
+        }
+        drop(open);
+        // A row after all of them: when it has ended, every cancelled one has left.
+        run(&engine, some_ask(1, vec![], 2).request(base, &[])).await;
+        assert!(engine.remove_lens(lens).await.is_ok());
+        let after = engine.snapshot();
+        assert_eq!((after.running_rows, after.waiting_rows), (0, 0));
+        assert_eq!(after.kv_blocks_free, after.kv_blocks_total);
+        engine.shutdown().await;
+    });
+}
+
+#[test]
+fn a_second_base_takes_cache_that_running_rows_do_not_need() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        // Room for a second base only where the cache is now; the rows below hold twenty blocks at most.
+        let mut limits = limits(&layout, 32, 6, 12);
+        limits.device_bytes += layout.bytes + 4096;
+        let engine = Engine::start(limits.clone()).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let asks: Vec<Ask> = (0..4).map(|seed| some_ask(seed, vec![], 60)).collect();
+        let quiet = join_all(asks.iter().map(|ask| run(&engine, ask.request(base, &[])))).await;
+        let full = engine.snapshot().kv_blocks_total;
+
+        // Two rows take the lowest blocks first and go, so that the others hold blocks beyond the cache that is left.
+        let mut early = Vec::new();
+        for seed in 0..2 {
+            let prompt = vec![seed; 100];
+            let request = RowRequest {
+                prompt,
+                stop_token_ids: vec![],
+                max_new_tokens: 28,
+                ..asks[0].request(base, &[])
+            };
+            early.push(engine.submit(request).await.unwrap());
+        }
+        let mut running = Vec::new();
+        for ask in &asks {
+            running.push(engine.submit(ask.request(base, &[])).await.unwrap());
+        }
+        let first = running[3].next().await.unwrap();
+        drop(early);
+        let other = install(&engine, &layout, 2).await;
+        let shrunk = engine.snapshot();
+        assert!(shrunk.kv_blocks_total < full);
+        assert!(
+            shrunk.arena.base_bytes + shrunk.arena.kv_bytes + shrunk.workspace_bytes + limits.lens_bytes
+                <= limits.device_bytes
+        );
+        let mut disturbed: Vec<Vec<RowEvent>> = Vec::new();
+        for (index, mut row) in running.into_iter().enumerate() {
+            let mut events = if index == 3 { vec![first.clone()] } else { vec![] };
+            while let Some(event) = row.next().await {
+                events.push(event);
+            }
+            disturbed.push(events);
+        }
+        assert_eq!(disturbed, quiet);
+
+        // A third does not fit, and says by how much; the second is a pointer change away, and back.
+        let ReserveError::ArenaFull(short) = engine.reserve_base(&layout).await.unwrap_err() else {
+            panic!()
+        };
+        assert!(short.short_by_bytes > 0 && short.short_by_bytes <= layout.bytes);
+        engine.activate(other).await.unwrap();
+        assert_eq!(engine.submit(asks[0].request(base, &[])).await.unwrap_err(), SubmitError::BaseNotActive);
+        assert_ne!(run(&engine, asks[0].request(other, &[])).await, quiet[0]);
+        engine.activate(base).await.unwrap();
+        assert_eq!(run(&engine, asks[0].request(base, &[])).await, quiet[0]);
+        assert_eq!(engine.remove_base(other).await, Ok(layout.bytes));
+        assert_eq!(run(&engine, asks[0].request(base, &[])).await, quiet[0]);
+        assert_eq!(engine.snapshot().kv_blocks_total, full, "what was freed is cache again");
+        engine.shutdown().await;
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_numbers() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        let fitting = limits(&layout, 32, 4, 0);
+        let short = EngineConfig { device_bytes: fitting.device_bytes - 100, ..fitting.clone() };
+        let engine = Engine::start(short).unwrap();
+        let ReserveError::TooLarge(error) = engine.reserve_base(&layout).await.unwrap_err() else { panic!() };
+        assert_eq!(error.short_by_bytes, 100);
+        assert!(error.why.contains("128 tokens"), "{error}");
+        // More memory, live.
+        engine.reconfigure(fitting.clone()).await.unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let less = EngineConfig { device_bytes: fitting.device_bytes - 1, ..fitting.clone() };
+        assert!(
+            matches!(engine.reconfigure(less).await, Err(ChangeError::CannotFit(e)) if e.short_by_bytes == 1)
+        );
+        let lens = load_lens(&engine, base, &layout.config, 3).await;
+        let none = EngineConfig { lens_bytes: 0, ..fitting.clone() };
+        assert!(matches!(engine.reconfigure(none).await, Err(ChangeError::CannotFit(_))));
+        assert_eq!(engine.remove_base(base).await, Err(RemoveError::HasLenses { lenses: 1 }));
+        engine.remove_lens(lens).await.unwrap();
+
+        let request = some_ask(1, vec![], 10).request(base, &[]);
+        let long = RowRequest { max_new_tokens: 109, ..request.clone() };
+        let overflow = SubmitError::ContextOverflow { prompt: 20, new: 109, limit: 128 };
+        assert_eq!(engine.submit(long).await.unwrap_err(), overflow);
+        let strange = RowRequest { prompt: vec![1, VOCAB], ..request.clone() };
+        let unknown = SubmitError::UnknownToken { id: VOCAB, position: 1, vocab: VOCAB };
+        assert_eq!(engine.submit(strange).await.unwrap_err(), unknown);
+        let empty = RowRequest { prompt: vec![], ..request };
+        assert_eq!(engine.submit(empty).await.unwrap_err(), SubmitError::EmptyPrompt);
+        engine.shutdown().await;
+    });
+}
+
+#[test]
+fn a_queue_has_an_end_and_a_shutdown_finishes_what_runs() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        let limits = EngineConfig { max_waiting_rows: 3, ..limits(&layout, 32, 1, 0) };
+        let engine = Engine::start(limits).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let mut request = some_ask(1, vec![], 100).request(base, &[]);
+        request.stop_token_ids.clear();
+        let mut rows = Vec::new();
+        let refused = loop {
+            match engine.submit(request.clone()).await {
+                Ok(row) => rows.push(row),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused, SubmitError::QueueFull { waiting: 3, limit: 3 });
+        assert!(refused.is_retryable() && rows.len() >= 3);
+        assert!(matches!(engine.activate(base).await, Ok(())), "it is active already");
+        assert!(matches!(engine.remove_base(base).await, Err(RemoveError::InUse { .. })));
+        let rows_in_flight = engine.abort_rows().await;
+        assert!(rows_in_flight >= 3);
+        let mut last = rows.pop().unwrap();
+        while let Some(event) = last.next().await {
+            if let RowEvent::Failed(failure) = event {
+                assert_eq!(failure, RowFailure::Aborted);
+            }
+        }
+        let kept = engine.submit(request.clone()).await.unwrap();
+        let end = engine.shutdown();
+        futures::pin_mut!(end);
+        assert!(futures::poll!(end.as_mut()).is_pending());
+        end.await;
+        let events: Vec<_> = futures::StreamExt::collect(kept).await;
+        assert_eq!(events.len(), 102, "prompt scores, a hundred tokens, and the end");
+        assert_eq!(engine.submit(request).await.unwrap_err(), SubmitError::Stopped);
+        assert!(!engine.is_running());
+    });
+}
