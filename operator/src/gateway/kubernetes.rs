@@ -24,7 +24,6 @@ use super::{
 use crate::{
     fleet::{Endpoint, WorkerId},
     keys::{GATEWAY_ISSUER, KeyError, SECRET_FIELD, Signer, SigningKey, TokenSource},
-    rbac::GATEWAY_KEYS,
 };
 
 /// What is watched.
@@ -36,6 +35,8 @@ pub struct Watched {
     pub namespace: Option<String>,
     /// The gateway's own namespace, where its Secret is.
     pub own_namespace: String,
+    /// Name of that Secret.
+    pub keys_secret: String,
 }
 
 impl Watched {
@@ -191,7 +192,7 @@ where
 /// Waits for the Secret with the gateway's key, which the operator fills, and follows its changes.
 pub async fn signer(watched: &Watched) -> Arc<Signer> {
     let api: Api<Secret> = Api::namespaced(watched.client.clone(), &watched.own_namespace);
-    let config = watcher::Config::default().fields(&format!("metadata.name={GATEWAY_KEYS}"));
+    let config = watcher::Config::default().fields(&format!("metadata.name={}", watched.keys_secret));
     let mut keys = watch(api, config)
         .filter_map(|event| async move {
             match event {
@@ -200,7 +201,7 @@ pub async fn signer(watched: &Watched) -> Arc<Signer> {
             }
         })
         .boxed();
-    tracing::info!(secret = GATEWAY_KEYS, namespace = %watched.own_namespace, "waiting for the signing key");
+    tracing::info!(secret = %watched.keys_secret, namespace = %watched.own_namespace, "waiting for the signing key");
     let Some(first) = keys.next().await else { unreachable!("a watch never ends") };
     tracing::info!(key = first.id(), "signing key read");
     let signer = Arc::new(Signer::new(GATEWAY_ISSUER, Scope::Serve, first));
@@ -221,6 +222,8 @@ fn read_key(secret: &Secret) -> Option<SigningKey> {
     let key = std::str::from_utf8(&pem.0)
         .map_err(|_| KeyError::Malformed("it is not text".into()))
         .and_then(SigningKey::from_pem);
-    key.inspect_err(|error| tracing::warn!(secret = GATEWAY_KEYS, %error, "the signing key cannot be used"))
-        .ok()
+    key.inspect_err(
+        |error| tracing::warn!(secret = %secret.name_any(), %error, "the signing key cannot be used"),
+    )
+    .ok()
 }

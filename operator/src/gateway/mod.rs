@@ -30,6 +30,7 @@ use self::{
 use crate::{
     fleet::{Endpoint, WorkerId},
     keys::TokenSource,
+    rbac,
 };
 
 pub mod catalog;
@@ -80,7 +81,7 @@ pub struct GatewayArgs {
     #[arg(long, env = "TURRET_GATEWAY_LISTEN", default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
     /// Serve what is declared in this namespace only. Absent: in all namespaces.
-    #[arg(long, env = "TURRET_GATEWAY_NAMESPACE", conflicts_with = "workers")]
+    #[arg(long, env = "TURRET_WATCH_NAMESPACE", conflicts_with = "workers")]
     namespace: Option<String>,
     /// Namespace of requests that name none by X-Turret-Namespace or /ns/NAMESPACE. Absent: the
     /// one namespace that has the model. With --worker: the namespace that the workers are in.
@@ -88,8 +89,11 @@ pub struct GatewayArgs {
     default_namespace: Option<String>,
     /// Namespace the gateway itself runs in, where the Secret with its signing key is. Absent: the
     /// namespace of its service account.
-    #[arg(long, env = "POD_NAMESPACE", conflicts_with = "workers")]
+    #[arg(long, env = "POD_NAMESPACE")]
     own_namespace: Option<String>,
+    /// Name of the Secret with the gateway's signing key.
+    #[arg(long, default_value = rbac::GATEWAY_KEYS, conflicts_with = "workers")]
+    keys_secret: String,
     /// Who may send requests.
     #[arg(long, env = "TURRET_GATEWAY_AUTH", value_enum, default_value_t = Auth::None)]
     auth: Auth,
@@ -146,7 +150,8 @@ pub async fn run(args: GatewayArgs) -> anyhow::Result<()> {
             "failed to find a Kubernetes cluster; set KUBECONFIG, or name workers with --worker URL",
         )?;
         let own_namespace = args.own_namespace.unwrap_or_else(|| client.default_namespace().to_owned());
-        let watched = Watched { client, namespace: args.namespace, own_namespace };
+        let watched =
+            Watched { client, namespace: args.namespace, own_namespace, keys_secret: args.keys_secret };
         let directory = Arc::new(Directory::declared(http));
         settings.leave_time = LEAVE_TIME;
         let followed = directory.clone();
