@@ -125,8 +125,8 @@ fn is_version_2(root: &Path) -> bool {
     root.join("cgroup.controllers").exists()
 }
 
-/// The root of version 2, or each hierarchy of version 1 (a controller that shares one with
-/// another is a link to it, and the part that version 2 has beside them is none).
+/// The root of version 2, or each hierarchy of version 1: also the one of version 2 beside
+/// them, in which runc makes groups too. A controller that shares one with another is a link.
 fn hierarchies(root: &Path) -> Vec<PathBuf> {
     if is_version_2(root) {
         return vec![root.to_path_buf()];
@@ -137,7 +137,7 @@ fn hierarchies(root: &Path) -> Vec<PathBuf> {
         .filter_map(Result::ok)
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .map(|entry| entry.path())
-        .filter(|path| path.join("cgroup.procs").exists() && !is_version_2(path))
+        .filter(|path| path.join("cgroup.procs").exists())
         .collect();
     found.sort();
     found
@@ -245,7 +245,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn version_1_has_a_hierarchy_for_each_controller_and_none_for_links_or_version_2() {
+    fn version_1_has_a_hierarchy_for_each_controller_and_perhaps_one_of_version_2_beside() {
         let root = tempfile::tempdir().unwrap();
         for controller in ["cpu", "memory", "unified"] {
             fs::create_dir(root.path().join(controller)).unwrap();
@@ -253,8 +253,8 @@ mod tests {
         }
         fs::write(root.path().join("unified/cgroup.controllers"), "").unwrap();
         std::os::unix::fs::symlink("cpu", root.path().join("cpuacct")).unwrap();
-        let names = hierarchies(root.path());
-        assert_eq!(names, [root.path().join("cpu"), root.path().join("memory")]);
+        let expected = ["cpu", "memory", "unified"].map(|name| root.path().join(name));
+        assert_eq!(hierarchies(root.path()), expected);
     }
 
     #[test]

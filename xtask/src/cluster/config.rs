@@ -155,6 +155,8 @@ fn components(state: &State, bin: &Path, subnets: &Subnets) -> Vec<Component> {
                 // At the usual 20 requests a second its controllers take four seconds to start.
                 "--kube-api-qps=500".into(),
                 "--kube-api-burst=1000".into(),
+                // A claim that is seen before its volume is looked at again only this often.
+                "--pvclaimbinder-sync-period=1s".into(),
             ],
         ),
         component(

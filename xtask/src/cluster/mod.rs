@@ -150,6 +150,11 @@ pub fn up(options: &Options) -> Result<Cluster> {
     find(&options.name)
 }
 
+/// The folder with kubectl, helm and all that a cluster runs; builds them when they are not there.
+pub fn programs() -> Result<PathBuf> {
+    Ok(binaries::ensure()?)
+}
+
 /// Takes a cluster down and removes all of it; also what one that was killed left behind.
 pub fn down(name: &str) -> Result<()> {
     as_root(&["stop".into(), "--name".into(), name.into()])
@@ -280,7 +285,11 @@ fn as_root(arguments: &[OsString]) -> Result<()> {
     let mut words: Vec<OsString> = vec![this.into(), "cluster".into()];
     words.extend_from_slice(arguments);
     let status = privilege::as_root(&words).status().context("failed to act as root")?;
-    if status.success() { Ok(()) } else { bail!("it failed, for the reason above") }
+    if status.success() {
+        Ok(())
+    } else {
+        bail!("`cluster {}` failed for the reason above", arguments[0].display())
+    }
 }
 
 /// How the name is given on the command line, where it must be.

@@ -10,6 +10,8 @@ use super::wait;
 
 /// The node's end of the link.
 const NODE_LINK: &str = "node0";
+/// The routing table, in the node, of what is refused.
+const REFUSED: u32 = 96;
 /// How long the kernel may take to remove a link after its namespace.
 const LEAVING: Duration = Duration::from_secs(5);
 
@@ -86,6 +88,16 @@ pub fn join(subnets: &Subnets) -> Result<(), NetworkError> {
     ip(&format!("addr add {}/30 dev {NODE_LINK}", subnets.node()))?;
     ip(&format!("link set {NODE_LINK} up"))?;
     ip(&format!("route add default via {}", subnets.gateway()))?;
+    refuse_unknown_services(subnets)
+}
+
+/// What pods or this machine send to a service that kube-proxy does not know yet would leave
+/// by the default route, be remembered by connection tracking as going nowhere, and stay lost
+/// however often it is sent again. Refused at once, it is tried anew and then goes through.
+/// The node's own programs look their route up before kube-proxy's rules, so they are exempt.
+fn refuse_unknown_services(subnets: &Subnets) -> Result<(), NetworkError> {
+    ip(&format!("route add unreachable {} table {REFUSED}", subnets.services()))?;
+    ip(&format!("rule add not iif lo lookup {REFUSED}"))?;
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -48,6 +49,9 @@ pub const SETTINGS: [(&str, &str); 6] = [
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
+
+/// Set once the node is being ended from inside.
+static GUARD_IS_GONE: AtomicBool = AtomicBool::new(false);
 
 /// How long a component may take to answer on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -90,6 +94,7 @@ fn end_with_the_guard(cgroup: String) {
         let mut rest = Vec::new();
         // It ends with the guard; nothing is ever written after the first line.
         let _ = std::io::stdin().read_to_end(&mut rest);
+        GUARD_IS_GONE.store(true, Ordering::SeqCst);
         cgroups::leave();
         if let Err(error) = cgroups::remove(&cgroup) {
             eprintln!("{error}");
@@ -202,6 +207,10 @@ impl Running<'_> {
     fn collect(&mut self) -> Result<()> {
         loop {
             let Ok(Some((pid, status))) = wait_for_any(WaitOptions::empty()) else {
+                // Whoever ended everything still has to clear up, and ends this process then.
+                while GUARD_IS_GONE.load(Ordering::SeqCst) {
+                    std::thread::park();
+                }
                 bail!("everything in the node has ended");
             };
             let pid = pid.as_raw_nonzero().get().unsigned_abs();

@@ -251,7 +251,7 @@ fn processes(cluster: &Cluster) -> Result<Processes> {
 fn kill(pids: &[u32]) -> Result<()> {
     let mut words = vec!["kill".into(), "-KILL".into()];
     words.extend(pids.iter().map(|pid| pid.to_string().into()));
-    let status = privilege::as_root(&words).status().context("failed to start `kill`")?;
-    ensure!(status.success(), "failed to kill {pids:?}");
+    // Killing one may end the next before its turn; whether all are gone is seen afterwards.
+    privilege::as_root(&words).output().context("failed to start `kill`")?;
     Ok(())
 }

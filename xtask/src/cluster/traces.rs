@@ -46,11 +46,14 @@ impl Traces {
         Ok(Traces(found))
     }
 
-    /// Fails with a list of what is there now and was not then, of anything or anyone, or
-    /// that belongs to the cluster `name`.
+    /// Fails with a list of what is there now and was not then, or that belongs to the
+    /// cluster `name`. Clusters of other names may come and go meanwhile.
     pub fn assert_nothing_more(&self, name: &str) -> Result<()> {
+        let others = links_of_others(name);
         let now = Traces::look()?;
-        let mut left: Vec<String> = now.0.difference(&self.0).cloned().collect();
+        let of_another = |line: &&String| others.iter().any(|link| mentions(line, link));
+        let more = now.0.difference(&self.0).filter(|line| !of_another(line));
+        let mut left: Vec<String> = more.cloned().collect();
         left.extend(
             cgroups::present(&cgroups::name_of(name))
                 .iter()
@@ -77,6 +80,24 @@ pub fn processes_of(name: &str) -> Vec<u32> {
     let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     let pids = processes.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok());
     pids.filter(is_of_cluster).collect()
+}
+
+/// This machine's links to the clusters that are up and called otherwise.
+fn links_of_others(name: &str) -> Vec<String> {
+    let names = State::candidates(name).into_iter().filter_map(|state| {
+        let siblings = fs::read_dir(state.folder().parent()?).ok()?;
+        Some(siblings.filter_map(Result::ok).map(|entry| entry.file_name()).collect::<Vec<_>>())
+    });
+    let names = names.flatten().filter_map(|other| other.into_string().ok());
+    names
+        .filter(|other| other != name)
+        .filter_map(|other| super::find(&other).ok())
+        .map(|cluster| cluster.subnets.host_link())
+        .collect()
+}
+
+fn mentions(line: &str, link: &str) -> bool {
+    line.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == link)
 }
 
 /// The names of links; what follows changes by itself.
@@ -108,6 +129,13 @@ fn output(program: &str, arguments: &[&str]) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_is_mentioned_by_its_whole_name_only() {
+        assert!(mentions("link: turret1@if2:", "turret1"));
+        assert!(mentions("route: 10.0.0.0/8 dev turret1 scope link", "turret1"));
+        assert!(!mentions("link: turret12@if2:", "turret1"));
+    }
 
     #[test]
     fn what_changes_by_itself_is_no_trace() {
