@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::packages::find_program;
-use crate::{folders, stage};
+use crate::{cluster, folders, stage};
 
 /// Options of `cargo xtask generate`.
 #[derive(clap::Args, Debug)]
@@ -26,7 +26,7 @@ pub struct GenerateArguments {
     /// Write nothing; fail when a file is not what it should be
     #[arg(long)]
     check: bool,
-    /// The helm to render with; else the local cluster's, else the one on the PATH
+    /// The helm to render with; else the local cluster's, else the one on the PATH, else one is built
     #[arg(long, env = "TURRET_HELM", value_name = "FILE")]
     helm: Option<PathBuf>,
 }
@@ -111,6 +111,9 @@ fn render(helm: &Path, files: &Files) -> Result<String> {
     for (path, text) in files.iter().filter(|(path, _)| path.starts_with("charts/")) {
         write(&copy.join(path), text)?;
     }
+    for chart in ["charts/turret", "charts/turret-crds"] {
+        output(Command::new(helm).args(["lint", "--strict", chart]).current_dir(&copy))?;
+    }
     let mut command = Command::new(helm);
     command.args(["template", "turret", "charts/turret", "--namespace", NAMESPACE]).current_dir(&copy);
     let rendered = output(&mut command)?;
@@ -141,12 +144,13 @@ fn output(command: &mut Command) -> Result<String> {
         .output()
         .with_context(|| format!("failed to start {described}"))?;
     if !ended.status.success() {
-        bail!("{described} ended with {}:\n{}", ended.status, String::from_utf8_lossy(&ended.stderr));
+        let said = [ended.stdout, ended.stderr].concat();
+        bail!("{described} ended with {}:\n{}", ended.status, String::from_utf8_lossy(&said));
     }
     String::from_utf8(ended.stdout).with_context(|| format!("{described} printed no UTF-8"))
 }
 
-/// The helm to use: as told, else of the local cluster's programs, else of this machine.
+/// The helm to use: as told, else of the local cluster's programs, else of this machine, else built.
 fn helm(told: Option<&Path>) -> Result<PathBuf> {
     if let Some(path) = told {
         ensure!(path.is_file(), "there is no helm at `{}`", path.display());
@@ -155,11 +159,10 @@ fn helm(told: Option<&Path>) -> Result<PathBuf> {
     let built = fs::read_dir(folders::cache()?.join("kubernetes")).into_iter().flatten().flatten();
     let mut candidates: Vec<PathBuf> = built.map(|entry| entry.path().join("helm")).collect();
     candidates.sort();
-    candidates
-        .into_iter()
-        .find(|path| path.is_file())
-        .or_else(|| find_program("helm"))
-        .context("no helm found: run `cargo xtask cluster up` once, which builds one, or give --helm FILE")
+    match candidates.into_iter().find(|path| path.is_file()).or_else(|| find_program("helm")) {
+        Some(helm) => Ok(helm),
+        None => Ok(cluster::programs()?.join("helm")),
+    }
 }
 
 /// The documents of a YAML stream, read.
