@@ -11,7 +11,7 @@
 
 use half::{bf16, f16};
 
-use super::simd::{Element, Kernel, LANES, Simd, exp, launch, load_part};
+use super::simd::{Element, Kernel, LANES, Simd, exp, launch, load_part, unroll};
 use super::threads::Pool;
 use crate::model::weights::Dtype;
 
@@ -253,9 +253,9 @@ impl Heads<'_> {
                 let mut scores = [S::splat(0.0); G];
                 for i in 0..d {
                     let k = E::load::<S>(keys.add(i * BLOCK_TOKENS));
-                    for g in 0..G {
-                        scores[g] = S::mul_add(S::splat(*self.q.add(g * d + i)), k, scores[g]);
-                    }
+                    unroll!(H < G {
+                        scores[H] = S::mul_add(S::splat(*self.q.add(H * d + i)), k, scores[H]);
+                    });
                 }
                 let mut weights = [[0.0_f32; LANES]; G];
                 let mut keep = [0.0_f32; G];
@@ -287,18 +287,18 @@ impl Heads<'_> {
                 let mut i = 0;
                 while i + LANES <= d {
                     let mut out = [S::splat(0.0); G];
-                    for g in 0..G {
-                        out[g] = S::mul(S::load(self.out.add(g * d + i)), S::splat(keep[g]));
-                    }
+                    unroll!(H < G {
+                        out[H] = S::mul(S::load(self.out.add(H * d + i)), S::splat(keep[H]));
+                    });
                     for t in 0..seen {
                         let v = E::load::<S>(values.add(t * d + i));
-                        for g in 0..G {
-                            out[g] = S::mul_add(S::splat(weights[g][t]), v, out[g]);
-                        }
+                        unroll!(H < G {
+                            out[H] = S::mul_add(S::splat(weights[H][t]), v, out[H]);
+                        });
                     }
-                    for g in 0..G {
-                        S::store(self.out.add(g * d + i), out[g]);
-                    }
+                    unroll!(H < G {
+                        S::store(self.out.add(H * d + i), out[H]);
+                    });
                     i += LANES;
                 }
                 if i < d {

@@ -6,7 +6,7 @@
 
 use half::{bf16, f16};
 
-use super::simd::{Element, Kernel, LANES, Simd, launch, load_part};
+use super::simd::{Element, Kernel, LANES, Simd, launch, load_part, unroll};
 use super::threads::Pool;
 
 /// A weight matrix `[outputs, inputs]`, row-major.
@@ -267,9 +267,13 @@ impl Range<'_> {
             let mut output = self.first;
             // SAFETY: rows and outputs stay inside what was checked.
             unsafe {
-                while output + 4 <= self.last {
+                while S::WIDE && output + 4 <= self.last {
                     self.column::<S, E, 4>(w, row, until, output);
                     output += 4;
+                }
+                while output + 2 <= self.last {
+                    self.column::<S, E, 2>(w, row, until, output);
+                    output += 2;
                 }
                 while output < self.last {
                     self.column::<S, E, 1>(w, row, until, output);
@@ -291,25 +295,22 @@ impl Range<'_> {
         let mut row = row;
         // SAFETY: as above.
         unsafe {
-            while row + 4 <= until {
+            while S::WIDE && row + 4 <= until {
                 self.tile::<S, E, 4, N>(w, row, output);
                 row += 4;
             }
-            match until - row {
-                3 => self.tile::<S, E, 3, N>(w, row, output),
-                2 => self.tile::<S, E, 2, N>(w, row, output),
-                1 => self.tile::<S, E, 1, N>(w, row, output),
-                _ => {}
+            while row + 2 <= until {
+                self.tile::<S, E, 2, N>(w, row, output);
+                row += 2;
+            }
+            if row < until {
+                self.tile::<S, E, 1, N>(w, row, output);
             }
         }
     }
 
     /// M rows by N outputs. For each of them: sixteen partial sums over k in order, then their sum.
     #[inline(always)]
-    #[allow(
-        clippy::needless_range_loop,
-        reason = "plain counted loops are what unrolls under target features"
-    )]
     unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
         &self,
         w: *const E,
@@ -326,36 +327,36 @@ impl Range<'_> {
             let mut i = 0;
             while i + LANES <= k {
                 let mut xs = [S::splat(0.0); M];
-                for m in 0..M {
-                    xs[m] = S::load(x.add(m * k + i));
-                }
-                for n in 0..N {
-                    let ws = E::load::<S>(w.add(n * k + i));
-                    for m in 0..M {
-                        sums[m][n] = S::mul_add(xs[m], ws, sums[m][n]);
-                    }
-                }
+                unroll!(R < M {
+                    xs[R] = S::load(x.add(R * k + i));
+                });
+                unroll!(O < N {
+                    let ws = E::load::<S>(w.add(O * k + i));
+                    unroll!(R < M {
+                        sums[R][O] = S::mul_add(xs[R], ws, sums[R][O]);
+                    });
+                });
                 i += LANES;
             }
             if i < k {
-                for n in 0..N {
-                    let ws = load_part::<S, E>(w.add(n * k + i), k - i);
-                    for m in 0..M {
-                        let xs = load_part::<S, f32>(x.add(m * k + i), k - i);
-                        sums[m][n] = S::mul_add(xs, ws, sums[m][n]);
-                    }
-                }
+                unroll!(O < N {
+                    let ws = load_part::<S, E>(w.add(O * k + i), k - i);
+                    unroll!(R < M {
+                        let xs = load_part::<S, f32>(x.add(R * k + i), k - i);
+                        sums[R][O] = S::mul_add(xs, ws, sums[R][O]);
+                    });
+                });
             }
-            for m in 0..M {
-                for n in 0..N {
-                    let mut sum = S::sum(sums[m][n]);
+            unroll!(R < M {
+                unroll!(O < N {
+                    let mut sum = S::sum(sums[R][O]);
                     if let Some(bias) = self.linear.bias {
-                        sum += *bias.as_ptr().add(output + n);
+                        sum += *bias.as_ptr().add(output + O);
                     }
-                    let y = self.y.add((row + m) * self.linear.outputs + output + n);
+                    let y = self.y.add((row + R) * self.linear.outputs + output + O);
                     *y = if self.linear.accumulate { *y + sum } else { sum };
-                }
-            }
+                });
+            });
         }
     }
 }

@@ -63,6 +63,8 @@ impl InstructionSet {
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, above")]
 pub(crate) trait Simd {
     type V: Copy;
+    /// Whether a tile of four by four vectors fits the registers; else it is two by two.
+    const WIDE: bool;
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
     unsafe fn load_bf16(from: *const bf16) -> Self::V;
@@ -199,11 +201,36 @@ pub(crate) fn exp(x: &mut [f32; LANES]) {
     }
 }
 
+/// Runs a block for each constant below a count of at most four. A loop would be unrolled by the compiler too, but after
+/// it has decided what lives in registers.
+macro_rules! unroll {
+    ($i:ident < $count:ident $body:block) => {{
+        if 0 < $count {
+            const $i: usize = 0;
+            $body
+        }
+        if 1 < $count {
+            const $i: usize = 1;
+            $body
+        }
+        if 2 < $count {
+            const $i: usize = 2;
+            $body
+        }
+        if 3 < $count {
+            const $i: usize = 3;
+            $body
+        }
+    }};
+}
+pub(crate) use unroll;
+
 /// Plain arrays: the compiler uses what its target has.
 pub(crate) struct Portable;
 
 impl Simd for Portable {
     type V = [f32; LANES];
+    const WIDE: bool = false;
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
         [x; LANES]
@@ -280,6 +307,7 @@ mod x86 {
     // SAFETY of the blocks below: the caller's contract of `Simd`.
     impl Simd for Avx512 {
         type V = __m512;
+        const WIDE: bool = true;
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {
             unsafe { _mm512_set1_ps(x) }
@@ -321,6 +349,7 @@ mod x86 {
 
     impl Simd for Avx2 {
         type V = (__m256, __m256);
+        const WIDE: bool = false;
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {
             unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
