@@ -55,6 +55,14 @@ fn every_rule_has_examples_and_every_example_a_rule() {
 }
 
 #[test]
+fn every_sample_is_tried() {
+    let valid: Vec<_> = kinds().iter().flat_map(Kind::valid).map(|(what, _)| what).collect();
+    for (file, objects) in [("demo-family.yaml", 3), ("cpu-minimal.yaml", 2)] {
+        assert_eq!(valid.iter().filter(|what| *what == file).count(), objects, "{file}");
+    }
+}
+
+#[test]
 fn there_are_at_least_fifteen_rules() {
     let count: usize = kinds().iter().map(|kind| kind.examples.rules.len()).sum();
     assert!(count >= 15, "{count}");

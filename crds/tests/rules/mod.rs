@@ -72,13 +72,15 @@ impl Kind {
         merged(self.examples.complete.clone(), patch)
     }
 
-    /// Every valid object there is: smallest, complete, largest and the valid example of each rule.
+    /// Every valid object there is: smallest, complete, largest, the repository's samples and the
+    /// valid examples of each rule.
     pub fn valid(&self) -> Vec<(String, Value)> {
         let mut all = vec![
             ("the smallest object".to_owned(), self.examples.smallest.clone()),
             ("the complete object".to_owned(), self.examples.complete.clone()),
             ("the largest object".to_owned(), largest(self.name())),
         ];
+        all.extend(samples().into_iter().filter(|(_, object)| object["kind"] == self.name()));
         for rule in &self.examples.rules {
             all.extend(
                 rule.valid
@@ -96,6 +98,21 @@ impl Kind {
         };
         self.examples.rules.iter().flat_map(one).collect()
     }
+}
+
+/// The objects in `manifests/samples`, each with the name of its file.
+fn samples() -> Vec<(String, Value)> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/samples");
+    let mut files: Vec<_> = std::fs::read_dir(folder).expect("there are samples").flatten().collect();
+    files.sort_by_key(std::fs::DirEntry::path);
+    let mut all = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(file.path()).expect("a sample is text");
+        let documents = serde_yaml::Deserializer::from_str(&text);
+        let read = documents.map(|d| Value::deserialize(d).expect("a sample is YAML"));
+        all.extend(read.map(|object| (file.file_name().to_string_lossy().into_owned(), object)));
+    }
+    all
 }
 
 /// [RFC 7386](https://www.rfc-editor.org/rfc/rfc7386): null removes, objects merge, the rest replaces.

@@ -116,12 +116,21 @@ fn render(helm: &Path, files: &Files) -> Result<String> {
     }
     let mut command = Command::new(helm);
     command.args(["template", "turret", "charts/turret", "--namespace", NAMESPACE]).current_dir(&copy);
-    let rendered = output(&mut command)?;
+    let rendered = without_helm(&output(&mut command)?);
     Ok(format!(
         "# {NOTICE}\n# The chart `turret` with its default values: kubectl apply --server-side -f install.yaml\n---\n\
          apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {NAMESPACE}\n  labels:\n    \
          pod-security.kubernetes.io/enforce: restricted\n{rendered}"
     ))
+}
+
+/// Without the labels that say that Helm looks after an object: nobody does, who applies a file.
+fn without_helm(rendered: &str) -> String {
+    let said = |line: &&str| {
+        !line.trim_start().starts_with("helm.sh/chart: ")
+            && line.trim() != "app.kubernetes.io/managed-by: Helm"
+    };
+    rendered.split_inclusive('\n').filter(said).collect()
 }
 
 /// What a program of the workspace prints, with an environment that says nothing of this machine.
@@ -227,6 +236,15 @@ mod tests {
         let names: Vec<_> = split(stream).into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["as", "bs"]);
         assert_eq!(documents(stream).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn labels_of_helm_are_left_out_and_annotations_stay() {
+        let rendered = "labels:\n  app.kubernetes.io/managed-by: Helm\n  helm.sh/chart: turret-0.1.0\n  a: b\nannotations:\n  helm.sh/resource-policy: keep\n";
+        assert_eq!(
+            without_helm(rendered),
+            "labels:\n  a: b\nannotations:\n  helm.sh/resource-policy: keep\n"
+        );
     }
 
     #[test]
