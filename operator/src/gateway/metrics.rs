@@ -43,6 +43,8 @@ pub enum HoldEnd {
     Refused,
     /// Its client left.
     Cancelled,
+    /// The gateway stopped.
+    Stopped,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -59,6 +59,9 @@ const BODY_MEMORY_KIB: usize = 512 << 10;
 /// Services and proxies learn that it is leaving.
 const LEAVE_TIME: Duration = Duration::from_secs(3);
 
+/// How long, after that, held requests may go on waiting; well below the pod's grace period.
+const LAST_WAIT: Duration = Duration::from_secs(60);
+
 /// Who may send requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "PascalCase")]
@@ -116,11 +119,19 @@ pub struct Settings {
     pub max_body_bytes: usize,
     /// How long connections are taken after it has been told to stop.
     pub leave_time: Duration,
+    /// How long, after that, held requests may go on waiting.
+    pub last_wait: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { default_namespace: None, max_held: 1024, max_body_bytes: 4 << 20, leave_time: Duration::ZERO }
+        Self {
+            default_namespace: None,
+            max_held: 1024,
+            max_body_bytes: 4 << 20,
+            leave_time: Duration::ZERO,
+            last_wait: Duration::ZERO,
+        }
     }
 }
 
@@ -153,7 +164,7 @@ pub async fn run(args: GatewayArgs) -> anyhow::Result<()> {
         let watched =
             Watched { client, namespace: args.namespace, own_namespace, keys_secret: args.keys_secret };
         let directory = Arc::new(Directory::declared(http));
-        settings.leave_time = LEAVE_TIME;
+        (settings.leave_time, settings.last_wait) = (LEAVE_TIME, LAST_WAIT);
         let followed = directory.clone();
         let following = tokio::spawn(async move {
             let signer = kubernetes::signer(&watched).await;
@@ -229,6 +240,8 @@ pub async fn serve(
         stopping.send_replace(true);
         tokio::time::sleep(settings.leave_time).await;
         closing.send_replace(true);
+        tokio::time::sleep(settings.last_wait).await;
+        proxy.send_away();
         std::future::pending::<()>().await;
     };
     tokio::select! {

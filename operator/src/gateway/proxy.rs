@@ -88,6 +88,14 @@ pub enum ForwardError {
         /// Why it would have had to wait.
         why: Unserved,
     },
+    /// The gateway stops, and cannot wait any longer.
+    #[error("`{model}` waited for a worker ({why}) and this gateway is stopping; send it again")]
+    Stopping {
+        /// What it asked for.
+        model: String,
+        /// What it waited for.
+        why: Unserved,
+    },
     /// Several workers broke off before the first byte.
     #[error(
         "`{model}`: {MOST_BROKEN} workers in turn broke off before the first byte of an answer; the last one: {cause}"
@@ -234,6 +242,11 @@ impl Proxy {
         self.waiting.run(&self.directory, &self.in_flight).await;
     }
 
+    /// Sends away the requests that still wait.
+    pub fn send_away(&self) {
+        self.waiting.send_away();
+    }
+
     /// What is declared and what the workers say.
     pub fn directory(&self) -> &Directory {
         &self.directory
@@ -317,6 +330,9 @@ impl Proxy {
             let waiter = (&request.ask, &refusals);
             match self.waiting.wait(line, waiter, limit, (&self.directory, seen)).await {
                 Outcome::Go | Outcome::Expired => is_passing = false,
+                Outcome::Stopping => {
+                    return Err(ForwardError::Stopping { model: model_name(request), why });
+                }
                 Outcome::Full => return Err(ForwardError::TooManyHeld { model: model_name(request), why }),
             }
         }

@@ -1,6 +1,13 @@
 //! Takes connections, and ends without breaking a stream.
 
-use std::{convert::Infallible, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{Router, body::Body};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -10,6 +17,8 @@ use tower::ServiceExt;
 
 /// How long a client may take to send the head of a request, and an idle connection may stay open.
 const HEAD_TIME: Duration = Duration::from_secs(120);
+/// How long a connection that was never used is waited for when the gateway stops.
+const FIRST_WORD_TIME: Duration = Duration::from_secs(1);
 /// Most connections at once.
 const MOST_CONNECTIONS: usize = 20_000;
 
@@ -17,7 +26,7 @@ const MOST_CONNECTIONS: usize = 20_000;
 /// end, and returns.
 pub async fn serve(listener: TcpListener, router: Router, mut closing: watch::Receiver<bool>) {
     let connections = TaskTracker::new();
-    let places = std::sync::Arc::new(tokio::sync::Semaphore::new(MOST_CONNECTIONS));
+    let places = Arc::new(tokio::sync::Semaphore::new(MOST_CONNECTIONS));
     loop {
         let accepted = tokio::select! {
             accepted = accept(&listener, &places) => accepted,
@@ -36,12 +45,14 @@ pub async fn serve(listener: TcpListener, router: Router, mut closing: watch::Re
         let router = router.clone();
         let mut closing = closing.clone();
         connections.spawn(async move {
+            let has_asked = Arc::new(AtomicBool::new(false));
+            let asked = has_asked.clone();
             let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+                asked.store(true, Ordering::Relaxed);
                 let router = router.clone();
                 async move {
-                    Ok::<_, Infallible>(
-                        router.oneshot(request.map(Body::new)).await.unwrap_or_else(|e| match e {}),
-                    )
+                    let Ok(response) = router.oneshot(request.map(Body::new)).await;
+                    Ok::<_, Infallible>(response)
                 }
             });
             let connection = hyper::server::conn::http1::Builder::new()
@@ -53,7 +64,12 @@ pub async fn serve(listener: TcpListener, router: Router, mut closing: watch::Re
                 ended = connection.as_mut() => ended,
                 () = told(&mut closing) => {
                     connection.as_mut().graceful_shutdown();
-                    connection.await
+                    match tokio::time::timeout(FIRST_WORD_TIME, connection.as_mut()).await {
+                        Ok(ended) => ended,
+                        Err(_) if has_asked.load(Ordering::Relaxed) => connection.await,
+                        // Opened in advance and never used: hyper would wait for its first request.
+                        Err(_) => Ok(()),
+                    }
                 }
             };
             if let Err(error) = ended {
@@ -73,10 +89,7 @@ async fn told(closing: &mut watch::Receiver<bool>) {
 
 type Accepted = (tokio::net::TcpStream, tokio::sync::OwnedSemaphorePermit);
 
-async fn accept(
-    listener: &TcpListener,
-    places: &std::sync::Arc<tokio::sync::Semaphore>,
-) -> std::io::Result<Accepted> {
+async fn accept(listener: &TcpListener, places: &Arc<tokio::sync::Semaphore>) -> std::io::Result<Accepted> {
     let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
     let (stream, _) = listener.accept().await?;
     Ok((stream, place))

@@ -1,6 +1,12 @@
 //! Holds requests until something changes: the task around [`HoldQueue`].
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use tokio::{
@@ -55,6 +61,8 @@ pub enum Outcome {
     Expired,
     /// There is no place to wait.
     Full,
+    /// The gateway stops.
+    Stopping,
 }
 
 /// Time since the gateway started.
@@ -77,6 +85,8 @@ impl Clock {
 pub struct Waiting {
     queue: Mutex<HoldQueue<Line, Waiter>>,
     wake: Notify,
+    /// Set once, before the last are sent away.
+    is_stopping: AtomicBool,
     clock: Clock,
     metrics: Arc<Metrics>,
 }
@@ -101,7 +111,13 @@ impl Drop for Place<'_> {
 impl Waiting {
     /// Nobody waits yet; at most `limit` may.
     pub fn new(limit: usize, clock: Clock, metrics: Arc<Metrics>) -> Self {
-        Self { queue: Mutex::new(HoldQueue::new(limit)), wake: Notify::new(), clock, metrics }
+        Self {
+            queue: Mutex::new(HoldQueue::new(limit)),
+            wake: Notify::new(),
+            is_stopping: AtomicBool::new(false),
+            clock,
+            metrics,
+        }
     }
 
     fn gauge(&self, queue: &HoldQueue<Line, Waiter>) {
@@ -121,6 +137,9 @@ impl Waiting {
         let waiter = Waiter { ask: ask.clone(), refusals: refusals.clone(), reply };
         let place = {
             let mut queue = self.queue.lock();
+            if self.is_stopping.load(Ordering::Acquire) {
+                return Outcome::Stopping;
+            }
             let entry = queue.hold(line.clone(), deadline, waiter);
             self.gauge(&queue);
             let (ticket, displaced) = match entry {
@@ -147,6 +166,16 @@ impl Waiting {
         let outcome = outcome.await.unwrap_or(Outcome::Expired);
         drop(place);
         outcome
+    }
+
+    /// Sends everyone away: the gateway stops, and another may have more luck.
+    pub fn send_away(&self) {
+        self.is_stopping.store(true, Ordering::Release);
+        let mut queue = self.queue.lock();
+        let all = queue.let_go(|_, _| true);
+        self.gauge(&queue);
+        drop(queue);
+        self.end(all, Outcome::Stopping, HoldEnd::Stopped);
     }
 
     /// A worker has finished a request, so one that waits for a place may have it.

@@ -8,7 +8,7 @@ use turret_operator::gateway::Settings;
 
 use crate::{
     fake_worker::{FakeWorker, report},
-    harness::{Gateway, PATIENCE},
+    harness::{Gateway, PATIENCE, refused},
 };
 
 #[tokio::test]
@@ -30,6 +30,9 @@ async fn told_to_stop_it_is_unready_first_and_ends_when_the_last_stream_has() {
     sender.send(Ok(Bytes::from("data: 1\n\n"))).await.unwrap();
     let mut body = asking.await.unwrap().unwrap().bytes_stream();
     assert_eq!(body.next().await.unwrap().unwrap(), "data: 1\n\n");
+    // A connection that is opened in advance, as proxies do, must not keep the gateway.
+    let address = gateway.url.strip_prefix("http://").unwrap().to_owned();
+    let unused = tokio::net::TcpStream::connect(address).await.unwrap();
 
     gateway.stop();
     let unready = async {
@@ -56,5 +59,19 @@ async fn told_to_stop_it_is_unready_first_and_ends_when_the_last_stream_has() {
     assert_eq!(body.next().await.unwrap().unwrap(), "data: 2\n\n");
     drop(sender);
     assert!(body.next().await.is_none(), "the stream ends as it should");
+    gateway.ended().await;
+    drop(unused);
+}
+
+#[tokio::test]
+async fn told_to_stop_it_sends_those_away_who_still_wait() {
+    let worker = FakeWorker::start(report("w", &[("north", "n", &[])])).await;
+    worker.now(|r| r.state.ready = false);
+    let mut gateway = Gateway::over(&[&worker]).await;
+    let asking = gateway.asking("north");
+    gateway.until("turret_gateway_held", 1.0).await;
+    gateway.stop();
+    let (status, retry_after, code, message) = refused(asking.await.unwrap().unwrap()).await;
+    assert_eq!((status, retry_after, code.as_str()), (503, Some(1), "gateway_stopping"), "{message}");
     gateway.ended().await;
 }

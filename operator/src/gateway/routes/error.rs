@@ -104,6 +104,9 @@ fn forward_facts(error: &ForwardError) -> Facts {
         ForwardError::TooManyHeld { .. } => {
             Facts { retry_after: Some(5), ..facts(StatusCode::TOO_MANY_REQUESTS, "gateway_full") }
         }
+        ForwardError::Stopping { .. } => {
+            Facts { retry_after: Some(1), ..facts(StatusCode::SERVICE_UNAVAILABLE, "gateway_stopping") }
+        }
         ForwardError::Broken { .. } => facts(StatusCode::BAD_GATEWAY, "worker_lost"),
     }
 }
