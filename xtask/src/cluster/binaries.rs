@@ -20,7 +20,7 @@ use crate::stage::{self, Stage};
 pub enum BinariesError {
     /// Go is missing.
     #[error(
-        "Go is needed to build Kubernetes, and no `go` is on the PATH: install Go 1.25 or newer from https://go.dev/dl"
+        "Go is needed to build Kubernetes, and no `go` is on the PATH: install Go 1.26 or newer from https://go.dev/dl"
     )]
     NoGo,
     /// Another program or library is missing.
