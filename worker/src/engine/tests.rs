@@ -86,16 +86,17 @@ async fn install(engine: &EngineHandle, layout: &BaseLayout, seed: u64) -> BaseI
 async fn load_lens(engine: &EngineHandle, base: BaseId, config: &Arc<ModelConfig>, seed: u64) -> LensId {
     let dir = tempfile::tempdir().unwrap();
     let rank = 3 + (seed % 5) as usize;
-    let targets = if seed % 2 == 0 { json!(["q_proj", "v_proj", "down_proj"]) } else { json!("all-linear") };
+    let targets =
+        if seed.is_multiple_of(2) { json!(["q_proj", "v_proj", "down_proj"]) } else { json!("all-linear") };
     let adapter = json!({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets});
     std::fs::write(dir.path().join("adapter_config.json"), adapter.to_string()).unwrap();
-    let dtype = if seed % 3 == 0 { Dtype::BF16 } else { Dtype::F32 };
+    let dtype = if seed.is_multiple_of(3) { Dtype::BF16 } else { Dtype::F32 };
     let mut noise = Noise(seed);
     let mut tensors = BTreeMap::new();
     for layer in 0..config.layers {
         for module in crate::model::lora::modules(config) {
             let short = module.name.rsplit('.').next().unwrap();
-            if seed % 2 == 0 && !["q_proj", "v_proj", "down_proj"].contains(&short) {
+            if seed.is_multiple_of(2) && !["q_proj", "v_proj", "down_proj"].contains(&short) {
                 continue;
             }
             for (matrix, rows, columns) in [('A', rank, module.inputs), ('B', module.outputs, rank)] {

@@ -104,6 +104,7 @@ struct SiluMul<'a> {
 
 impl Kernel for SiluMul<'_> {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "lanes of several arrays side by side")]
     unsafe fn run<S: Simd>(self) {
         let mut i = 0;
         while i < self.y.len() {
@@ -168,6 +169,7 @@ struct ExpSum<'a> {
 
 impl Kernel for ExpSum<'_> {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "lanes of several arrays side by side")]
     unsafe fn run<S: Simd>(mut self) {
         let mut lanes = [f32::NEG_INFINITY; LANES];
         let (whole, rest) = self.x.as_chunks::<LANES>();

@@ -5,7 +5,7 @@
 //! matched as PEFT matches them.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fancy_regex::Regex;
@@ -331,9 +331,9 @@ impl Adapted {
 fn adapted_modules(
     config: &AdapterConfig,
     base: &ModelConfig,
-    path: &PathBuf,
+    path: &Path,
 ) -> Result<Vec<Adapted>, LensError> {
-    let malformed = |what: String| LensError::Malformed { path: path.clone(), what };
+    let malformed = |what: String| LensError::Malformed { path: path.into(), what };
     let targets = Targets::new(config).map_err(malformed)?;
     let ranks = compile(&config.rank_pattern).map_err(malformed)?;
     let alphas = compile(&config.alpha_pattern).map_err(malformed)?;
@@ -555,7 +555,7 @@ mod tests {
     use super::*;
     use crate::lens::LensFailure;
     use serde_json::json;
-    use std::path::Path;
+    use std::path::PathBuf;
 
     fn base() -> Arc<ModelConfig> {
         let fixture = fixture().join("model/config.json");
@@ -663,7 +663,7 @@ mod tests {
             let text = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets,
                 "exclude_modules": exclude, "layers_to_transform": layers});
             let config: AdapterConfig = serde_json::from_str(&text.to_string()).unwrap();
-            let adapted = adapted_modules(&config, &base(), &PathBuf::new()).unwrap();
+            let adapted = adapted_modules(&config, &base(), Path::new("")).unwrap();
             adapted.iter().map(|a| format!("{}.{}", a.layer, a.module.name)).collect::<Vec<_>>()
         };
         let none = Value::Null;

@@ -242,3 +242,51 @@ fn generation_defaults(generation: &Value) -> GenerationDefaults {
         min_p: number("min_p").filter(|p| (0.0..=1.0).contains(p)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokenizer(folder: &str) -> Tokenizer {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(folder);
+        let config =
+            ModelConfig::parse(&std::fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+        Tokenizer::open(&folder, &config).unwrap()
+    }
+
+    #[test]
+    fn pieces_of_a_stream_are_whole_characters_and_add_up_to_the_text() {
+        let tokenizer = tokenizer("parity/llama/model");
+        let text = "The lens 日本語 🙂🙂 turns – “Ünïcödé”\n\n  é";
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert!(ids.len() > text.chars().count() / 2, "several tokens make one character");
+        let mut stream = tokenizer.text_stream(true);
+        let mut pieces: Vec<String> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
+        pieces.push(stream.finish().unwrap());
+        assert_eq!(pieces.concat(), text);
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{fffd}')));
+        assert!(pieces.iter().any(String::is_empty), "bytes wait for the rest of their character");
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_come_at_the_end() {
+        let tokenizer = tokenizer("parity/llama/model");
+        let ids = tokenizer.encode("ok 🙂", false).unwrap();
+        let mut stream = tokenizer.text_stream(true);
+        let cut = &ids[..ids.len() - 1];
+        let mut text: String = cut.iter().map(|id| stream.push(*id).unwrap()).collect();
+        assert!(text.starts_with("ok") && !text.contains('\u{fffd}'));
+        text.push_str(&stream.finish().unwrap());
+        assert_eq!(text, tokenizer.decode(cut, true).unwrap());
+    }
+
+    #[test]
+    fn stop_tokens_and_defaults_come_from_the_folder() {
+        let demo = tokenizer("demo/base-b");
+        assert_eq!(demo.stop_token_ids(), [4]);
+        assert_eq!(demo.defaults().do_sample, Some(false));
+        assert!(demo.has_chat_template());
+        assert_eq!(demo.encode("Hi", true).unwrap()[0], 1, "this tokenizer adds a BOS");
+        assert_ne!(demo.encode("Hi", false).unwrap()[0], 1);
+    }
+}

@@ -487,3 +487,106 @@ impl Matrix {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tensor_file::tests::write;
+    use serde_json::{Value, json};
+
+    type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+    fn config() -> Value {
+        json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 5, "max_position_embeddings": 16})
+    }
+
+    fn tensors() -> Tensors {
+        let config = Arc::new(ModelConfig::parse(&config().to_string()).unwrap());
+        let (_, moves) = BaseLayout::plan(&config, Dtype::BF16);
+        let zeros = |m: Move| {
+            let bytes = vec![0; m.shape.iter().product::<usize>() * 2];
+            (m.tensor, (Dtype::BF16, m.shape, bytes))
+        };
+        moves.into_iter().map(zeros).collect()
+    }
+
+    fn folder(tensors: &Tensors) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
+        write(&dir.path().join(SINGLE), tensors);
+        dir
+    }
+
+    fn refused(dir: &Path) -> BaseError {
+        BaseFolder::open(dir, None).err().expect("it must be refused")
+    }
+
+    #[test]
+    fn a_base_has_exactly_the_tensors_of_its_architecture() {
+        assert!(BaseFolder::open(folder(&tensors()).path(), None).is_ok());
+
+        let mut missing = tensors();
+        missing.remove("model.layers.0.mlp.up_proj.weight");
+        let error = refused(folder(&missing).path());
+        assert!(
+            matches!(&error, BaseError::MissingTensor(t) if t == "model.layers.0.mlp.up_proj.weight"),
+            "{error}"
+        );
+
+        let mut other = tensors();
+        other.insert("lm_head.weight".into(), (Dtype::BF16, vec![5, 4], vec![0; 40]));
+        let error = refused(folder(&other).path());
+        assert!(matches!(&error, BaseError::Shape { tensor, .. } if tensor == "lm_head.weight"), "{error}");
+
+        let mut more = tensors();
+        more.insert("model.layers.0.self_attn.q_proj.bias".into(), (Dtype::BF16, vec![8], vec![0; 16]));
+        let error = refused(folder(&more).path());
+        assert!(matches!(&error, BaseError::UnexpectedTensor(t) if t.ends_with("q_proj.bias")), "{error}");
+        more.remove("model.layers.0.self_attn.q_proj.bias");
+        more.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), (Dtype::F32, vec![2], vec![0; 8]));
+        assert!(BaseFolder::open(folder(&more).path(), None).is_ok(), "frequencies follow from the config");
+    }
+
+    #[test]
+    fn stored_numbers_are_kept_and_mixed_ones_widened() {
+        let dtype =
+            |tensors: &Tensors, asked| BaseFolder::open(folder(tensors).path(), asked).unwrap().layout.dtype;
+        assert_eq!(dtype(&tensors(), None), Dtype::BF16);
+        assert_eq!(dtype(&tensors(), Some(Dtype::F16)), Dtype::F16);
+        let mut mixed = tensors();
+        mixed.insert("lm_head.weight".into(), (Dtype::F16, vec![5, 8], vec![0; 80]));
+        assert_eq!(dtype(&mixed, None), Dtype::F32);
+    }
+
+    #[test]
+    fn shards_are_found_by_their_index_and_cannot_leave_the_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
+        let (mut first, all) = (tensors(), tensors());
+        let second = first.split_off("model.layers.0.mlp.down_proj.weight");
+        write(&dir.path().join("a.safetensors"), &first);
+        write(&dir.path().join("b.safetensors"), &second);
+        let index = |name_of: &dyn Fn(&str) -> String| {
+            let map: BTreeMap<_, _> = all.keys().map(|t| (t.clone(), name_of(t))).collect();
+            std::fs::write(dir.path().join(INDEX), json!({"weight_map": map}).to_string()).unwrap();
+        };
+        let shard =
+            |t: &str| if first.contains_key(t) { "a.safetensors" } else { "b.safetensors" }.to_owned();
+        index(&shard);
+        assert!(BaseFolder::open(dir.path(), None).is_ok());
+        let files = base_files(dir.path()).unwrap();
+        assert_eq!(files, ["a.safetensors", "b.safetensors", "config.json", INDEX]);
+
+        for outside in ["../a.safetensors", "/etc/passwd", "..", ""] {
+            index(&|_| outside.to_owned());
+            let error = refused(dir.path());
+            assert!(matches!(error, BaseError::Index { .. }), "{outside}: {error}");
+        }
+        index(&|_| "absent.safetensors".to_owned());
+        assert!(matches!(refused(dir.path()), BaseError::File(TensorFileError::Io { .. })));
+        write(&dir.path().join("b.safetensors"), &all);
+        index(&shard);
+        assert!(matches!(refused(dir.path()), BaseError::Index { .. }), "a tensor in two shards");
+    }
+}
