@@ -122,20 +122,23 @@ pub struct Signer {
 #[derive(Debug)]
 struct SignerState {
     key: SigningKey,
+    /// The key before a replacement: workers that were not yet told of the new one still accept it.
+    previous: Option<SigningKey>,
     tokens: HashMap<String, (Arc<str>, u64)>,
 }
 
 impl Signer {
     /// Signs as `issuer` ([`OPERATOR_ISSUER`] or [`GATEWAY_ISSUER`]) with `scope`.
     pub fn new(issuer: &'static str, scope: Scope, key: SigningKey) -> Self {
-        Self { issuer, scope, state: Mutex::new(SignerState { key, tokens: HashMap::new() }) }
+        Self { issuer, scope, state: Mutex::new(SignerState { key, previous: None, tokens: HashMap::new() }) }
     }
 
     /// Signs with another key from now on.
     pub fn replace(&self, key: SigningKey) {
         let mut state = self.state.lock();
         if state.key != key {
-            *state = SignerState { key, tokens: HashMap::new() };
+            let previous = Some(std::mem::replace(&mut state.key, key));
+            (state.previous, state.tokens) = (previous, HashMap::new());
         }
     }
 
@@ -157,20 +160,31 @@ impl Signer {
         {
             return Ok(token.clone());
         }
-        let expires = now + LIFETIME_SECONDS;
-        let claims = Claims {
-            iss: self.issuer.into(),
-            aud: placement_uid.into(),
-            nbf: now.saturating_sub(CLOCK_SKEW_SECONDS),
-            exp: expires,
-            scope: self.scope,
-        };
+        let claims = self.claims(placement_uid, now);
+        let expires = claims.exp;
         let token: Arc<str> = state.key.sign(&claims)?.into();
         if state.tokens.len() >= CACHED_TOKENS {
             state.tokens.clear();
         }
         state.tokens.insert(placement_uid.into(), (token.clone(), expires));
         Ok(token)
+    }
+
+    fn claims(&self, placement_uid: &str, now: u64) -> Claims {
+        Claims {
+            iss: self.issuer.into(),
+            aud: placement_uid.into(),
+            nbf: now.saturating_sub(CLOCK_SKEW_SECONDS),
+            exp: now + LIFETIME_SECONDS,
+            scope: self.scope,
+        }
+    }
+
+    /// A token of the key before the last replacement, if there was one.
+    fn previous_token(&self, placement_uid: &str) -> Result<Option<Arc<str>>, KeyError> {
+        let claims = self.claims(placement_uid, seconds_since_epoch());
+        let state = self.state.lock();
+        state.previous.as_ref().map(|key| key.sign(&claims).map(Into::into)).transpose()
     }
 }
 
@@ -201,6 +215,14 @@ impl TokenSource {
             Self::Open => Ok(None),
             Self::Static(token) => Ok(Some(token.clone())),
             Self::Signed { signer, placement_uid } => signer.token(placement_uid).map(Some),
+        }
+    }
+
+    /// The token for a worker that was not yet told of a replaced key.
+    pub fn previous_bearer(&self) -> Result<Option<Arc<str>>, KeyError> {
+        match self {
+            Self::Open | Self::Static(_) => Ok(None),
+            Self::Signed { signer, placement_uid } => signer.previous_token(placement_uid),
         }
     }
 }
@@ -255,6 +277,11 @@ mod tests {
         assert_ne!(old, new);
         assert!(verify(&new, &signer.public(), "uid").is_ok());
         assert_ne!(signer.public().id, old_public.id);
+        let previous = signer.previous_token("uid").unwrap().unwrap();
+        assert!(
+            verify(&previous, &old_public, "uid").is_ok(),
+            "workers with the old document still accept it"
+        );
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::{
         waker::Waker,
         wakes::{Key, Wakes},
     },
-    fleet::{Endpoint, Fleet, Moved},
+    fleet::{Endpoint, Fleet, Link, Moved},
     health::Health,
     leader::Election,
     metrics::Metrics,
@@ -38,6 +38,8 @@ use crate::{
 
 /// Finishing what is begun may take this long after SIGTERM.
 const GRACE: Duration = Duration::from_secs(10);
+/// A connection to the API server on which nothing came for this long is dead.
+const API_SILENCE: Duration = Duration::from_secs(150);
 /// Pods that change within this time are followed at once.
 const POD_COALESCE: Duration = Duration::from_millis(20);
 
@@ -72,8 +74,12 @@ pub struct RunArgs {
 
 /// Runs the controllers until SIGTERM or SIGINT, or until the leadership is lost.
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
-    let config =
+    // Refused only when a provider is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut config =
         Config::infer().await.context("failed to find out how to reach the Kubernetes API server")?;
+    // Watches hear a bookmark every minute; what is silent for longer than this is dead.
+    config.read_timeout = Some(API_SILENCE);
     let own_namespace = args.operator_namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
     let client = Client::try_from(config).context("failed to set up the Kubernetes client")?;
     let identity =
@@ -260,10 +266,14 @@ fn context(
         .context("failed to set up the HTTP client for workers")?;
     let waker = Waker { placements: watched.placement_wakes.clone(), groups: watched.group_wakes.clone() };
     let placements = watched.caches.placements.clone();
+    let links_changed = watched.pods_changed.clone();
     let changed = move |endpoint: &Endpoint<Key>, moved: Moved| {
         // What moves with traffic is looked at once a minute anyway.
         if moved > Moved::Traffic {
             waker.placement_and_groups(&endpoint.attached, &placements);
+        }
+        if moved == Moved::Link {
+            links_changed.notify_one();
         }
     };
     let reporter = Reporter { controller: "turret-operator".into(), instance: Some(identity) };
@@ -290,6 +300,8 @@ fn follow_pods(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, watched: &Watched, k
     tasks.spawn(async move {
         loop {
             ctx.fleet.follow_exactly(ctx.caches.pods.endpoints(&signer));
+            let open = ctx.fleet.snapshot().values().filter(|w| w.link == Link::Open).count();
+            ctx.metrics.worker_streams.set(i64::try_from(open).unwrap_or(i64::MAX));
             changed.notified().await;
             tokio::time::sleep(POD_COALESCE).await;
         }

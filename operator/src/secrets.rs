@@ -19,6 +19,7 @@ use turret_crds::token::{PublicKey, Scope};
 use crate::{
     controllers::status_write::FIELD_MANAGER,
     keys::{SECRET_FIELD, Signer, SigningKey},
+    telemetry::chain,
 };
 
 /// A Secret that could not be written is tried again after this long.
@@ -31,7 +32,7 @@ fn observe(api: Api<Secret>, name: &str) -> impl Stream<Item = Option<Secret>> +
             .inspect_err(|error| {
                 tracing::warn!(
                     secret = name,
-                    error = error as &dyn std::error::Error,
+                    error = %chain(error),
                     "failed to watch a Secret"
                 );
             })
@@ -95,7 +96,7 @@ async fn fill(api: &Api<Secret>, name: &str, seen: Option<&Secret>) {
             Err(error) => {
                 tracing::warn!(
                     secret = name,
-                    error = &error as &dyn std::error::Error,
+                    error = %chain(&error),
                     "failed to write a signing key, trying again"
                 );
                 tokio::time::sleep(RETRY).await;

@@ -16,3 +16,32 @@ pub fn start() {
         builder.json().flatten_event(true).try_init()
     };
 }
+
+/// An error with all its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        let says = source.to_string();
+        // Some errors repeat the text of their cause.
+        if !text.contains(&says) {
+            text = format!("{text}: {says}");
+        }
+        cause = source.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_tells_every_cause_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("failed to apply")]
+        struct Outer(#[source] std::io::Error);
+        assert_eq!(chain(&Outer(std::io::Error::other("no room"))), "failed to apply: no room");
+        assert_eq!(chain(&std::io::Error::other("no room")), "no room");
+    }
+}

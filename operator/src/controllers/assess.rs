@@ -91,7 +91,14 @@ pub struct Assessment {
     pub pods: usize,
     /// Of them, those that take requests.
     pub ready_pods: usize,
+    /// Whether a worker that takes requests has not been asked yet what it serves, as after a start
+    /// of the operator. Nothing should be said of it before it was; it answers, or is lost, within
+    /// seconds.
+    pub undecided: bool,
 }
+
+/// When to look again at what is undecided.
+pub const UNDECIDED: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Judges the workers of one placement. `workers` are sorted by name.
 pub fn assess(
@@ -109,6 +116,7 @@ pub fn assess(
         believed: there.iter().filter_map(|w| w.report.clone()).collect(),
         pods: there.len(),
         ready_pods: there.iter().filter(|w| w.pod.ready).count(),
+        undecided: there.iter().any(|w| w.pod.ready && w.report.is_none() && w.lost.is_none()),
     }
 }
 

@@ -19,6 +19,8 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
+use crate::telemetry::chain;
+
 /// Objects that a cache can hold.
 pub trait Cached:
     Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static
@@ -70,7 +72,7 @@ async fn keep<K: Cached>(
             Ok(event) => keeper.take(event, &touched),
             // The watch retries by itself, with growing pauses.
             Err(error) => {
-                tracing::warn!(kind = %K::kind(&()), error = &error as &dyn std::error::Error, "watch failed")
+                tracing::warn!(kind = %K::kind(&()), error = %chain(&error), "watch failed")
             }
         }
     }

@@ -5,7 +5,6 @@ use std::{
     sync::Arc,
 };
 
-use bytes::Bytes;
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
@@ -23,10 +22,10 @@ use kube::{
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use turret_crds::{ModelGroup, ModelPlacement, condition, label, token::PublicKey};
+use turret_crds::{ModelGroup, ModelPlacement, WorkerDocument, condition, label, token::PublicKey};
 
 use super::{
-    assess::{DocumentRef, ObservedWorker},
+    assess::ObservedWorker,
     placement::push::{self, PushError, Pushes, Recipient},
     pod::PodFacts,
     retry::Failures,
@@ -36,6 +35,7 @@ use crate::{
     fleet::{Endpoint, Fleet, Link, WorkerId},
     keys::{Signer, TokenSource},
     metrics::{Kind, Metrics, Outcome},
+    telemetry::chain,
 };
 
 /// Everything that reconciling reads and acts with.
@@ -216,7 +216,7 @@ impl Context {
     }
 
     /// Gives a document to all workers of a placement that can be reached and do not have it.
-    pub async fn push(&self, key: &Key, document: &DocumentRef, gzip: Vec<u8>) -> Vec<(WorkerId, PushError)> {
+    pub async fn push(&self, key: &Key, document: &WorkerDocument) -> Vec<(WorkerId, PushError)> {
         let fleet = self.fleet.snapshot();
         let recipients: Vec<Recipient> = fleet
             .values()
@@ -227,8 +227,9 @@ impl Context {
         if recipients.is_empty() {
             return Vec::new();
         }
-        let (failures, sent) =
-            push::push(&self.http, &self.pushes, document, Bytes::from(gzip), recipients).await;
+        let json = serde_json::to_vec(document).expect("a document of strings and numbers is JSON");
+        let wanted = (document.sequence, document.digest.as_str());
+        let (failures, sent) = push::push(&self.http, &self.pushes, wanted, json.into(), recipients).await;
         self.metrics.pushes.get_or_create(&Outcome { outcome: "ok" }).inc_by(sent as u64);
         self.metrics.pushes.get_or_create(&Outcome { outcome: "failed" }).inc_by(failures.len() as u64);
         failures
@@ -267,7 +268,7 @@ impl Context {
         let event =
             Event { type_, reason: reason.into(), note: Some(note), action: action.into(), secondary: None };
         if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
-            tracing::warn!(reason, error = &error as &dyn std::error::Error, "failed to publish an event");
+            tracing::warn!(reason, error = %chain(&error), "failed to publish an event");
         }
     }
 

@@ -8,6 +8,8 @@
 pub mod assess;
 pub mod cache;
 pub mod context;
+#[cfg(test)]
+pub(crate) mod fixtures;
 pub mod group;
 pub mod live;
 pub mod placement;

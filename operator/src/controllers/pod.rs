@@ -94,7 +94,6 @@ fn container_trouble(pod: &str, container: &ContainerStatus) -> Option<Trouble> 
     let ended = state
         .and_then(|s| s.terminated.as_ref())
         .or_else(|| container.last_state.as_ref().and_then(|s| s.terminated.as_ref()));
-    let running = state.is_some_and(|s| s.running.is_some());
     if let Some(waiting) = state.and_then(|s| s.waiting.as_ref()) {
         let said = waiting.message.as_deref().unwrap_or_default();
         match waiting.reason.as_deref().unwrap_or_default() {
@@ -124,8 +123,9 @@ fn container_trouble(pod: &str, container: &ContainerStatus) -> Option<Trouble> 
             _ => {}
         }
     }
-    // While it runs again, only what it does now counts.
-    let last = ended.filter(|_| !running && !container.ready)?;
+    // A worker that crashes again and again runs for a moment in between: until it is ready, the
+    // last crash is what there is to tell.
+    let last = ended.filter(|_| !container.ready)?;
     Some(last_words(pod, last))
 }
 
@@ -231,12 +231,19 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_starts_or_runs_again_has_no_trouble() {
-        let ended = json!({"terminated": {"exitCode": 1}});
+    fn a_pod_that_starts_has_no_trouble() {
         for state in [json!({"waiting": {"reason": "ContainerCreating"}}), json!({"running": {}})] {
-            assert_eq!(facts(container(state.clone(), json!({}))).trouble, None);
+            assert_eq!(facts(container(state, json!({}))).trouble, None);
         }
-        assert_eq!(facts(container(json!({"running": {}}), ended)).trouble, None);
+    }
+
+    #[test]
+    fn a_crash_is_told_until_the_worker_is_ready_again() {
+        let ended = json!({"terminated": {"exitCode": 1}});
+        let mut status = container(json!({"running": {}}), ended);
+        assert_eq!(facts(status.clone()).trouble.unwrap().reason, reason::CRASHING);
+        status["containerStatuses"][0]["ready"] = true.into();
+        assert_eq!(facts(status).trouble, None);
     }
 
     #[test]

@@ -192,10 +192,13 @@ fn same_place<A>(a: &Endpoint<A>, b: &Endpoint<A>) -> bool {
 }
 
 impl<A: Clone> Shared<A> {
-    fn update(&self, id: &WorkerId, change: impl FnOnce(&mut Worker<A>)) {
-        if let Some(worker) = Arc::make_mut(&mut *self.snapshot.write()).get_mut(id) {
-            change(worker);
-        }
+    /// Changes a worker; returns its endpoint, with what is attached to it now. `None` when it is
+    /// not followed any more.
+    fn update(&self, id: &WorkerId, change: impl FnOnce(&mut Worker<A>)) -> Option<Arc<Endpoint<A>>> {
+        let mut snapshot = self.snapshot.write();
+        let worker = Arc::make_mut(&mut *snapshot).get_mut(id)?;
+        change(worker);
+        Some(worker.endpoint.clone())
     }
 }
 
@@ -203,37 +206,41 @@ impl<A: Clone> Shared<A> {
 struct Sink<A>(Arc<Shared<A>>);
 
 impl<A: Clone> Sink<A> {
-    fn opened(&self, endpoint: &Endpoint<A>, report: WorkerReport) {
+    fn opened(&self, id: &WorkerId, report: WorkerReport) {
         let mut moved = Moved::Link;
-        self.0.update(&endpoint.id, |worker| {
+        let endpoint = self.0.update(id, |worker| {
             if worker.link == Link::Open {
                 moved = Moved::Holdings;
             }
             worker.link = Link::Open;
             worker.report = Some(Arc::new(report));
         });
-        (self.0.on_change)(endpoint, moved);
+        self.tell(endpoint, moved);
     }
 
-    fn changed(&self, endpoint: &Endpoint<A>, change: Change) {
+    fn changed(&self, id: &WorkerId, change: Change) {
         let mut moved = Moved::Traffic;
-        self.0.update(&endpoint.id, |worker| {
+        let endpoint = self.0.update(id, |worker| {
             if let Some(report) = &mut worker.report {
                 moved = what_moved(report, &change);
                 Arc::make_mut(report).apply(change);
             }
         });
-        (self.0.on_change)(endpoint, moved);
+        self.tell(endpoint, moved);
     }
 
-    fn lost(&self, endpoint: &Endpoint<A>, why: &str) {
+    fn lost(&self, id: &WorkerId, why: &str) {
         let mut is_new = false;
-        self.0.update(&endpoint.id, |worker| {
+        let endpoint = self.0.update(id, |worker| {
             is_new = !matches!(worker.link, Link::Lost(_));
             worker.link = Link::Lost(why.into());
         });
-        if is_new {
-            (self.0.on_change)(endpoint, Moved::Link);
+        self.tell(endpoint.filter(|_| is_new), Moved::Link);
+    }
+
+    fn tell(&self, endpoint: Option<Arc<Endpoint<A>>>, moved: Moved) {
+        if let Some(endpoint) = endpoint {
+            (self.0.on_change)(&endpoint, moved);
         }
     }
 }
@@ -260,3 +267,6 @@ fn what_moved(old: &WorkerReport, change: &Change) -> Moved {
     let removed = !change.removed_bases.is_empty() || !change.removed_lenses.is_empty();
     if state || bases || lenses || removed { Moved::Holdings } else { Moved::Traffic }
 }
+
+#[cfg(test)]
+mod tests;

@@ -60,7 +60,7 @@ pub(super) async fn follow<A: Clone>(http: reqwest::Client, endpoint: Arc<Endpoi
         if opened && started.elapsed() >= GOOD && !matches!(error, StreamError::Malformed(_)) {
             continue;
         }
-        sink.lost(&endpoint, &error.to_string());
+        sink.lost(&endpoint.id, &error.to_string());
         let jitter = rand::random_range(0.8..1.2);
         tokio::time::sleep(pause.mul_f64(jitter)).await;
         pause = (pause * 2).min(BACKOFF.1);
@@ -89,12 +89,12 @@ async fn read<A: Clone>(
         match serde_json::from_slice::<StateEvent>(&line) {
             Ok(StateEvent::Snapshot(report)) => {
                 *opened = true;
-                sink.opened(endpoint, *report);
+                sink.opened(&endpoint.id, *report);
             }
             Ok(StateEvent::Change(_)) if !*opened => {
                 return StreamError::Malformed("a change came before the snapshot".into());
             }
-            Ok(StateEvent::Change(change)) => sink.changed(endpoint, change),
+            Ok(StateEvent::Change(change)) => sink.changed(&endpoint.id, change),
             Ok(StateEvent::Heartbeat) => {}
             Err(error) => return StreamError::Malformed(error.to_string()),
         }

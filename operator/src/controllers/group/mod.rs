@@ -3,3 +3,5 @@
 pub mod controller;
 pub mod reconcile;
 pub mod status;
+#[cfg(test)]
+mod status_tests;

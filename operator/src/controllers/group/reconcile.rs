@@ -8,7 +8,7 @@ use turret_crds::{ModelGroup, ModelGroupStatus, ModelPlacement, condition, label
 
 use super::status::{self, Placed};
 use crate::controllers::{
-    assess::{DocumentRef, WantedWorkers, assess},
+    assess::{DocumentRef, UNDECIDED, WantedWorkers, assess},
     context::{self, Context},
     placement::{reconcile::is_conflict, resources},
     status_write::{self, Gist},
@@ -48,6 +48,9 @@ pub async fn reconcile(group: Arc<ModelGroup>, ctx: Arc<Context>) -> Result<Acti
     let now = Timestamp::now();
     let observed = observe(&group, &ctx);
     let placed: Vec<Placed<'_>> = observed.iter().flat_map(|o| placed(&group, o, &ctx)).collect();
+    if placed.iter().any(|p| p.assessment.undecided) {
+        return Ok(Action::requeue(UNDECIDED));
+    }
     let new = status::status(&group, &placed, now);
     let old = status::ours(group.status.as_ref());
     if new == old {

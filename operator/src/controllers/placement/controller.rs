@@ -11,7 +11,7 @@ use kube::{
 use turret_crds::ModelPlacement;
 
 use super::reconcile::{KIND, ReconcileError, reconcile};
-use crate::controllers::context::Context;
+use crate::{controllers::context::Context, telemetry::chain};
 
 /// Placements that are looked at at the same time.
 const AT_ONCE: u16 = 16;
@@ -37,11 +37,11 @@ pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'sta
 
 fn again(placement: Arc<ModelPlacement>, error: &ReconcileError, ctx: Arc<Context>) -> Action {
     if error.is_conflict() {
-        tracing::debug!(kind = KIND, name = %placement.name_any(), error = error as &dyn std::error::Error, "view was stale");
+        tracing::debug!(kind = KIND, name = %placement.name_any(), error = %chain(error), "view was stale");
         return Action::requeue(STALE);
     }
     ctx.metrics.reconcile_failed(KIND);
     let (namespace, name) = (placement.namespace().unwrap_or_default(), placement.name_any());
-    tracing::warn!(kind = KIND, namespace, name, error = error as &dyn std::error::Error, "reconcile failed");
+    tracing::warn!(kind = KIND, namespace, name, error = %chain(error), "reconcile failed");
     Action::requeue(ctx.placement_failures.failed((namespace, name)))
 }

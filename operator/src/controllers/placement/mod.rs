@@ -2,7 +2,13 @@
 
 pub mod controller;
 pub mod plan;
+#[cfg(test)]
+mod plan_tests;
 pub mod push;
 pub mod reconcile;
 pub mod resources;
+#[cfg(test)]
+mod resources_tests;
 pub mod status;
+#[cfg(test)]
+mod status_tests;

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use turret_crds::WorkerReport;
 
 use crate::{
-    controllers::{assess::DocumentRef, wakes::Key},
+    controllers::wakes::Key,
     fleet::{Endpoint, WorkerId},
     keys::KeyError,
 };
@@ -52,10 +52,10 @@ type DocumentKey = (u64, String);
 
 impl Pushes {
     /// Whether this life of the worker was given the document a moment ago; notes that it is now.
-    fn is_due(&self, id: &WorkerId, report: &WorkerReport, document: &DocumentRef, now: Instant) -> bool {
+    fn is_due(&self, id: &WorkerId, report: &WorkerReport, document: (u64, &str), now: Instant) -> bool {
         let mut pushes = self.0.lock();
         pushes.retain(|_, (_, _, at)| now.duration_since(*at) < AGAIN);
-        let entry = (report.worker.instance.clone(), (document.sequence, document.digest.clone()));
+        let entry = (report.worker.instance.clone(), (document.0, document.1.to_owned()));
         let known = pushes.get(id).is_some_and(|(instance, key, _)| (instance, key) == (&entry.0, &entry.1));
         if !known {
             pushes.insert(id.clone(), (entry.0, entry.1, now));
@@ -77,21 +77,21 @@ pub struct Recipient {
     pub report: std::sync::Arc<WorkerReport>,
 }
 
-/// Gives the document to all of these workers, but to none twice within [`AGAIN`]. Returns the
+/// Gives the document with this sequence and digest to all of these workers, but to none twice within [`AGAIN`]. Returns the
 /// failures, and how many took it.
 pub async fn push(
     http: &reqwest::Client,
     pushes: &Pushes,
-    document: &DocumentRef,
-    gzip: Bytes,
+    document: (u64, &str),
+    json: Bytes,
     recipients: Vec<Recipient>,
 ) -> (Vec<(WorkerId, PushError)>, usize) {
     let now = Instant::now();
     let due = recipients.into_iter().filter(|r| pushes.is_due(&r.endpoint.id, &r.report, document, now));
     let results = stream::iter(due).map(|recipient| {
-        let gzip = gzip.clone();
+        let json = json.clone();
         async move {
-            let sent = send(http, &recipient.endpoint, gzip).await;
+            let sent = send(http, &recipient.endpoint, json).await;
             (recipient.endpoint.id.clone(), sent)
         }
     });
@@ -109,17 +109,14 @@ pub async fn push(
     (failures, sent)
 }
 
-async fn send(http: &reqwest::Client, endpoint: &Endpoint<Key>, gzip: Bytes) -> Result<(), PushError> {
-    let mut request = http
-        .put(format!("{}/control/v1/document", endpoint.control_url))
-        .header(header::CONTENT_TYPE, "application/json")
-        .header(header::CONTENT_ENCODING, "gzip")
-        .timeout(TIMEOUT)
-        .body(gzip);
-    if let Some(token) = endpoint.token.bearer()? {
-        request = request.bearer_auth(token);
+async fn send(http: &reqwest::Client, endpoint: &Endpoint<Key>, json: Bytes) -> Result<(), PushError> {
+    let mut response = put(http, endpoint, json.clone(), endpoint.token.bearer()?).await?;
+    // The document that tells of a new key must be shown with the one before it.
+    if response.status() == StatusCode::UNAUTHORIZED
+        && let Some(previous) = endpoint.token.previous_bearer()?
+    {
+        response = put(http, endpoint, json, Some(previous)).await?;
     }
-    let response = request.send().await.map_err(PushError::Connection)?;
     let status = response.status();
     if status.is_success() {
         return Ok(());
@@ -130,4 +127,21 @@ async fn send(http: &reqwest::Client, endpoint: &Endpoint<Key>, gzip: Bytes) -> 
         StatusCode::CONFLICT => PushError::Conflict(text),
         _ => PushError::Refused(status, text),
     })
+}
+
+async fn put(
+    http: &reqwest::Client,
+    endpoint: &Endpoint<Key>,
+    json: Bytes,
+    token: Option<std::sync::Arc<str>>,
+) -> Result<reqwest::Response, PushError> {
+    let mut request = http
+        .put(format!("{}/control/v1/document", endpoint.control_url))
+        .header(header::CONTENT_TYPE, "application/json")
+        .timeout(TIMEOUT)
+        .body(json);
+    if let Some(token) = token {
+        request = request.bearer_auth(token);
+    }
+    request.send().await.map_err(PushError::Connection)
 }

@@ -19,7 +19,7 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus};
+use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus, condition::reason, document::Problem};
 
 use super::{
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
@@ -28,13 +28,14 @@ use super::{
 };
 use crate::{
     controllers::{
-        assess::{ObservedWorker, WantedWorkers, assess},
+        assess::{ObservedWorker, UNDECIDED, WantedWorkers, assess},
         context::{self, Context},
         status_write::{self, FIELD_MANAGER, Gist},
         wakes::Key,
     },
     fleet::WorkerId,
     metrics::Kind,
+    telemetry::chain,
 };
 
 /// The kind's name in logs and metrics.
@@ -83,6 +84,22 @@ impl ReconcileError {
         let (Self::Look { source, .. } | Self::Apply { source, .. } | Self::Status(source)) = self;
         is_conflict(source)
     }
+
+    /// What the API server says against an owned object: something in the spec that the CRD's
+    /// rules let through.
+    fn refused(&self) -> Option<String> {
+        match self {
+            Self::Apply { kind, name, source: kube::Error::Api(status) } if is_refused(status) => {
+                Some(format!("{} `{name}` is refused: {}", kind.name(), status.message))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Whether the API server refuses an object as it is: trying again does not help.
+fn is_refused(status: &kube::core::Status) -> bool {
+    status.is_invalid() || status.code == 400
 }
 
 /// Whether an answer of the API server means that the object moved on, or is gone.
@@ -110,16 +127,29 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     };
     let now = Timestamp::now();
     let mut plan = plan::plan(&observed, now);
-    let forced = ask_for_names(&placement, &mut plan, &ctx).await?;
-    for write in std::mem::take(&mut plan.writes) {
-        let force = write.exists || forced.contains(&write.kind);
-        apply(&key, write, force, &ctx).await?;
+    let ours = ask_for_names(&placement, &mut plan, &ctx).await?;
+    let writes = std::mem::take(&mut plan.writes).into_iter();
+    let mut writes = writes.map(|w| Write { exists: w.exists || ours.contains(&w.kind), ..w }).peekable();
+    // The durable way first; then the workers are told at once, whatever becomes of the rest.
+    if let Some(document) = writes.next_if(|w| w.kind == OwnedKind::ConfigMap) {
+        apply(&key, document, &ctx).await?;
     }
     let failures = push_document(&key, &plan, &ctx).await;
     tell_conflicts(&placement, &failures, &ctx).await;
-    let status_in = write_status(&placement, &plan, &observed.workers, &observed.live, &ctx, now).await?;
+    let mut failed = None;
+    for write in writes {
+        if let Err(error) = apply(&key, write, &ctx).await {
+            failed.get_or_insert(error);
+        }
+    }
+    let refused = failed.as_ref().and_then(ReconcileError::refused);
+    let looks = Looks { plan: &plan, workers: &observed.workers, live: &observed.live, refused, now };
+    let status_in = write_status(&placement, looks, &ctx).await?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
 
-    let behind = plan.gzip.is_some() && updates_are_under_way(&plan, &observed.workers);
+    let behind = plan.compiled.document.is_some() && updates_are_under_way(&plan, &observed.workers);
     let times = [
         Some(EVERY),
         plan.look_again,
@@ -198,42 +228,48 @@ where
     Ok(found.map(|o| o.metadata))
 }
 
-async fn apply(key: &Key, write: Write, force: bool, ctx: &Context) -> Result<(), ReconcileError> {
-    let Write { kind, object, why, .. } = write;
+async fn apply(key: &Key, write: Write, ctx: &Context) -> Result<(), ReconcileError> {
+    let Write { kind, object, why, exists } = write;
     let name = turret_crds::label::owned_name(&key.1);
     tracing::info!(?kind, namespace = key.0, %name, why, "apply");
     let sent = match kind {
-        OwnedKind::ConfigMap => patch::<ConfigMap>(ctx, &key.0, &name, object, force).await,
-        OwnedKind::Service => patch::<Service>(ctx, &key.0, &name, object, force).await,
+        OwnedKind::ConfigMap => patch::<ConfigMap>(ctx, &key.0, &name, object, exists).await,
+        OwnedKind::Service => patch::<Service>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::PodDisruptionBudget => {
-            patch::<PodDisruptionBudget>(ctx, &key.0, &name, object, force).await
+            patch::<PodDisruptionBudget>(ctx, &key.0, &name, object, exists).await
         }
-        OwnedKind::Deployment => patch::<Deployment>(ctx, &key.0, &name, object, force).await,
+        OwnedKind::Deployment => patch::<Deployment>(ctx, &key.0, &name, object, exists).await,
     };
     ctx.metrics.applies.get_or_create(&Kind { kind: kind.name() }).inc();
     sent.map_err(|source| ReconcileError::Apply { kind, name, source })
 }
 
-async fn patch<K>(ctx: &Context, namespace: &str, name: &str, object: Value, force: bool) -> kube::Result<()>
+async fn patch<K>(ctx: &Context, namespace: &str, name: &str, object: Value, exists: bool) -> kube::Result<()>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
         + Clone
         + DeserializeOwned
         + std::fmt::Debug,
 {
-    let params = PatchParams { force, ..PatchParams::apply(FIELD_MANAGER) };
+    let params = PatchParams { force: exists, ..PatchParams::apply(FIELD_MANAGER) };
     let api = Api::<K>::namespaced(ctx.client.clone(), namespace);
-    api.patch_metadata(name, &params, &Patch::Apply(object)).await.map(drop)
+    match api.patch_metadata(name, &params, &Patch::Apply(&object)).await {
+        // Lists are merged by keys; an edit by hand can make a key (a Service's port) that clashes
+        // with ours. Then our lists take the place of theirs.
+        Err(kube::Error::Api(status)) if exists && is_refused(&status) => {
+            let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+            api.patch_metadata(name, &params, &Patch::Merge(&object)).await.map(drop)
+        }
+        other => other.map(drop),
+    }
 }
 
 async fn push_document(key: &Key, plan: &Plan, ctx: &Context) -> Vec<(WorkerId, PushError)> {
-    let Some((document, gzip)) = plan.document.as_ref().zip(plan.gzip.clone()) else { return Vec::new() };
-    if !plan.in_the_way.is_empty() {
-        return Vec::new();
-    }
-    let failures = ctx.push(key, document, gzip).await;
+    let document = plan.compiled.document.as_ref().filter(|_| plan.in_the_way.is_empty());
+    let Some(document) = document else { return Vec::new() };
+    let failures = ctx.push(key, document).await;
     for (worker, error) in &failures {
-        tracing::warn!(%worker, sequence = document.sequence, error = error as &dyn std::error::Error, "failed to give a worker its document");
+        tracing::warn!(%worker, sequence = document.sequence, error = %chain(error), "failed to give a worker its document");
     }
     failures
 }
@@ -256,15 +292,22 @@ fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
     reports.into_iter().any(|r| !r.serves(document.sequence, &document.digest))
 }
 
+/// What a status is made from.
+struct Looks<'a> {
+    plan: &'a Plan,
+    workers: &'a [ObservedWorker],
+    live: &'a Live,
+    refused: Option<String>,
+    now: Timestamp,
+}
+
 /// Writes the status if it differs. Returns when to look again for its sake.
 async fn write_status(
     placement: &ModelPlacement,
-    plan: &Plan,
-    workers: &[ObservedWorker],
-    live: &Live,
+    looks: Looks<'_>,
     ctx: &Context,
-    now: Timestamp,
 ) -> Result<Option<Duration>, ReconcileError> {
+    let Looks { plan, workers, live, refused, now } = looks;
     let wanted = WantedWorkers {
         replicas: placement.spec.replicas,
         template: plan.template.as_deref(),
@@ -272,9 +315,14 @@ async fn write_status(
     };
     let assessment = assess(&wanted, live.deployment.as_deref(), workers);
     let leaving: Option<&InTheWay> = plan.in_the_way.iter().find(|o| o.is_leaving);
+    if assessment.undecided {
+        return Ok(Some(UNDECIDED));
+    }
+    let mut problems = plan::problems(&plan.compiled, &plan.in_the_way);
+    problems.extend(refused.map(|message| Problem { reason: reason::INVALID, message }));
     let facts = Facts {
         placement,
-        problems: &plan::problems(&plan.compiled, &plan.in_the_way),
+        problems: &problems,
         waiting_for: leaving.map(|o| o.message.as_str()),
         assessment: &assessment,
         document: plan.compiled.document.as_ref(),

@@ -300,12 +300,20 @@ fn container(placement: &ModelPlacement, worker: &Worker, image: &str, drain: i6
         timeout_seconds: Some(timeout),
         ..Probe::default()
     };
-    let args = ["serve", "--config", label::DOCUMENT_DIR, "--drain-seconds"].map(String::from);
+    let args = [
+        "serve".into(),
+        format!("--config={}", label::DOCUMENT_DIR),
+        format!("--listen=0.0.0.0:{}", label::DATA_PORT),
+        format!("--control-listen=0.0.0.0:{}", label::CONTROL_PORT),
+        format!("--cache-dir={}", label::CACHE_DIR),
+        format!("--volumes-dir={}", label::VOLUMES_DIR),
+        format!("--drain-seconds={drain}"),
+    ];
     Container {
         name: CONTAINER.into(),
         image: Some(image.into()),
         image_pull_policy: Some("IfNotPresent".into()),
-        args: Some(args.into_iter().chain([drain.to_string()]).collect()),
+        args: Some(args.into()),
         env: Some(environment(placement, worker)),
         ports: Some(vec![
             port(label::DATA_PORT_NAME, label::DATA_PORT),

@@ -1,0 +1,332 @@
+//! What is done for a placement, and what is not.
+
+use std::sync::Arc;
+
+use k8s_openapi::{
+    api::apps::v1::DeploymentStatus, api::core::v1::ServicePort,
+    apimachinery::pkg::apis::meta::v1::OwnerReference, apimachinery::pkg::util::intstr::IntOrString,
+};
+use kube::ResourceExt;
+use proptest::prelude::*;
+use turret_crds::{
+    condition::reason,
+    placement::{GroupRef, Memory},
+    quantity::ByteQuantity,
+};
+
+use super::{plan::*, resources};
+use crate::controllers::fixtures::{World, at, group, pod};
+
+const ALL: [OwnedKind; 4] =
+    [OwnedKind::ConfigMap, OwnedKind::Service, OwnedKind::PodDisruptionBudget, OwnedKind::Deployment];
+
+fn in_place(world: &World) -> bool {
+    let deployment = world.live.deployment.as_ref().unwrap();
+    let rolling =
+        deployment.spec.as_ref().unwrap().strategy.as_ref().unwrap().rolling_update.as_ref().unwrap();
+    rolling.max_surge == Some(IntOrString::Int(0)) && rolling.max_unavailable == Some(IntOrString::Int(1))
+}
+
+#[test]
+fn a_new_placement_gets_its_document_before_its_workers() {
+    let mut world = World::new();
+    let plan = world.plan();
+    assert_eq!(plan.writes.iter().map(|w| w.kind).collect::<Vec<_>>(), ALL);
+    assert!(plan.writes.iter().all(|w| !w.exists && w.why == "it does not exist"));
+    assert_eq!(plan.document.unwrap().sequence, 1);
+    assert_eq!(world.carry_out(), ALL);
+}
+
+#[test]
+fn a_plan_on_the_planned_state_is_empty() {
+    let mut world = World::new();
+    world.carry_out();
+    assert_eq!(world.plan().writes, []);
+    assert_eq!(world.plan().document.unwrap().sequence, 1);
+}
+
+#[test]
+fn a_manual_edit_is_seen_named_and_repaired() {
+    let edits: [(OwnedKind, &str, fn(&mut World)); 4] = [
+        (OwnedKind::Deployment, ".spec.replicas", |w| {
+            w.edit_deployment(|d| d.spec.as_mut().unwrap().replicas = Some(7))
+        }),
+        (OwnedKind::Service, ".spec.ports[1]", |w| {
+            let service = Arc::make_mut(w.live.service.as_mut().unwrap());
+            let ports = service.spec.as_mut().unwrap().ports.as_mut().unwrap();
+            ports[1] = ServicePort { port: 1, ..ports[1].clone() };
+        }),
+        (OwnedKind::PodDisruptionBudget, ".spec.maxUnavailable", |w| {
+            let budget = Arc::make_mut(w.live.disruption_budget.as_mut().unwrap());
+            budget.spec.as_mut().unwrap().max_unavailable = Some(IntOrString::Int(9));
+        }),
+        (OwnedKind::ConfigMap, ".binaryData.document.json.gz", |w| {
+            let config_map = Arc::make_mut(w.live.config_map.as_mut().unwrap());
+            config_map.binary_data.as_mut().unwrap().values_mut().for_each(|v| v.0 = b"other".to_vec());
+        }),
+    ];
+    for (kind, what, edit) in edits {
+        let mut world = World::new();
+        world.carry_out();
+        edit(&mut world);
+        let writes = world.plan().writes;
+        assert_eq!(writes.len(), 1, "{kind:?}");
+        assert_eq!(
+            (writes[0].kind, writes[0].why.as_str()),
+            (kind, format!("{what} is not as wanted").as_str())
+        );
+        world.carry_out();
+        assert_eq!(world.plan().writes, [], "{kind:?}");
+    }
+}
+
+#[test]
+fn what_others_add_is_left_alone() {
+    let mut world = World::new();
+    world.carry_out();
+    world.edit_deployment(|d| {
+        d.metadata
+            .annotations
+            .get_or_insert_default()
+            .insert("deployment.kubernetes.io/revision".into(), "3".into());
+        let template = d.spec.as_mut().unwrap().template.spec.as_mut().unwrap();
+        template
+            .containers
+            .push(k8s_openapi::api::core::v1::Container { name: "sidecar".into(), ..Default::default() });
+        template.dns_policy = Some("ClusterFirst".into());
+    });
+    assert_eq!(world.plan().writes, []);
+}
+
+#[test]
+fn a_changed_lens_changes_the_document_and_nothing_else() {
+    let mut world = World::new();
+    world.carry_out();
+    world.groups[0] = group("a", &["pirate", "terse"]);
+    world.groups[0].metadata.generation = Some(2);
+    let plan = world.plan();
+    assert_eq!(plan.writes.iter().map(|w| w.kind).collect::<Vec<_>>(), [OwnedKind::ConfigMap]);
+    assert_eq!(plan.document.unwrap().sequence, 2);
+}
+
+#[test]
+fn the_document_is_written_on_the_version_it_was_counted_from() {
+    let mut world = World::new();
+    world.carry_out();
+    Arc::make_mut(world.live.config_map.as_mut().unwrap()).metadata.resource_version = Some("41".into());
+    world.groups[0].metadata.generation = Some(2);
+    assert_eq!(world.plan().writes[0].object["metadata"]["resourceVersion"], "41");
+}
+
+#[test]
+fn a_deleted_config_map_does_not_take_the_sequence_back() {
+    let mut world = World::new();
+    world.carry_out();
+    let worker = world.serving("w").reporting(|r| r.state.document.as_mut().unwrap().sequence = 9);
+    world.workers = vec![worker];
+    world.live.config_map = None;
+    assert_eq!(world.plan().document.unwrap().sequence, 10);
+    // Without any worker, the placement's own status remembers.
+    world.workers.clear();
+    world.placement.status =
+        Some(turret_crds::ModelPlacementStatus { document_sequence: Some(5), ..Default::default() });
+    assert_eq!(world.plan().document.unwrap().sequence, 6);
+}
+
+#[test]
+fn a_worker_with_another_document_of_the_same_sequence_is_outrun() {
+    let mut world = World::new();
+    world.carry_out();
+    let worker =
+        world.serving("w").reporting(|r| r.state.document.as_mut().unwrap().digest = "sha256:other".into());
+    world.workers = vec![worker];
+    assert!(world.plan().document.unwrap().sequence > 1);
+}
+
+#[test]
+fn names_that_are_taken_stop_everything_and_say_whose_they_are() {
+    let owners = [
+        (None, false, "is not the operator's"),
+        (Some(("Release", "web")), false, "belongs to Release `web`"),
+        (Some(("ModelPlacement", "p")), true, "earlier placement of the same name"),
+    ];
+    for (owner, leaves, says) in owners {
+        let mut world = World::new();
+        world.carry_out();
+        let service = Arc::make_mut(world.live.service.as_mut().unwrap());
+        service.metadata.owner_references = owner.map(|(kind, name)| {
+            vec![OwnerReference {
+                kind: kind.into(),
+                name: name.into(),
+                uid: "other".into(),
+                controller: Some(true),
+                ..OwnerReference::default()
+            }]
+        });
+        world.groups[0].metadata.generation = Some(2);
+        let plan = world.plan();
+        assert_eq!((plan.writes.len(), plan.in_the_way.len()), (0, 1));
+        assert_eq!(plan.in_the_way[0].is_leaving, leaves);
+        assert!(plan.in_the_way[0].message.contains(says), "{}", plan.in_the_way[0].message);
+        let reasons: Vec<_> = problems(&plan.compiled, &plan.in_the_way).iter().map(|p| p.reason).collect();
+        assert_eq!(reasons, if leaves { vec![] } else { vec![reason::NAME_TAKEN] });
+    }
+}
+
+#[test]
+fn without_any_group_no_worker_is_started() {
+    let mut world = World::new();
+    world.groups.clear();
+    let plan = world.plan();
+    assert_eq!(plan.writes, []);
+    assert_eq!(plan.compiled.problems[0].reason, reason::GROUP_NOT_FOUND);
+}
+
+#[test]
+fn workers_go_on_with_what_they_have_when_their_last_group_is_gone() {
+    let mut world = World::new();
+    world.carry_out();
+    world.groups.clear();
+    world.placement.spec.replicas = 3;
+    let plan = world.plan();
+    assert_eq!(plan.document.unwrap().sequence, 1);
+    assert_eq!(
+        plan.writes.iter().map(|w| w.kind).collect::<Vec<_>>(),
+        [OwnedKind::Deployment],
+        "scaling still works"
+    );
+}
+
+#[test]
+fn an_unusable_value_touches_nothing() {
+    let mut world = World::new();
+    world.carry_out();
+    world.placement.spec.replicas = 3;
+    let budget = |text: &str| Some(ByteQuantity(text.into()));
+    world.placement.spec.memory =
+        Some(Memory { device_budget: budget("1Gi"), lens_budget: budget("2Gi"), ..Memory::default() });
+    let plan = world.plan();
+    assert_eq!(plan.writes, []);
+    assert_eq!(plan.compiled.problems[0].reason, reason::INVALID);
+}
+
+#[test]
+fn a_group_of_another_namespace_is_refused_and_the_others_are_served() {
+    let mut world = World::new();
+    let mut far = world.placement.spec.groups[0].clone();
+    far.name = "far".into();
+    far.group_ref = Some(GroupRef { name: "far".into(), namespace: Some("elsewhere".into()) });
+    world.placement.spec.groups.push(far);
+    let plan = world.plan();
+    assert_eq!(plan.compiled.problems[0].reason, reason::CROSS_NAMESPACE);
+    assert_eq!(plan.document.unwrap().groups.keys().collect::<Vec<_>>(), ["a"]);
+}
+
+#[test]
+fn a_new_default_image_comes_with_the_next_roll_and_never_causes_one() {
+    let mut world = World::new();
+    world.carry_out();
+    world.default_image = "worker:2".into();
+    let unchanged = world.plan();
+    assert_eq!((unchanged.image.as_str(), unchanged.writes.len()), ("worker:1", 0));
+    // Even when only the status remembers, or only the Deployment.
+    world.placement.status = Some(turret_crds::ModelPlacementStatus {
+        worker_image: Some("worker:1".into()),
+        ..Default::default()
+    });
+    assert_eq!(world.plan().image, "worker:1");
+    // Not pod-shaped: still the old one.
+    world.placement.spec.replicas = 2;
+    assert_eq!(world.plan().image, "worker:1");
+    // Pod-shaped: the pods are replaced anyway.
+    world.placement.spec.termination_drain_seconds = Some(7);
+    assert_eq!(world.plan().image, "worker:2");
+    // The spec's own goes before everything.
+    world.placement.spec.worker =
+        Some(turret_crds::placement::Worker { image: Some("mine".into()), ..Default::default() });
+    assert_eq!(world.plan().image, "mine");
+}
+
+/// A world in the middle of a rollout: one old pod, one new pod that found no room at 100 s.
+fn stuck() -> World {
+    let mut world = World::new();
+    world.carry_out();
+    world.placement.spec.termination_drain_seconds = Some(7);
+    world.carry_out();
+    let new = resources::template_hash(world.live.deployment.as_ref().unwrap()).unwrap().to_owned();
+    let mut waiting = pod("new", Some(&new));
+    waiting.unschedulable_since = Some(at(100));
+    let worker = |pod| crate::controllers::assess::ObservedWorker { pod, report: None, lost: None };
+    world.workers = vec![worker(waiting), worker(pod("old", Some("old")))];
+    world
+}
+
+#[test]
+fn a_rollout_that_finds_no_room_goes_on_in_place_after_30_s_and_returns_to_surge_when_done() {
+    let mut world = stuck();
+    let early = world.plan_at(110);
+    assert_eq!(early.writes, []);
+    assert_eq!(early.look_again, Some(std::time::Duration::from_secs(20)));
+
+    let late = world.plan_at(130);
+    assert_eq!(late.writes.len(), 1);
+    let strategy = &late.writes[0].object["spec"]["strategy"]["rollingUpdate"];
+    assert_eq!((&strategy["maxSurge"], &strategy["maxUnavailable"]), (&0.into(), &1.into()));
+    world.live.deployment = Some(Arc::new(serde_json::from_value(late.writes[0].object.clone()).unwrap()));
+    assert!(in_place(&world));
+
+    // The pod that waited is gone: it stays in place until the rollout is over.
+    world.workers.clear();
+    assert_eq!(world.plan_at(140).writes, []);
+    world.edit_deployment(|d| {
+        d.status = Some(DeploymentStatus {
+            replicas: Some(1),
+            updated_replicas: Some(1),
+            available_replicas: Some(1),
+            ..DeploymentStatus::default()
+        });
+    });
+    world.carry_out();
+    assert!(!in_place(&world));
+}
+
+#[test]
+fn a_new_pod_without_room_and_without_old_pods_waits_for_the_cluster() {
+    let mut world = stuck();
+    world.workers.truncate(1);
+    assert_eq!(world.plan_at(1000).writes, []);
+}
+
+proptest! {
+    /// Whatever is asked for and whatever the workers say: doing what is planned leaves nothing to
+    /// do, and the sequence never goes back.
+    #[test]
+    fn planning_settles_after_one_step(
+        replicas in 0..4i32,
+        lenses in prop::collection::btree_set("[a-z]{1,4}", 0..4),
+        reported in prop::option::of(0..20u64),
+        drain in prop::option::of(0..100i32),
+        again in any::<bool>(),
+    ) {
+        let mut world = World::new();
+        world.carry_out();
+        let before = world.plan().document.unwrap().sequence;
+        world.placement.spec.replicas = replicas;
+        world.placement.spec.termination_drain_seconds = drain;
+        let lenses: Vec<_> = lenses.iter().map(String::as_str).collect();
+        world.groups[0] = group("a", &lenses);
+        if again {
+            world.groups[0].metadata.generation = Some(2);
+        }
+        if let Some(sequence) = reported {
+            let worker = world.serving("w").reporting(|r| r.state.document.as_mut().unwrap().sequence = sequence);
+            world.workers = vec![worker];
+        }
+        let planned = world.plan().document.unwrap().sequence;
+        prop_assert!(planned >= before && planned >= reported.unwrap_or(0));
+        world.carry_out();
+        prop_assert_eq!(world.plan().writes, vec![]);
+        prop_assert_eq!(world.plan().document.unwrap().sequence, planned);
+        prop_assert!(world.live.deployment.unwrap().name_any().ends_with("-p"));
+    }
+}

@@ -1,0 +1,148 @@
+//! The owned objects, as golden YAML, and what replaces pods.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use turret_crds::ModelPlacement;
+
+use super::resources::{self, Rollout};
+use crate::controllers::fixtures::World;
+
+/// Compares with a file below `tests/golden`; `TURRET_UPDATE_GOLDEN=1` writes it.
+fn golden(name: &str, objects: &[Value]) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let text: String =
+        objects.iter().map(|o| format!("---\n{}", serde_yaml::to_string(o).unwrap())).collect();
+    if std::env::var_os("TURRET_UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let stored = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(text, stored, "{name} changed; look at the difference, then run with TURRET_UPDATE_GOLDEN=1");
+}
+
+fn placement(spec: Value) -> ModelPlacement {
+    let mut whole = json!({
+        "apiVersion": "turret.dev/v1alpha1", "kind": "ModelPlacement",
+        "metadata": {"name": "demo", "namespace": "research", "uid": "7e0a", "generation": 1},
+        "spec": {"groups": [{"name": "a"}]},
+    });
+    whole["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    serde_json::from_value(whole).unwrap()
+}
+
+/// With sorted keys, whatever `serde_json` was built to do.
+fn value(object: impl serde::Serialize) -> Value {
+    fn sorted(value: Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                let mut fields: Vec<_> = map.into_iter().map(|(k, v)| (k, sorted(v))).collect();
+                fields.sort_by(|a, b| a.0.cmp(&b.0));
+                Value::Object(fields.into_iter().collect())
+            }
+            Value::Array(list) => list.into_iter().map(sorted).collect(),
+            plain => plain,
+        }
+    }
+    sorted(serde_json::to_value(object).unwrap())
+}
+
+#[test]
+fn the_smallest_placement() {
+    let placement = placement(json!({}));
+    golden(
+        "smallest.yaml",
+        &[
+            value(resources::service(&placement)),
+            value(resources::disruption_budget(&placement)),
+            value(resources::deployment(&placement, "registry.example/worker:1", Rollout::Surge)),
+        ],
+    );
+}
+
+#[test]
+fn a_placement_with_everything_that_shapes_pods() {
+    let placement = placement(json!({
+        "replicas": 3,
+        "accelerator": {"resourceName": "nvidia.com/gpu"},
+        "memory": {"deviceBudget": "20Gi", "diskBudget": "10Gi"},
+        "sourceVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models-claim"}}],
+        "terminationDrainSeconds": 5,
+        "worker": {
+            "image": "registry.example/worker:mine",
+            "resources": {"requests": {"cpu": "500m"}, "limits": {"cpu": "4", "memory": "16Gi"}},
+            "nodeSelector": {"gpu": "a100"},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+            "priorityClassName": "high",
+            "serviceAccountName": "models",
+            "runtimeClassName": "nvidia",
+            "env": [{"name": "TURRET_DEVICE", "value": "cpu"}, {"name": "TURRET_THREADS", "value": "2"}],
+            "podLabels": {"team": "a"},
+            "podAnnotations": {"example.com/note": "b"},
+        },
+    }));
+    golden(
+        "everything.yaml",
+        &[value(resources::deployment(&placement, "registry.example/worker:mine", Rollout::InPlace))],
+    );
+}
+
+#[test]
+fn the_document_is_readable_where_it_is_stored() {
+    let plan = World::new().plan();
+    let (document, gzip) = (plan.document.unwrap(), plan.gzip.unwrap());
+    let config_map = resources::config_map(&World::new().placement, &document, gzip);
+    assert_eq!(resources::document_ref(&config_map), Some(document));
+    let bytes = &config_map.binary_data.as_ref().unwrap()[turret_crds::label::DOCUMENT_KEY].0;
+    assert_eq!(turret_crds::WorkerDocument::from_gzip(bytes).unwrap(), plan.compiled.document.unwrap());
+}
+
+#[test]
+fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
+    // Every field of the spec is here: a new one must be put on one side or the other.
+    let rolls = [
+        json!({"accelerator": {"resourceName": "nvidia.com/gpu"}}),
+        json!({"memory": {"diskBudget": "10Gi"}}),
+        json!({"sourceVolumes": [{"name": "m", "persistentVolumeClaim": {"claimName": "c"}}]}),
+        json!({"terminationDrainSeconds": 5}),
+        json!({"worker": {"image": "other"}}),
+        json!({"worker": {"resources": {"limits": {"memory": "1Gi"}}}}),
+        json!({"worker": {"nodeSelector": {"a": "b"}}}),
+        json!({"worker": {"tolerations": [{"key": "a", "operator": "Exists"}]}}),
+        json!({"worker": {"priorityClassName": "p"}}),
+        json!({"worker": {"serviceAccountName": "s"}}),
+        json!({"worker": {"runtimeClassName": "r"}}),
+        json!({"worker": {"env": [{"name": "A", "value": "b"}]}}),
+        json!({"worker": {"podLabels": {"a": "b"}}}),
+        json!({"worker": {"podAnnotations": {"a": "b"}}}),
+    ];
+    let stays = [
+        json!({"groups": [{"name": "a"}, {"name": "b"}]}),
+        json!({"defaultGroupName": "a"}),
+        json!({"replicas": 5}),
+        json!({"memory": {"deviceBudget": "10Gi", "lensBudget": "1Gi"}}),
+        json!({"batching": {"maxRunningRows": 3}}),
+        json!({"switching": {"drainSeconds": 3}}),
+        json!({"admission": {"holdSeconds": 3}}),
+    ];
+    let shape = |spec: &Value| {
+        let placement = placement(spec.clone());
+        let image = placement.spec.worker.as_ref().and_then(|w| w.image.clone()).unwrap_or("image".into());
+        let deployment = resources::deployment(&placement, &image, Rollout::Surge);
+        let hash = resources::template_hash(&deployment).unwrap().to_owned();
+        (value(deployment.spec.unwrap().template), hash, resources::pod_shape(&placement))
+    };
+    let plain = shape(&json!({}));
+    for spec in &rolls {
+        let other = shape(spec);
+        assert!(other.0 != plain.0 && other.1 != plain.1 && other.2 != plain.2, "{spec} replaces pods");
+    }
+    for spec in &stays {
+        assert_eq!(shape(spec), plain, "{spec} replaces no pod");
+    }
+    let named = |value: &Value| value.as_object().unwrap().keys().next().unwrap().clone();
+    let covered: std::collections::BTreeSet<_> = rolls.iter().chain(&stays).map(named).collect();
+    let spec = turret_crds::crds()[1].spec.versions[0].schema.clone().unwrap().open_api_v3_schema.unwrap();
+    let fields: std::collections::BTreeSet<_> =
+        spec.properties.unwrap()["spec"].properties.clone().unwrap().into_keys().collect();
+    assert_eq!(covered, fields, "every field of the spec is tried");
+}
