@@ -4,9 +4,21 @@
 //! - [`model`]: what a base is and how it computes.
 //! - [`kernels`]: the hot loops.
 //! - [`lens`]: what a lens is, one file per kind.
+//! - [`residency`]: which bases and lenses are in memory, and who may use them.
+//! - [`api`]: HTTP. [`serve`]: puts it all together.
+//! - [`document`]: what the worker is told to serve; [`config`]: how it was started.
 
+pub mod api;
+pub mod config;
+pub mod device;
+pub mod document;
 pub mod engine;
+pub mod inspect;
 pub mod kernels;
 pub mod lens;
+pub mod metrics;
 pub mod model;
+pub mod residency;
+pub mod serve;
 pub mod synth;
+pub mod telemetry;

@@ -1,2 +1,50 @@
-//! Turret.
-fn main() {}
+//! `turret-worker`: serves a base and its lenses; looks into model folders; makes synthetic ones.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use turret_crds::label;
+use turret_worker::config::{Cli, Command, ServeArgs};
+use turret_worker::serve::{ServeError, serve};
+use turret_worker::telemetry::{self, chain};
+use turret_worker::{inspect, synth};
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(args) => run(*args),
+        Command::Inspect(args) => said(inspect::run(&args)),
+        Command::Synth(args) => said(synth::run(&args)),
+    }
+}
+
+fn run(args: ServeArgs) -> ExitCode {
+    telemetry::start(args.log_json);
+    // ring is the one TLS provider; this fails only when it is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return said(Err(error)),
+    };
+    match runtime.block_on(serve(args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The operator shows the last line of the log, so the reason is one line and comes last.
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            match error {
+                ServeError::Device(_) => ExitCode::from(label::EXIT_DEVICE as u8),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+/// A command's end: nothing, or one line that says what went wrong.
+fn said<E: std::error::Error>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -159,7 +159,8 @@ impl Shape {
         let mut tensors = Vec::new();
         for layer in 0..self.layers {
             for (module, [out, input]) in self.linears() {
-                let name = |half: &str| format!("base_model.model.model.layers.{layer}.{module}.{half}.weight");
+                let name =
+                    |half: &str| format!("base_model.model.model.layers.{layer}.{module}.{half}.weight");
                 tensors.push(Tensor {
                     name: name("lora_A"),
                     shape: vec![rank, input],
@@ -216,12 +217,8 @@ pub fn run(args: &SynthArgs) -> Result<(), SynthError> {
     let shape = Shape::for_bytes(args.bytes, dtype_bytes(args.dtype))?;
     let base = args.out.join("base");
     fresh_folder(&base)?;
-    let written = write_safetensors(
-        &base.join("model.safetensors"),
-        &shape.base_tensors(),
-        args.dtype,
-        args.seed,
-    )?;
+    let written =
+        write_safetensors(&base.join("model.safetensors"), &shape.base_tensors(), args.dtype, args.seed)?;
     write_json(&base.join("config.json"), &shape.config(args.dtype))?;
     write_json(&base.join("tokenizer.json"), &tokenizer(shape.vocab))?;
     write_json(&base.join("tokenizer_config.json"), &tokenizer_config())?;
@@ -341,7 +338,8 @@ fn tokenizer(vocab: u64) -> Value {
                    "lstrip": false, "rstrip": false, "normalized": false})
         })
         .collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
         "version": "1.0",
         "truncation": null,
@@ -429,8 +427,10 @@ fn parse_dtype(text: &str) -> Result<Dtype, String> {
 }
 
 fn parse_lens(text: &str) -> Result<(String, u32), String> {
-    let (name, rank) = text.split_once(':').ok_or_else(|| format!("`{text}` is not NAME:RANK, such as a:16"))?;
-    let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    let (name, rank) =
+        text.split_once(':').ok_or_else(|| format!("`{text}` is not NAME:RANK, such as a:16"))?;
+    let plain =
+        !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
     if !plain {
         return Err(format!("`{name}` is no lens name: lower-case letters, digits and `-` only"));
     }

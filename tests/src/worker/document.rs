@@ -1,0 +1,92 @@
+//! Worker documents for tests, compiled as the operator compiles them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use turret_crds::document::{Previous, WorkerDocument, compile};
+use turret_crds::token::PublicKey;
+use turret_crds::{ModelGroup, ModelPlacement};
+
+/// Groups and a placement on their way to a document.
+#[derive(Clone, Debug)]
+pub struct Family {
+    groups: BTreeMap<String, Value>,
+    /// The placement's spec beside its groups.
+    pub placement: Value,
+    /// Keys whose tokens are accepted.
+    pub public_keys: Vec<PublicKey>,
+    sequence: u64,
+}
+
+/// A `file://` URI of a folder.
+pub fn uri(folder: &Path) -> String {
+    format!("file://{}", folder.display())
+}
+
+impl Default for Family {
+    fn default() -> Self {
+        let placement = json!({
+            "memory": {"deviceBudget": "512Mi", "lensBudget": "64Mi"},
+            "switching": {"minHoldSeconds": 0, "maxWaitSeconds": 0, "drainSeconds": 20},
+            "admission": {"holdSeconds": 60},
+        });
+        Self { groups: BTreeMap::new(), placement, public_keys: Vec::new(), sequence: 0 }
+    }
+}
+
+impl Family {
+    /// Adds a group over a base, computed in F32.
+    pub fn group(mut self, name: &str, base_uri: &str) -> Self {
+        let base = json!({"source": {"uri": base_uri}, "dtype": "F32"});
+        self.groups.insert(name.into(), json!({"base": base, "lenses": []}));
+        self
+    }
+
+    /// Adds a lens to a group, or replaces it.
+    pub fn lens(mut self, group: &str, name: &str, uri: &str) -> Self {
+        self.set_lens(group, name, json!({"name": name, "source": {"uri": uri}}));
+        self
+    }
+
+    /// Adds a lens to a group, or replaces it, with all its fields.
+    pub fn set_lens(&mut self, group: &str, name: &str, lens: Value) {
+        self.remove_lens(group, name);
+        self.groups.get_mut(group).unwrap()["lenses"].as_array_mut().unwrap().push(lens);
+    }
+
+    /// Removes a lens.
+    pub fn remove_lens(&mut self, group: &str, name: &str) {
+        let lenses = self.groups.get_mut(group).unwrap()["lenses"].as_array_mut().unwrap();
+        lenses.retain(|l| l["name"] != name);
+    }
+
+    /// The next document.
+    pub fn document(&mut self) -> WorkerDocument {
+        let object = |kind: &str, name: &str, spec: Value| {
+            json!({"apiVersion": "turret.dev/v1alpha1", "kind": kind,
+                   "metadata": {"name": name, "namespace": "default", "uid": format!("uid-of-{name}"), "generation": 1},
+                   "spec": spec})
+        };
+        let groups: Vec<ModelGroup> = self
+            .groups
+            .iter()
+            .map(|(name, spec)| serde_json::from_value(object("ModelGroup", name, spec.clone())).unwrap())
+            .collect();
+        let mut spec = self.placement.clone();
+        let names: Vec<Value> = self.groups.keys().map(|name| json!({"name": name})).collect();
+        spec["groups"] = names.into();
+        let placement: ModelPlacement =
+            serde_json::from_value(object("ModelPlacement", "demo", spec)).unwrap();
+        let by_name = groups
+            .iter()
+            .map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g))
+            .collect::<BTreeMap<_, _>>();
+        let previous = Previous { stored: None, reported: self.sequence };
+        let compiled = compile(&placement, &by_name, &self.public_keys, &previous);
+        assert_eq!(compiled.problems, []);
+        let document = compiled.document.unwrap();
+        self.sequence = document.sequence;
+        document
+    }
+}

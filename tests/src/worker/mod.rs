@@ -1,0 +1,5 @@
+//! The worker's binary as a process of the test, spoken to over HTTP.
+
+pub mod document;
+pub mod https;
+pub mod process;

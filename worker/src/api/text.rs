@@ -1,0 +1,359 @@
+//! `/v1/chat/completions` and `/v1/completions`: from a request to its answer.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, HeaderValue, header};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use turret_crds::label;
+use turret_crds::model_name::ModelName;
+
+use super::App;
+use super::error::ApiError;
+use super::generate::{self, Job, Piece};
+use super::models::{context_tokens, find};
+use super::openai::{self, Answer, Api, Input, Request};
+use crate::engine::handle::SubmitError;
+use crate::engine::row::TokenLogprobs;
+use crate::metrics::Metrics;
+use crate::model::chat_template::ChatInput;
+use crate::model::tokenizer::Tokenizer;
+use crate::residency::Lease;
+use crate::residency::resolve::ResolvedBase;
+
+/// How long loading the lens took, when the request waited for it.
+const LOAD_HEADER: &str = "x-turret-load-ms";
+/// How long the switch of base took, when the request waited for it.
+const SWITCH_HEADER: &str = "x-turret-switch-ms";
+/// Tokens of a text completion that does not say how many, as OpenAI's default.
+const DEFAULT_TEXT_TOKENS: u32 = 16;
+/// A lease that was overtaken by a switch is asked for again, so often.
+const TURNS: u32 = 3;
+
+/// `POST /v1/chat/completions`.
+pub async fn chat(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    serve(app, Api::Chat, &headers, body).await
+}
+
+/// `POST /v1/completions`.
+pub async fn complete(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    serve(app, Api::Text, &headers, body).await
+}
+
+/// Counts a request when it ends, however it ends.
+struct Ended {
+    metrics: Arc<Metrics>,
+    model: ModelName,
+    since: Instant,
+    /// 499, as proxies have it, while nobody said otherwise: the client went away.
+    code: u16,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let took = self.since.elapsed();
+        self.metrics.answered(&self.model.group, self.model.lens.as_deref(), self.code, took);
+    }
+}
+
+async fn serve(
+    app: App,
+    api: Api,
+    headers: &HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let since = Instant::now();
+    let body = body.map_err(|e| match e.status().as_u16() {
+        413 => ApiError::too_large("the body is larger than 8 MiB"),
+        _ => ApiError::invalid(None, e.body_text()),
+    })?;
+    let request = openai::parse(api, &body)?;
+    let view = app.residency.view();
+    let document = view.document.as_deref();
+    let routed = headers.get(label::MODEL_HEADER).and_then(|value| value.to_str().ok());
+    let default = document.map(|d| d.default_group.as_str()).unwrap_or_default();
+    let named = request.model.as_deref().unwrap_or(default);
+    let model = find(document, routed.unwrap_or(named))?;
+    let answered_as = request.model.clone().unwrap_or_else(|| model.to_string());
+    let mut ended = Ended { metrics: app.metrics.clone(), model: model.clone(), since, code: 499 };
+    match answer(&app, api, request, model, answered_as, &mut ended).await {
+        Ok(Reply::Whole(response)) => {
+            ended.code = 200;
+            Ok(response)
+        }
+        Ok(Reply::Stream(head, stream)) => Ok((head, Body::from_stream(stream.run(ended))).into_response()),
+        Err(error) => {
+            ended.code = error.status().as_u16();
+            Err(error)
+        }
+    }
+}
+
+enum Reply {
+    Whole(Response),
+    Stream(HeaderMap, Stream),
+}
+
+async fn answer(
+    app: &App,
+    api: Api,
+    request: Request,
+    model: ModelName,
+    answered_as: String,
+    ended: &mut Ended,
+) -> Result<Reply, ApiError> {
+    let base = prepared(app, &model).await?;
+    let prompt = prompt(&request.input, &base.tokenizer)?;
+    let context = context_tokens(&app.residency.view(), &base);
+    let max_new_tokens = new_tokens(api, &request, prompt.len(), context)?;
+    let sampling = request.sampling(base.tokenizer.defaults(), rand::random());
+    let mut turn = 1;
+    let (mut pieces, head, answer) = loop {
+        let lease = app.residency.acquire(model.clone()).await?;
+        let waited = (lease.loaded_in, lease.switched_in);
+        let head = headers(&lease);
+        let answer = Answer {
+            api,
+            id: format!(
+                "{}-{}",
+                if api == Api::Chat { "chatcmpl" } else { "cmpl" },
+                uuid::Uuid::new_v4().simple()
+            ),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            model: answered_as.clone(),
+            fingerprint: fingerprint(&lease),
+        };
+        let job = Job {
+            prompt: prompt.clone(),
+            sampling,
+            max_new_tokens,
+            stop: request.stop.clone(),
+            logprobs: request.logprobs,
+            tokenizer: base.tokenizer.clone(),
+            since: ended.since,
+        };
+        match generate::start(&app.engine, app.metrics.clone(), lease, job).await {
+            Ok(pieces) => {
+                app.metrics.waited(waited.0, waited.1);
+                tracing::info!(
+                    model = %model,
+                    request = answer.id,
+                    prompt_tokens = prompt.len(),
+                    waited_ms = ended.since.elapsed().as_millis() as u64,
+                    load_ms = waited.0.map(|d| d.as_millis() as u64),
+                    switch_ms = waited.1.map(|d| d.as_millis() as u64),
+                    "row started"
+                );
+                break (pieces, head, answer);
+            }
+            // Overtaken by a switch that ended the drain: back into the queue.
+            Err(SubmitError::BaseNotActive) if turn < TURNS => turn += 1,
+            Err(error) => return Err(error.into()),
+        }
+    };
+    // Nothing is sent before the first piece, so that a row that fails at once is an honest status.
+    let first = match pieces.recv().await {
+        Some(Piece::Failed(error)) => return Err(error),
+        Some(piece) => piece,
+        None => return Err(ApiError::internal("the row ended without a word")),
+    };
+    let tokenizer = base.tokenizer.clone();
+    let wants_logprobs = request.logprobs.is_some();
+    if request.stream {
+        let mut head = head;
+        head.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+        head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        let include_usage = request.include_usage;
+        return Ok(Reply::Stream(
+            head,
+            Stream { first, pieces, answer, tokenizer, wants_logprobs, include_usage },
+        ));
+    }
+    let mut text = String::new();
+    let mut logprobs: Vec<TokenLogprobs> = Vec::new();
+    let mut piece = Some(first);
+    loop {
+        match piece {
+            Some(Piece::Text { text: more, logprobs: tokens }) => {
+                text += &more;
+                logprobs.extend(tokens);
+            }
+            Some(Piece::End { finish, usage }) => {
+                let logprobs = wants_logprobs.then(|| openai::logprobs(api, &tokenizer, &logprobs));
+                let body = Json(answer.whole(&text, logprobs, finish, usage));
+                return Ok(Reply::Whole((head, body).into_response()));
+            }
+            Some(Piece::Failed(error)) => return Err(error),
+            None => return Err(ApiError::internal("the row ended without a word")),
+        }
+        piece = pieces.recv().await;
+    }
+}
+
+/// An answer that is sent while it is computed.
+struct Stream {
+    first: Piece,
+    pieces: mpsc::UnboundedReceiver<Piece>,
+    answer: Answer,
+    tokenizer: Tokenizer,
+    wants_logprobs: bool,
+    include_usage: bool,
+}
+
+impl Stream {
+    fn run(mut self, mut ended: Ended) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
+        async_stream::stream! {
+            if let Some(opening) = self.answer.opening() {
+                yield event(&opening);
+            }
+            let mut piece = Some(self.first);
+            loop {
+                match piece {
+                    Some(Piece::Text { text, logprobs }) => {
+                        let logprobs = self
+                            .wants_logprobs
+                            .then(|| openai::logprobs(self.answer.api, &self.tokenizer, &logprobs));
+                        yield event(&self.answer.piece(&text, logprobs));
+                    }
+                    Some(Piece::End { finish, usage }) => {
+                        ended.code = 200;
+                        yield event(&self.answer.ending(finish));
+                        if self.include_usage {
+                            yield event(&self.answer.used(usage));
+                        }
+                        break;
+                    }
+                    Some(Piece::Failed(error)) => {
+                        ended.code = error.status().as_u16();
+                        yield event(&error.body());
+                        break;
+                    }
+                    None => break,
+                }
+                piece = self.pieces.recv().await;
+            }
+            yield Ok(Bytes::from_static(b"data: [DONE]\n\n"));
+            drop(ended);
+        }
+    }
+}
+
+fn event(value: &Value) -> Result<Bytes, Infallible> {
+    Ok(format!("data: {value}\n\n").into())
+}
+
+fn fingerprint(lease: &Lease) -> String {
+    let short = |digest: &str| digest.trim_start_matches("sha256:").chars().take(12).collect::<String>();
+    let base = short(&lease.base_digest);
+    let lens = lease.lens.as_ref().map(|l| format!("-{}", short(&l.digest))).unwrap_or_default();
+    format!("turret-{}-{base}{lens}", env!("CARGO_PKG_VERSION"))
+}
+
+fn headers(lease: &Lease) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    if let Some(lens) = &lease.lens
+        && let Ok(digest) = HeaderValue::from_str(&lens.digest)
+    {
+        headers.insert(label::LENS_DIGEST_HEADER, digest);
+    }
+    let mut time = |name: &'static str, took: Option<Duration>| {
+        if let Some(took) = took
+            && let Ok(ms) = HeaderValue::from_str(&format!("{:.1}", took.as_secs_f64() * 1000.0))
+        {
+            headers.insert(name, ms);
+        }
+    };
+    time(LOAD_HEADER, lease.loaded_in);
+    time(SWITCH_HEADER, lease.switched_in);
+    headers
+}
+
+/// The base of a model, once its files were found good: its tokenizer is needed before there is a lease.
+async fn prepared(app: &App, model: &ModelName) -> Result<Arc<ResolvedBase>, ApiError> {
+    let mut view = app.residency.watch();
+    loop {
+        {
+            let now = view.borrow_and_update().clone();
+            let group = now.document.as_ref().and_then(|d| d.group(&model.group));
+            let Some(group) = group else {
+                return Err(ApiError::unknown_model(format!("the model `{model}` does not exist any more")));
+            };
+            if let Some(base) = now.bases.get(&group.base.key) {
+                return Ok(base.clone());
+            }
+        }
+        // The queue knows how long one may wait, and why a base cannot be served.
+        tokio::select! {
+            changed = view.changed() => if changed.is_err() {
+                return Err(ApiError::internal("the worker ended"));
+            },
+            refused = app.residency.acquire(model.clone()) => {
+                if let Err(refusal) = refused {
+                    return Err(refusal.into());
+                }
+            }
+        }
+    }
+}
+
+fn prompt(input: &Input, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
+    match input {
+        Input::Tokens(ids) => Ok(ids.clone()),
+        Input::Text(text) => Ok(tokenizer.encode(text, true)?),
+        Input::Messages(messages) => {
+            if !tokenizer.has_chat_template() {
+                let message = "this model has no chat template; use /v1/completions";
+                return Err(ApiError::invalid(Some("messages"), message));
+            }
+            let chat = ChatInput {
+                messages: minijinja::Value::from(minijinja::value::Serde(messages)),
+                tools: None,
+                add_generation_prompt: true,
+                variables: std::collections::BTreeMap::new(),
+                now: jiff::Zoned::now(),
+            };
+            let text = tokenizer.render_chat(&chat)?;
+            Ok(tokenizer.encode(&text, false)?)
+        }
+    }
+}
+
+fn new_tokens(api: Api, request: &Request, prompt: usize, context: u32) -> Result<u32, ApiError> {
+    let prompt = u32::try_from(prompt).unwrap_or(u32::MAX);
+    let room = context.saturating_sub(prompt);
+    let param = if api == Api::Chat { "messages" } else { "prompt" };
+    if room == 0 {
+        let message =
+            format!("the prompt has {prompt} tokens, the context of this model is {context}; shorten it");
+        return Err(ApiError::context_overflow(param, message));
+    }
+    let wanted = match (request.max_tokens, api) {
+        (Some(wanted), _) => wanted,
+        (None, Api::Chat) => room,
+        (None, Api::Text) => DEFAULT_TEXT_TOKENS.min(room),
+    };
+    if wanted > room {
+        let message = format!(
+            "{prompt} prompt tokens and {wanted} new ones exceed the context of {context} tokens; shorten the prompt or \
+             ask for fewer"
+        );
+        return Err(ApiError::context_overflow("max_tokens", message));
+    }
+    Ok(wanted)
+}

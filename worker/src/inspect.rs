@@ -1,0 +1,122 @@
+//! `turret-worker inspect`: what a folder holds, before anybody is asked to serve it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::lens::LensError;
+use crate::lens::lora::{LORA_FILES, LoraFolder};
+use crate::model::config::ModelConfig;
+use crate::model::weights::{BaseError, BaseFolder, BaseLayout, Dtype, base_files};
+use crate::residency::resolve::digest_of;
+
+/// What to look at.
+#[derive(Clone, Debug, clap::Args)]
+pub struct InspectArgs {
+    /// A base or a lens folder.
+    pub folder: PathBuf,
+    /// For a lens: the folder of its base, to check that they fit and to tell the bytes in memory.
+    #[arg(long, value_name = "FOLDER")]
+    pub base: Option<PathBuf>,
+}
+
+/// Why a folder cannot be told about.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// It holds neither.
+    #[error("`{0}` holds neither a base (config.json) nor a lens (adapter_config.json)")]
+    Neither(PathBuf),
+    /// The base is not usable.
+    #[error("the base in `{path}` cannot be served")]
+    Base {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: BaseError,
+    },
+    /// The lens is not usable.
+    #[error("the lens in `{path}` cannot be served")]
+    Lens {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: LensError,
+    },
+    /// A file cannot be read.
+    #[error("failed to read the files in `{path}`")]
+    Read {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Prints what a folder holds.
+pub fn run(args: &InspectArgs) -> Result<(), InspectError> {
+    let path = &args.folder;
+    let names = if path.join("adapter_config.json").exists() {
+        inspect_lens(path, args.base.as_deref())?;
+        LORA_FILES.map(str::to_owned).to_vec()
+    } else if path.join("config.json").exists() {
+        inspect_base(path)?;
+        base_files(path).map_err(|source| InspectError::Base { path: path.clone(), source })?
+    } else {
+        return Err(InspectError::Neither(path.clone()));
+    };
+    let (digest, files) =
+        digest_of(path, &names).map_err(|source| InspectError::Read { path: path.clone(), source })?;
+    println!("files:");
+    for (name, bytes, sha256) in files {
+        println!("  {sha256}  {bytes:>12}  {name}");
+    }
+    println!("digest: {digest}");
+    Ok(())
+}
+
+fn open_base(path: &Path) -> Result<BaseFolder, InspectError> {
+    BaseFolder::open(path, None).map_err(|source| InspectError::Base { path: path.into(), source })
+}
+
+fn inspect_base(path: &Path) -> Result<(), InspectError> {
+    let base = open_base(path)?;
+    let config = base.config();
+    println!("kind: base ({:?})", config.architecture);
+    print_shape(config);
+    println!("stored as: {}", base.layout().dtype);
+    println!("bytes in memory:");
+    for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
+        println!("  {dtype}: {}", BaseLayout::of(config, dtype).bytes);
+    }
+    Ok(())
+}
+
+fn print_shape(config: &Arc<ModelConfig>) {
+    println!(
+        "shape: {} layers, hidden {}, intermediate {}, {} heads of {} ({} for keys and values), vocabulary {}, context {}",
+        config.layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.heads,
+        config.head_dim,
+        config.kv_heads,
+        config.vocab_size,
+        config.max_position_embeddings
+    );
+}
+
+fn inspect_lens(path: &Path, base: Option<&Path>) -> Result<(), InspectError> {
+    println!("kind: lens (LoRA)");
+    let Some(base) = base else {
+        println!("bytes in memory: known with --base FOLDER");
+        return Ok(());
+    };
+    let base = open_base(base)?;
+    let lens = LoraFolder::open(path, base.config())
+        .map_err(|source| InspectError::Lens { path: path.into(), source })?;
+    println!("fits the base: yes");
+    println!("bytes in memory: {}", lens.layout().bytes);
+    Ok(())
+}

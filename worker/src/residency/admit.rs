@@ -1,0 +1,484 @@
+//! After every message: who is let in, what is loaded for those who wait, whether the base changes.
+//!
+//! Requests are looked at in the order they came. One whose lens has to be loaded does not hold up those behind it whose
+//! lenses are there, unless it has waited for memory for [`PATIENCE`]: then nobody overtakes it any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use turret_crds::document::BaseKey;
+use turret_crds::model_name::ModelName;
+
+use super::failure::Failure;
+use super::owner::{Leased, Owner, Span, Stage, Turn, Waiter};
+use super::plan::{Wanted, plan};
+use super::switch::{Decision, Situation, Waiting, decide};
+use super::table::{LensKey, Phase};
+use super::{Lease, LeasedLens, Refusal};
+use crate::engine::memory::BaseNeeds;
+
+/// How long others may overtake a request that waits for lens memory.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Lenses that are loaded at a time.
+const LOADS_AT_ONCE: usize = 2;
+/// How soon to look again at what is overdue and could not be done.
+const OVERDUE: Duration = Duration::from_millis(50);
+/// How far back the rate of admissions is measured.
+const RATE_WINDOW: Duration = Duration::from_secs(10);
+
+/// What a request needs, as far as it is known.
+enum Needs {
+    /// Its base, and its lens once that is found good.
+    Base { key: BaseKey, lens: LensNeeds },
+    /// Nothing it could be given.
+    Refused(Refusal),
+}
+
+enum LensNeeds {
+    None,
+    Resolving,
+    Key(LensKey),
+}
+
+/// What waiting requests come down to.
+#[derive(Default)]
+struct Demand {
+    /// Oldest request over each base that is not active.
+    others: BTreeMap<BaseKey, Instant>,
+    /// Requests over the active base that could not be let in.
+    queued: u32,
+}
+
+impl Owner {
+    /// Does all that can be done now, and tells when time alone may change something.
+    pub(super) fn pump(&mut self) -> Option<Instant> {
+        let now = Instant::now();
+        self.start_resolutions(now);
+        self.recheck(now);
+        self.reconfigure(now);
+        let demand = self.admit(now);
+        let wake = self.turn_base(&demand, now);
+        self.tidy();
+        self.answer_idlers();
+        self.next_wake(wake)
+    }
+
+    fn answer_idlers(&mut self) {
+        if self.leases.is_empty() && self.waiters.is_empty() {
+            for idler in self.idlers.drain(..) {
+                let _ = idler.send(());
+            }
+        }
+    }
+
+    fn next_wake(&self, wake: Option<Instant>) -> Option<Instant> {
+        let hold = self.hold();
+        let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
+        let resolved = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
+        let lenses = self.lenses.values().filter(|l| !l.in_flight && resolved(&l.base));
+        let lenses = lenses.filter_map(|l| l.stage.retry_at());
+        let given_up = self.waiters.values().next().map(|w| w.since + hold);
+        let draining = match &self.turn {
+            Turn::Draining { until, .. } => Some(*until),
+            _ => None,
+        };
+        let limits = (self.wanted_limits.is_some() && !self.reconfiguring).then_some(self.reconfigure_at);
+        let times = bases.chain(lenses).chain(wake).chain(given_up).chain(draining).chain(limits);
+        let next = times.chain((!self.rechecking).then_some(self.recheck_at)).min()?;
+        // A time that has passed and changed nothing waits for something else; it must not make a busy loop.
+        let now = Instant::now();
+        Some(if next > now { next } else { now + OVERDUE })
+    }
+
+    fn hold(&self) -> Duration {
+        let seconds = self.document.as_ref().map_or(300, |d| d.admission.hold_seconds);
+        Duration::from_secs(u64::from(seconds))
+    }
+
+    /// Rows that may be admitted: a batch, and a few that are ready to take a place that becomes free.
+    fn places(&self) -> usize {
+        let rows = self.limits.max_running_rows as usize;
+        rows + (rows / 4).max(1)
+    }
+
+    /// Lets in whom it can, refuses whom it must, starts loads for the others.
+    fn admit(&mut self, now: Instant) -> Demand {
+        let mut demand = Demand::default();
+        let mut protected = BTreeSet::new();
+        let mut closed = false;
+        let numbers: Vec<u64> = self.waiters.keys().copied().collect();
+        let hold = self.hold();
+        for number in numbers {
+            let waiter = &self.waiters[&number];
+            if waiter.reply.is_closed() {
+                self.waiters.remove(&number);
+                continue;
+            }
+            let (since, model) = (waiter.since, waiter.model.clone());
+            let (key, lens) = match self.needs(&model, now) {
+                Needs::Refused(refusal) => {
+                    self.refuse(number, refusal);
+                    continue;
+                }
+                Needs::Base { key, lens } => (key, lens),
+            };
+            if now >= since + hold {
+                let what = match (&self.table.active, &lens) {
+                    (Some(active), _) if *active != key => format!("the base of `{}`", model.group),
+                    (_, LensNeeds::None) => "a place in the batch".to_owned(),
+                    _ => format!("the lens `{model}`"),
+                };
+                let retry_after = self.retry_after();
+                self.refuse(number, Refusal::TimedOut { what, waited: now - since, retry_after });
+                continue;
+            }
+            if self.table.active.as_ref() != Some(&key) {
+                let oldest = demand.others.entry(key).or_insert(since);
+                *oldest = since.min(*oldest);
+                continue;
+            }
+            let steady = matches!(self.turn, Turn::Steady);
+            let admitted = steady
+                && !closed
+                && self.leases.len() < self.places()
+                && self.let_in(number, &key, &lens, &protected, &mut closed, now);
+            if !admitted {
+                demand.queued += 1;
+                if let LensNeeds::Key(lens) = lens {
+                    protected.insert(lens);
+                }
+            }
+        }
+        demand
+    }
+
+    fn refuse(&mut self, number: u64, refusal: Refusal) {
+        if let Some(waiter) = self.waiters.remove(&number) {
+            let _ = waiter.reply.send(Err(refusal));
+        }
+    }
+
+    fn needs(&self, model: &ModelName, now: Instant) -> Needs {
+        let failed = |what: String, failure: &Failure, retry_at: Option<Instant>| {
+            let retry_after = retry_at.map_or(RETRY_AFTER_FAILURE, |at| at.saturating_duration_since(now));
+            let retry_after = retry_after.max(Duration::from_secs(1));
+            Needs::Refused(Refusal::Failed { what, failure: failure.clone(), retry_after })
+        };
+        let base = self.bases.iter().find(|(_, b)| b.groups.contains(&model.group));
+        let Some((key, base)) = base else {
+            return match self.document {
+                Some(_) => Needs::Refused(Refusal::Unknown(model.to_string())),
+                // Nothing is known yet; the document is on its way.
+                None => Needs::Refused(Refusal::Draining),
+            };
+        };
+        let lens = match &model.lens {
+            None => LensNeeds::None,
+            Some(name) => match self.lenses.get(&(model.group.clone(), name.clone())) {
+                None => return Needs::Refused(Refusal::Unknown(model.to_string())),
+                Some(declared) => match &declared.stage {
+                    Stage::Failed { failure, retry_at, .. } => {
+                        return failed(model.to_string(), failure, *retry_at);
+                    }
+                    Stage::Resolving => LensNeeds::Resolving,
+                    Stage::Ready(_) => LensNeeds::Key(declared.key().expect("it is ready")),
+                },
+            },
+        };
+        match &base.stage {
+            Stage::Failed { failure, retry_at, .. } => failed(model.group.clone(), failure, *retry_at),
+            Stage::Resolving => Needs::Base { key: key.clone(), lens: LensNeeds::Resolving },
+            Stage::Ready(_) => Needs::Base { key: key.clone(), lens },
+        }
+    }
+
+    /// Gives a lease if everything is there; otherwise sees to it that it comes.
+    fn let_in(
+        &mut self,
+        number: u64,
+        base: &BaseKey,
+        lens: &LensNeeds,
+        protected: &BTreeSet<LensKey>,
+        closed: &mut bool,
+        now: Instant,
+    ) -> bool {
+        let lens = match lens {
+            LensNeeds::Resolving => return false,
+            LensNeeds::None => None,
+            LensNeeds::Key(key) if self.table.has_lens(key) => Some(key.clone()),
+            LensNeeds::Key(key) => {
+                let since = self.waiters[&number].since;
+                if !self.fetch_lens(number, key, protected) && now >= since + PATIENCE {
+                    *closed = true;
+                }
+                return false;
+            }
+        };
+        let waiter = self.waiters.remove(&number).expect("the caller found it");
+        self.grant(number, waiter, base, lens, now);
+        true
+    }
+
+    /// Starts loading a lens, or what must leave before. False when it must wait for rows to end.
+    fn fetch_lens(&mut self, number: u64, key: &LensKey, protected: &BTreeSet<LensKey>) -> bool {
+        let Some(resolved) = self
+            .lenses
+            .values()
+            .filter(|l| l.base == key.base)
+            .find_map(|l| l.stage.ready().filter(|r| r.files.digest == key.digest))
+            .cloned()
+        else {
+            return true;
+        };
+        if let Some(held) = self.table.lenses.get(key) {
+            return held.phase != Phase::Leaving;
+        }
+        let budgets = self.budgets();
+        match plan(&Wanted::Lens(key.clone(), resolved.bytes), &self.table, &budgets, protected) {
+            Ok(plan) => {
+                for victim in &plan.evict_lenses {
+                    self.evict_lens(victim.clone(), &plan.why);
+                }
+                let loading = self.table.lenses.values().filter(|h| h.phase == Phase::Loading).count();
+                let fits = self.table.lens_bytes() + resolved.bytes <= budgets.lens_bytes;
+                if plan.load && fits && loading < LOADS_AT_ONCE {
+                    self.load_lens(key.clone(), resolved);
+                }
+                true
+            }
+            Err(short) if short.once_idle => false,
+            Err(short) => {
+                let failure =
+                    Failure::new(turret_crds::condition::FailureReason::DoesNotFit, short.to_string());
+                let what = self.waiters[&number].model.to_string();
+                self.refuse(number, Refusal::Failed { what, failure, retry_after: RETRY_AFTER_FAILURE });
+                true
+            }
+        }
+    }
+
+    fn grant(&mut self, number: u64, waiter: Waiter, base: &BaseKey, lens: Option<LensKey>, now: Instant) {
+        let Some(resolved) = self.bases.get(base).and_then(|b| b.stage.ready()) else { return };
+        let base_digest = resolved.files.digest.clone();
+        let model = waiter.model;
+        // Told only to those who waited for it.
+        let waited = |span: Option<&Span>| {
+            span.filter(|(_, end)| *end >= waiter.since).map(|(start, end)| *end - *start)
+        };
+        let switched = self.last_switch.as_ref().filter(|(to, _)| to == base).map(|(_, span)| span);
+        let switched_in = waited(switched);
+        let loaded_in = lens.as_ref().and_then(|key| waited(self.last_loads.get(key)));
+        let leased_lens = lens.as_ref().map(|key| {
+            let name = (model.group.clone(), model.lens.clone().unwrap_or_default());
+            let scale = self.lenses.get(&name).map_or(1000, |l| l.lens.scale_milli);
+            LeasedLens { id: self.lens_ids[key], scale: scale as f32 / 1000.0, digest: key.digest.clone() }
+        });
+        self.uses += 1;
+        if let Some(held) = self.table.bases.get_mut(base) {
+            (held.users, held.last_used) = (held.users + 1, self.uses);
+        }
+        if let Some(held) = lens.as_ref().and_then(|key| self.table.lenses.get_mut(key)) {
+            (held.users, held.last_used) = (held.users + 1, self.uses);
+        }
+        if let Some(name) = &model.lens
+            && let Some(declared) = self.lenses.get_mut(&(model.group.clone(), name.clone()))
+        {
+            declared.active_rows += 1;
+        }
+        self.leases.insert(number, Leased { model, base: base.clone(), lens });
+        self.grants.push_back(now);
+        while self.grants.front().is_some_and(|&first| first + RATE_WINDOW < now) || self.grants.len() > 1024
+        {
+            self.grants.pop_front();
+        }
+        let lease = Lease {
+            base: self.base_ids[base],
+            base_digest,
+            lens: leased_lens,
+            loaded_in,
+            switched_in,
+            number,
+            answered: false,
+            owner: self.messages.clone(),
+        };
+        // Whoever went away in the meantime drops the lease, which releases it.
+        let _ = waiter.reply.send(Ok(lease));
+    }
+
+    /// Decides about the base, and acts on it.
+    fn turn_base(&mut self, demand: &Demand, now: Instant) -> Option<Instant> {
+        match &self.turn {
+            Turn::Switching { .. } => return None,
+            Turn::Draining { to, until } => {
+                let (to, until) = (to.clone(), *until);
+                if self.bases.get(&to).and_then(|b| b.stage.ready()).is_none() {
+                    self.turn = Turn::Steady;
+                } else if self.leases.is_empty() {
+                    self.start_switch(&to);
+                } else if now >= until {
+                    self.end_rows(now);
+                }
+                return None;
+            }
+            Turn::Steady => {}
+        }
+        let servable = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
+        let situation = Situation {
+            active: self.table.active.clone().filter(|key| self.bases.contains_key(key)),
+            active_since_ms: self.ms(self.active_since),
+            rows: self.leases.len() as u32,
+            queued: demand.queued,
+            waiting: demand
+                .others
+                .iter()
+                .filter(|(base, _)| servable(base))
+                .map(|(base, since)| Waiting { base: base.clone(), since_ms: self.ms(*since) })
+                .collect(),
+            fallback: self.fallback(),
+            now_ms: self.ms(now),
+            rule: self.document.as_ref()?.switching,
+        };
+        match decide(&situation) {
+            Decision::Stay { until_ms } => {
+                let first = situation.waiting.iter().min_by_key(|w| (w.since_ms, &w.base));
+                if let Some(next) = first.map(|w| w.base.clone()) {
+                    self.bring_beside(&next);
+                }
+                until_ms.map(|ms| self.began + Duration::from_millis(ms))
+            }
+            Decision::Drain { to } => {
+                let seconds = u64::from(situation.rule.drain_seconds);
+                tracing::info!(to = %to, rows = situation.rows, "draining for a switch of base");
+                self.turn = Turn::Draining { to, until: now + Duration::from_secs(seconds) };
+                // Those that end right now are noticed by the next message.
+                Some(now)
+            }
+            Decision::Switch { to } => {
+                self.start_switch(&to);
+                None
+            }
+        }
+    }
+
+    /// The base to make active when none is and nobody asks: the default group's, or while that one fails the next.
+    fn fallback(&self) -> Option<BaseKey> {
+        let document = self.document.as_ref()?;
+        let default = &document.group(&document.default_group)?.base.key;
+        match &self.bases.get(default)?.stage {
+            Stage::Ready(_) => Some(default.clone()),
+            Stage::Resolving => None,
+            Stage::Failed { .. } => {
+                self.bases.iter().find(|(_, b)| b.stage.ready().is_some()).map(|(key, _)| key.clone())
+            }
+        }
+    }
+
+    /// Ends rows that did not end within the drain. Some may have been admitted in this very moment, so it is repeated.
+    fn end_rows(&mut self, now: Instant) {
+        tracing::warn!(rows = self.leases.len(), "rows did not end within the drain and are ended");
+        if let Turn::Draining { until, .. } = &mut self.turn {
+            *until = now + Duration::from_millis(200);
+        }
+        let engine = self.engine.clone();
+        tokio::spawn(async move { engine.abort_rows().await });
+    }
+
+    fn working_bytes(&self, key: &BaseKey) -> u64 {
+        let Some(base) = self.bases.get(key).and_then(|b| b.stage.ready()) else { return 0 };
+        let needs = BaseNeeds::of(&base.config, base.layout.dtype, &self.limits);
+        needs.workspace_bytes + u64::from(needs.min_blocks) * needs.block_bytes
+    }
+
+    /// Loads the next base while the active one goes on, where both fit.
+    fn bring_beside(&mut self, next: &BaseKey) {
+        if self.table.bases.contains_key(next) || self.not_beside.contains(next) {
+            return;
+        }
+        let Some(base) = self.bases.get(next).and_then(|b| b.stage.ready()).cloned() else { return };
+        let active = self.table.active.as_ref().map_or(0, |a| self.working_bytes(a));
+        let wanted = Wanted::Base {
+            key: next.clone(),
+            bytes: base.layout.bytes,
+            working_bytes: active.max(self.working_bytes(next)),
+            instead_of_active: false,
+        };
+        match plan(&wanted, &self.table, &self.budgets(), &BTreeSet::new()) {
+            Ok(plan) if plan.evict_bases.is_empty() => self.preload_base(next.clone(), base),
+            // Parked bases leave at the switch, not before.
+            _ => {
+                self.not_beside.insert(next.clone());
+            }
+        }
+    }
+
+    fn start_switch(&mut self, to: &BaseKey) {
+        let moving = self.table.lenses.values().chain(self.table.bases.values());
+        if moving.into_iter().any(|held| held.phase != Phase::Resident) || self.reconfiguring {
+            // Its end is a message, and this is looked at again.
+            return;
+        }
+        let Some(base) = self.bases.get(to).and_then(|b| b.stage.ready()).cloned() else { return };
+        let wanted = Wanted::Base {
+            key: to.clone(),
+            bytes: base.layout.bytes,
+            working_bytes: self.working_bytes(to),
+            instead_of_active: true,
+        };
+        let free_first = match plan(&wanted, &self.table, &self.budgets(), &BTreeSet::new()) {
+            Ok(plan) => plan.evict_bases,
+            // The engine says exactly by how much.
+            Err(_) => Vec::new(),
+        };
+        self.switch_to(to.clone(), base, &free_first);
+    }
+
+    /// What nothing declared refers to leaves, and what is too much after a smaller budget.
+    fn tidy(&mut self) {
+        if matches!(self.turn, Turn::Switching { .. }) {
+            return;
+        }
+        if self.table.lens_bytes() > self.budgets().lens_bytes {
+            let plan = plan(&Wanted::Less, &self.table, &self.budgets(), &BTreeSet::new());
+            if let Ok(plan) = plan {
+                for key in plan.evict_lenses {
+                    self.evict_lens(key, &plan.why);
+                }
+            }
+        }
+        let wanted: BTreeSet<LensKey> = self.lenses.values().filter_map(|l| l.key()).collect();
+        let resolving: BTreeSet<&BaseKey> =
+            self.lenses.values().filter(|l| matches!(l.stage, Stage::Resolving)).map(|l| &l.base).collect();
+        let orphans: Vec<LensKey> = self
+            .table
+            .lenses
+            .iter()
+            .filter(|(key, held)| held.users == 0 && held.phase == Phase::Resident && !wanted.contains(key))
+            // What is being resolved may turn out to be the same files.
+            .filter(|(key, _)| !resolving.contains(&key.base))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in orphans {
+            self.evict_lens(key, "no longer declared");
+        }
+        let unwanted: Vec<BaseKey> = self
+            .table
+            .bases
+            .iter()
+            .filter(|(key, held)| {
+                held.phase == Phase::Resident
+                    && held.users == 0
+                    && self.table.active.as_ref() != Some(key)
+                    && !self.bases.contains_key(key)
+                    && self.table.lenses_over(key).all(|l| self.table.has_lens(l))
+            })
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in unwanted {
+            self.drop_base(key);
+        }
+    }
+}
+
+/// When to come again after a failure that time alone does not heal.
+const RETRY_AFTER_FAILURE: Duration = Duration::from_secs(30);

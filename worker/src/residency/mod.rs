@@ -1,0 +1,220 @@
+//! Residency: which bases and lenses are in memory, how they get there, and who may use them.
+//!
+//! One task ([`owner`]) owns the [`table`]. Requests ask it for a [`Lease`] and hold it while their row runs; jobs
+//! ([`resolve`], [`loader`]) report back to it as events. What it decides is pure and beside it: [`plan`] (what leaves
+//! so that something fits), [`switch`] (when the active base changes), [`failure`] (when to try again).
+//!
+//! - A document is taken at once: what is no longer declared gets no new rows, what is new is resolved in the background.
+//! - A lens is found by name, held by content. A row keeps the content it began with, whatever the name means later.
+//! - A request waits here, not in the engine, while its base or its lens is on the way; one that cannot be served is
+//!   told why.
+
+mod admit;
+pub mod cache;
+pub mod failure;
+pub mod fetch;
+pub mod files;
+pub mod loader;
+mod owner;
+pub mod plan;
+mod publish;
+pub mod resolve;
+pub mod source;
+pub mod switch;
+pub mod table;
+mod work;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use turret_crds::document::{BaseKey, Verdict, WorkerDocument};
+use turret_crds::model_name::ModelName;
+use turret_crds::report::{WorkerIdentity, WorkerReport};
+
+use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
+use failure::Failure;
+use resolve::{ResolvedBase, Resolver};
+
+/// What everybody may read: the report, and what a request needs before it has a lease.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// What this worker says of itself.
+    pub report: WorkerReport,
+    /// The newest document, applied in all its parts or about to be.
+    pub document: Option<Arc<WorkerDocument>>,
+    /// Bases whose files were found good.
+    pub bases: BTreeMap<BaseKey, Arc<ResolvedBase>>,
+    /// Longest sequence that is configured; a base may allow less.
+    pub max_context_tokens: u32,
+    /// When this process began to serve its groups, seconds since the epoch.
+    pub created: u64,
+}
+
+/// The right to run one row over a base, perhaps with a lens. Neither leaves memory before it is dropped.
+#[derive(Debug)]
+pub struct Lease {
+    /// The base.
+    pub base: BaseId,
+    /// Digest of its files.
+    pub base_digest: String,
+    /// The lens, its strength and the digest of its files.
+    pub lens: Option<LeasedLens>,
+    /// How long loading the lens took, if the request waited for it.
+    pub loaded_in: Option<Duration>,
+    /// How long the switch of base took, if the request waited for it.
+    pub switched_in: Option<Duration>,
+    number: u64,
+    answered: bool,
+    owner: mpsc::UnboundedSender<Message>,
+}
+
+/// The lens of a lease.
+#[derive(Clone, Debug)]
+pub struct LeasedLens {
+    /// As the engine knows it.
+    pub id: LensId,
+    /// Strength.
+    pub scale: f32,
+    /// Digest of its files.
+    pub digest: String,
+}
+
+impl Lease {
+    /// Notes that the request was answered.
+    pub fn answered(&mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let message = Message::Release { number: self.number, answered: self.answered };
+        // Without an owner nothing is left to release.
+        let _ = self.owner.send(message);
+    }
+}
+
+/// Why a request gets no lease. The texts are meant for the client.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Its group or lens is not declared, or not any more.
+    #[error("the model `{0}` does not exist; `GET /v1/models` lists what is served")]
+    Unknown(String),
+    /// What it needs cannot be served.
+    #[error("`{what}` cannot be served at the moment: {failure}")]
+    Failed {
+        /// Which base or lens.
+        what: String,
+        /// Why.
+        failure: Failure,
+        /// When it is tried again.
+        retry_after: Duration,
+    },
+    /// Too many wait.
+    #[error("{waiting} requests are waiting, the limit is {limit}; try again later")]
+    Overloaded {
+        /// How many.
+        waiting: usize,
+        /// At most.
+        limit: u32,
+        /// When it may be better.
+        retry_after: Duration,
+    },
+    /// It waited too long.
+    #[error("the request waited {} s for {what} and was given up; try again later", .waited.as_secs())]
+    TimedOut {
+        /// For what.
+        what: String,
+        /// How long.
+        waited: Duration,
+        /// When it may be better.
+        retry_after: Duration,
+    },
+    /// The worker is leaving.
+    #[error("this worker is shutting down; send the request again")]
+    Draining,
+}
+
+/// The way to the owner of the table. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Residency {
+    messages: mpsc::UnboundedSender<Message>,
+    view: watch::Receiver<Arc<View>>,
+}
+
+/// What the owner is told. Unbounded, because what it carries is bounded elsewhere: requests by the queue's limit, leases by
+/// the batch, events by the jobs that run.
+#[derive(Debug)]
+enum Message {
+    Offer { document: Box<WorkerDocument>, reply: oneshot::Sender<Verdict> },
+    Acquire { model: ModelName, reply: oneshot::Sender<Result<Lease, Refusal>> },
+    Release { number: u64, answered: bool },
+    Drain { refuse: bool },
+    Idle { reply: oneshot::Sender<()> },
+    Event(work::Event),
+}
+
+/// What a worker starts with.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Who reports.
+    pub worker: WorkerIdentity,
+    /// Device bytes where the document says nothing.
+    pub default_device_bytes: u64,
+    /// What the engine was started with.
+    pub limits: EngineConfig,
+    /// Finds and checks files.
+    pub resolver: Resolver,
+}
+
+/// Disk for fetched files where the document says nothing.
+pub const DEFAULT_DISK_BYTES: u64 = 64 << 30;
+
+impl Residency {
+    /// Starts the owner's task.
+    pub fn start(engine: EngineHandle, start: Start) -> Self {
+        let (messages, inbox) = mpsc::unbounded_channel();
+        let owner = owner::Owner::new(engine, start, messages.clone());
+        let view = owner.subscribe();
+        tokio::spawn(owner.run(inbox));
+        Self { messages, view }
+    }
+
+    /// What everybody may read, as of the last change.
+    pub fn view(&self) -> Arc<View> {
+        self.view.borrow().clone()
+    }
+
+    /// Follows the view.
+    pub fn watch(&self) -> watch::Receiver<Arc<View>> {
+        self.view.clone()
+    }
+
+    /// Offers a document that was checked, and tells what came of it.
+    pub async fn offer(&self, document: WorkerDocument) -> Verdict {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Offer { document: Box::new(document), reply });
+        answer.await.unwrap_or(Verdict::Stale)
+    }
+
+    /// Waits for the right to run a row. Dropping the future gives the place in the queue up.
+    pub async fn acquire(&self, model: ModelName) -> Result<Lease, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Acquire { model, reply });
+        answer.await.unwrap_or(Err(Refusal::Draining))
+    }
+
+    /// Reports this worker as leaving. With `refuse` new requests are refused from now on.
+    pub fn drain(&self, refuse: bool) {
+        let _ = self.messages.send(Message::Drain { refuse });
+    }
+
+    /// Waits until nothing runs and nothing waits.
+    pub async fn idle(&self) {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Idle { reply });
+        let _ = answer.await;
+    }
+}

@@ -1,0 +1,479 @@
+//! The task that owns the residency table: takes documents, requests and events, one at a time.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use turret_crds::condition::FailureReason;
+use turret_crds::document::{BaseKey, DocumentBase, DocumentLens, Verdict, WorkerDocument, judge};
+use turret_crds::model_name::ModelName;
+use turret_crds::report::AppliedDocument;
+
+use super::failure::{Failure, backoff};
+use super::plan::Budgets;
+use super::resolve::{ResolvedBase, ResolvedLens};
+use super::table::{LensKey, Table};
+use super::{DEFAULT_DISK_BYTES, Lease, Message, Refusal, Start, View};
+use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
+use crate::engine::memory::fits_alone;
+use crate::model::weights::BaseLayout;
+
+/// Longest sequence where the document says nothing.
+const DEFAULT_CONTEXT_TOKENS: u32 = 8192;
+/// How often files that were found good are looked at again.
+pub(super) const RECHECK: Duration = Duration::from_secs(30);
+
+/// How far a declared artifact is.
+#[derive(Clone, Debug)]
+pub(super) enum Stage<T> {
+    Resolving,
+    Ready(T),
+    Failed { failure: Failure, retry_at: Option<Instant>, retry_epoch: Option<u64> },
+}
+
+impl<T> Stage<T> {
+    pub(super) fn ready(&self) -> Option<&T> {
+        match self {
+            Self::Ready(value) => Some(value),
+            _ => None,
+        }
+    }
+
+    /// When a failure is looked at again, if time has something to do with it.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        match self {
+            Self::Failed { retry_at, .. } => *retry_at,
+            _ => None,
+        }
+    }
+}
+
+/// A declared base.
+#[derive(Debug)]
+pub(super) struct DeclaredBase {
+    pub(super) base: DocumentBase,
+    pub(super) groups: Vec<String>,
+    pub(super) stage: Stage<Arc<ResolvedBase>>,
+    /// Which resolution is current; an answer to an older one is dropped.
+    pub(super) token: u64,
+    pub(super) in_flight: bool,
+    pub(super) failures: u32,
+    pub(super) percent: u8,
+}
+
+/// A declared lens.
+#[derive(Debug)]
+pub(super) struct DeclaredLens {
+    pub(super) lens: DocumentLens,
+    pub(super) base: BaseKey,
+    pub(super) stage: Stage<ResolvedLens>,
+    pub(super) token: u64,
+    pub(super) in_flight: bool,
+    pub(super) failures: u32,
+    /// Bytes of its files as far as known, so that small ones are resolved first.
+    pub(super) file_bytes: u64,
+    pub(super) active_rows: u32,
+    pub(super) served: u64,
+}
+
+impl DeclaredLens {
+    pub(super) fn key(&self) -> Option<LensKey> {
+        let digest = self.stage.ready()?.files.digest.clone();
+        Some(LensKey { base: self.base.clone(), digest })
+    }
+}
+
+/// A request that waits.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    pub(super) model: ModelName,
+    pub(super) since: Instant,
+    pub(super) reply: oneshot::Sender<Result<Lease, Refusal>>,
+}
+
+/// What a lease protects.
+#[derive(Debug)]
+pub(super) struct Leased {
+    pub(super) model: ModelName,
+    pub(super) base: BaseKey,
+    pub(super) lens: Option<LensKey>,
+}
+
+/// Where the switch of bases stands.
+#[derive(Debug)]
+pub(super) enum Turn {
+    Steady,
+    Draining { to: BaseKey, until: Instant },
+    Switching { to: BaseKey, since: Instant },
+}
+
+/// When something was on its way, so that those who waited can be told how long it took.
+pub(super) type Span = (Instant, Instant);
+
+pub(super) struct Owner {
+    pub(super) engine: EngineHandle,
+    pub(super) start: Start,
+    pub(super) messages: mpsc::UnboundedSender<Message>,
+    pub(super) view: watch::Sender<Arc<View>>,
+    pub(super) began: Instant,
+    pub(super) created: u64,
+
+    pub(super) document: Option<Arc<WorkerDocument>>,
+    pub(super) applied: Option<AppliedDocument>,
+    /// Limits in force, and those the document asks for while they are not.
+    pub(super) limits: EngineConfig,
+    pub(super) wanted_limits: Option<EngineConfig>,
+    pub(super) reconfiguring: bool,
+    pub(super) reconfigure_at: Instant,
+
+    pub(super) bases: BTreeMap<BaseKey, DeclaredBase>,
+    pub(super) lenses: BTreeMap<(String, String), DeclaredLens>,
+    pub(super) resolving: usize,
+    pub(super) next_token: u64,
+    pub(super) recheck_at: Instant,
+    pub(super) rechecking: bool,
+
+    pub(super) table: Table,
+    pub(super) base_ids: BTreeMap<BaseKey, BaseId>,
+    pub(super) lens_ids: BTreeMap<LensKey, LensId>,
+    pub(super) uses: u64,
+    pub(super) turn: Turn,
+    pub(super) active_since: Instant,
+    pub(super) has_served: bool,
+    pub(super) last_switch: Option<(BaseKey, Span)>,
+    pub(super) last_loads: BTreeMap<LensKey, Span>,
+    /// Bases that the engine had no room for beside the active one.
+    pub(super) not_beside: BTreeSet<BaseKey>,
+    pub(super) switches: u64,
+    pub(super) evictions: u64,
+
+    pub(super) waiters: BTreeMap<u64, Waiter>,
+    pub(super) leases: BTreeMap<u64, Leased>,
+    pub(super) next_number: u64,
+    pub(super) grants: VecDeque<Instant>,
+    pub(super) idlers: Vec<oneshot::Sender<()>>,
+    pub(super) draining: bool,
+    pub(super) refusing: bool,
+}
+
+impl Owner {
+    pub(super) fn new(engine: EngineHandle, start: Start, messages: mpsc::UnboundedSender<Message>) -> Self {
+        let now = Instant::now();
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let limits = start.limits.clone();
+        let mut owner = Self {
+            view: watch::Sender::new(Arc::new(super::publish::nothing(&start, created))),
+            engine,
+            start,
+            messages,
+            began: now,
+            created,
+            document: None,
+            applied: None,
+            limits,
+            wanted_limits: None,
+            reconfiguring: false,
+            reconfigure_at: now,
+            bases: BTreeMap::new(),
+            lenses: BTreeMap::new(),
+            resolving: 0,
+            next_token: 0,
+            recheck_at: now + RECHECK,
+            rechecking: false,
+            table: Table::default(),
+            base_ids: BTreeMap::new(),
+            lens_ids: BTreeMap::new(),
+            uses: 0,
+            turn: Turn::Steady,
+            active_since: now,
+            has_served: false,
+            last_switch: None,
+            last_loads: BTreeMap::new(),
+            not_beside: BTreeSet::new(),
+            switches: 0,
+            evictions: 0,
+            waiters: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            next_number: 0,
+            grants: VecDeque::new(),
+            idlers: Vec::new(),
+            draining: false,
+            refusing: false,
+        };
+        owner.publish();
+        owner
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    /// Runs until nobody can send any more.
+    pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message>) {
+        loop {
+            let wake = self.pump();
+            // What many messages changed is published once.
+            if inbox.is_empty() {
+                self.publish();
+            }
+            let message = match wake {
+                Some(at) => tokio::select! {
+                    biased;
+                    message = inbox.recv() => message,
+                    () = tokio::time::sleep_until(at) => continue,
+                },
+                None => inbox.recv().await,
+            };
+            match message {
+                None => return,
+                Some(message) => self.handle(message),
+            }
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Offer { document, reply } => {
+                let verdict = self.offer(*document);
+                self.pump();
+                self.publish();
+                let _ = reply.send(verdict);
+            }
+            Message::Acquire { model, reply } => self.enqueue(model, reply),
+            Message::Release { number, answered } => self.release(number, answered),
+            Message::Drain { refuse } => {
+                self.draining = true;
+                self.refusing |= refuse;
+            }
+            Message::Idle { reply } => self.idlers.push(reply),
+            Message::Event(event) => self.on_event(event),
+        }
+    }
+
+    /// Budgets in force; while smaller ones are on their way, already those.
+    pub(super) fn budgets(&self) -> Budgets {
+        let wanted = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        Budgets {
+            device_bytes: self.limits.device_bytes.min(wanted.device_bytes),
+            lens_bytes: self.limits.lens_bytes.min(wanted.lens_bytes),
+        }
+    }
+
+    fn offer(&mut self, document: WorkerDocument) -> Verdict {
+        let known = self.document.as_ref().map(|d| (d.sequence, d.digest.as_str()));
+        let other_placement =
+            self.document.as_ref().is_some_and(|d| d.placement.uid != document.placement.uid);
+        let verdict = match other_placement {
+            // The sequence belongs to the placement's UID; another placement under the same name starts afresh.
+            true => Verdict::Take,
+            false => judge(known, (document.sequence, &document.digest)),
+        };
+        if verdict == Verdict::Take {
+            tracing::info!(
+                sequence = document.sequence,
+                digest = document.digest,
+                groups = document.groups.len(),
+                "document taken"
+            );
+            self.take(document);
+        }
+        verdict
+    }
+
+    fn take(&mut self, document: WorkerDocument) {
+        let device_bytes = document.memory.device_bytes.unwrap_or(self.start.default_device_bytes);
+        let limits = EngineConfig {
+            device_bytes,
+            lens_bytes: document.memory.lens_bytes.unwrap_or(device_bytes / 8),
+            max_context_tokens: document.batching.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS),
+            max_running_rows: document.batching.max_running_rows,
+            prefill_chunk_tokens: document.batching.prefill_chunk_tokens,
+            // The queue is ours: the engine is given no more than it can soon compute, and takes all of it.
+            max_waiting_rows: document.batching.max_running_rows.saturating_mul(2).saturating_add(16),
+        };
+        self.wanted_limits = (limits != self.limits || self.reconfiguring).then_some(limits);
+        self.reconfigure_at = Instant::now();
+        let cache = self.start.resolver.fetcher.cache();
+        cache.set_budget(document.memory.disk_bytes.unwrap_or(DEFAULT_DISK_BYTES));
+        let same_volumes =
+            self.document.as_ref().is_some_and(|d| d.source_volumes == document.source_volumes);
+        self.declare_bases(&document, same_volumes);
+        self.declare_lenses(&document, same_volumes);
+        self.refuse_what_no_longer_fits();
+        self.not_beside.clear();
+        self.document = Some(Arc::new(document));
+        self.measure_lenses();
+    }
+
+    /// Smaller budgets may be too small for what was found good under larger ones.
+    fn refuse_what_no_longer_fits(&mut self) {
+        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        for lens in self.lenses.values_mut() {
+            if let Some(failure) = lens.stage.ready().and_then(|l| lens_too_large(l.bytes, limits.lens_bytes)) {
+                lens.stage = Self::failed(failure, 1);
+            }
+        }
+        for base in self.bases.values_mut() {
+            if let Some(failure) = base.stage.ready().and_then(|b| base_too_large(&b.layout, limits)) {
+                base.stage = Self::failed(failure, 1);
+            }
+        }
+    }
+
+    fn declare_bases(&mut self, document: &WorkerDocument, same_volumes: bool) {
+        let mut old = std::mem::take(&mut self.bases);
+        for group in &document.groups {
+            let key = &group.base.key;
+            if let Some(declared) = self.bases.get_mut(key) {
+                declared.groups.push(group.name.clone());
+                continue;
+            }
+            let groups = vec![group.name.clone()];
+            let declared = match old.remove(key) {
+                // What failed is looked at again: the new document may be what helps.
+                Some(known)
+                    if known.base == group.base && same_volumes && known.stage.retry_at().is_none() =>
+                {
+                    let failed = matches!(known.stage, Stage::Failed { .. });
+                    let stage = if failed { Stage::Resolving } else { known.stage };
+                    DeclaredBase { groups, stage, failures: 0, ..known }
+                }
+                Some(known) if known.base == group.base && same_volumes => DeclaredBase { groups, ..known },
+                _ => {
+                    self.next_token += 1;
+                    DeclaredBase {
+                        base: group.base.clone(),
+                        groups,
+                        stage: Stage::Resolving,
+                        token: self.next_token,
+                        in_flight: false,
+                        failures: 0,
+                        percent: 0,
+                    }
+                }
+            };
+            self.bases.insert(key.clone(), declared);
+        }
+    }
+
+    fn declare_lenses(&mut self, document: &WorkerDocument, same_volumes: bool) {
+        let mut old = std::mem::take(&mut self.lenses);
+        for group in &document.groups {
+            for lens in &group.lenses {
+                let name = (group.name.clone(), lens.name.clone());
+                let known = old.remove(&name);
+                let (active_rows, served) = known.as_ref().map_or((0, 0), |k| (k.active_rows, k.served));
+                let same = |k: &DeclaredLens| {
+                    k.base == group.base.key
+                        && k.lens.source == lens.source
+                        && k.lens.kind == lens.kind
+                        && same_volumes
+                        && !matches!(k.stage, Stage::Failed { .. })
+                };
+                let declared = match known {
+                    Some(known) if same(&known) => DeclaredLens { lens: lens.clone(), ..known },
+                    _ => {
+                        self.next_token += 1;
+                        DeclaredLens {
+                            lens: lens.clone(),
+                            base: group.base.key.clone(),
+                            stage: Stage::Resolving,
+                            token: self.next_token,
+                            in_flight: false,
+                            failures: 0,
+                            file_bytes: u64::MAX,
+                            active_rows,
+                            served,
+                        }
+                    }
+                };
+                self.lenses.insert(name, declared);
+            }
+        }
+    }
+
+    fn enqueue(&mut self, model: ModelName, reply: oneshot::Sender<Result<Lease, Refusal>>) {
+        let limit = self.document.as_ref().map_or(0, |d| d.admission.max_queued_requests);
+        let refusal = if self.refusing {
+            Some(Refusal::Draining)
+        } else if self.waiters.len() >= limit as usize && self.document.is_some() {
+            let retry_after = self.retry_after();
+            Some(Refusal::Overloaded { waiting: self.waiters.len(), limit, retry_after })
+        } else {
+            None
+        };
+        if let Some(refusal) = refusal {
+            let _ = reply.send(Err(refusal));
+            return;
+        }
+        self.next_number += 1;
+        self.waiters.insert(self.next_number, Waiter { model, since: Instant::now(), reply });
+    }
+
+    fn release(&mut self, number: u64, answered: bool) {
+        let Some(leased) = self.leases.remove(&number) else { return };
+        self.uses += 1;
+        let touch = |held: Option<&mut super::table::Held>, now: u64| {
+            if let Some(held) = held {
+                held.users = held.users.saturating_sub(1);
+                held.last_used = now;
+            }
+        };
+        touch(self.table.bases.get_mut(&leased.base), self.uses);
+        if let Some(key) = &leased.lens {
+            touch(self.table.lenses.get_mut(key), self.uses);
+        }
+        if let Some(lens) = leased.model.lens
+            && let Some(declared) = self.lenses.get_mut(&(leased.model.group, lens))
+        {
+            declared.active_rows = declared.active_rows.saturating_sub(1);
+            declared.served += u64::from(answered);
+        }
+    }
+
+    /// When those who are refused now may find room: how long the queue takes at the measured rate.
+    pub(super) fn retry_after(&self) -> Duration {
+        let waiting = self.waiters.len() as u64 + 1;
+        let seconds = match (self.grants.front(), self.grants.len() as u64) {
+            (Some(first), n) if n > 1 => {
+                let window = first.elapsed().as_secs_f64().max(0.1);
+                (waiting as f64 * window / n as f64).ceil() as u64
+            }
+            _ => 5,
+        };
+        Duration::from_secs(seconds.clamp(1, 60))
+    }
+
+    /// What a failure becomes: tried again later, or not before something changes.
+    pub(super) fn failed<T>(failure: Failure, failures: u32) -> Stage<T> {
+        let delay = failure.reason.is_retryable().then(|| backoff(failures));
+        let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Stage::Failed {
+            failure,
+            retry_at: delay.map(|d| Instant::now() + d),
+            retry_epoch: delay.map(|d| (epoch + d).as_secs()),
+        }
+    }
+
+    pub(super) fn ms(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.began).as_millis() as u64
+    }
+}
+
+/// Why a lens of this size can never be loaded, if it cannot.
+pub(super) fn lens_too_large(bytes: u64, budget: u64) -> Option<Failure> {
+    let short = bytes.checked_sub(budget).filter(|&short| short > 0)?;
+    let message = format!(
+        "the lens takes {bytes} bytes, {short} more than the lens budget of {budget}; raise spec.memory.lensBudget"
+    );
+    Some(Failure::new(FailureReason::DoesNotFit, message))
+}
+
+/// Why a base can never be served under these limits, if it cannot.
+pub(super) fn base_too_large(layout: &BaseLayout, limits: &EngineConfig) -> Option<Failure> {
+    let short = fits_alone(layout, limits).err()?;
+    let message = format!("the base does not fit even alone: {short}; raise spec.memory.deviceBudget");
+    Some(Failure::new(FailureReason::DoesNotFit, message))
+}

@@ -1,0 +1,309 @@
+//! From a declared source to something that can be loaded: files found, allowed, hashed, their headers checked.
+//!
+//! Runs on loader threads; reads headers and digests, never weights into memory.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use turret_crds::condition::FailureReason;
+use turret_crds::document::{DocumentBase, DocumentLens};
+use turret_crds::group;
+use turret_crds::source::{Source, files_digest};
+
+use super::failure::Failure;
+use super::fetch::Fetcher;
+use super::files::{FileIdentity, Hasher};
+use super::source::{Folder, Place, Roots, io_failure};
+use crate::lens::lora::{LORA_FILES, LoraFolder};
+use crate::lens::{LensError, LensFailure};
+use crate::model::config::ModelConfig;
+use crate::model::tensor_file::TensorFileError;
+use crate::model::tokenizer::Tokenizer;
+use crate::model::weights::{BASE_SIDE_FILES, BaseError, BaseFolder, BaseLayout, Dtype, base_files};
+use crate::telemetry::chain;
+
+/// What is needed to find sources.
+#[derive(Clone, Debug)]
+pub struct Resolver {
+    /// Where sources may lie.
+    pub roots: Arc<Roots>,
+    /// Remembers digests.
+    pub hasher: Arc<Hasher>,
+    /// Fetches `https://` sources.
+    pub fetcher: Fetcher,
+}
+
+/// Files as they were when they were checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckedFiles {
+    /// The folder.
+    pub folder: PathBuf,
+    /// `sha256:…` over the files.
+    pub digest: String,
+    /// Bytes of the files.
+    pub bytes: u64,
+    files: Vec<(String, FileIdentity)>,
+}
+
+impl CheckedFiles {
+    /// Whether the files are still those that were checked.
+    pub fn are_unchanged(&self) -> bool {
+        self.files.iter().all(|(name, identity)| {
+            FileIdentity::at(&self.folder.join(name)).is_ok_and(|now| now == *identity)
+        })
+    }
+}
+
+/// A base that can be loaded.
+#[derive(Clone, Debug)]
+pub struct ResolvedBase {
+    /// Its files.
+    pub files: CheckedFiles,
+    /// Its architecture.
+    pub config: Arc<ModelConfig>,
+    /// Where everything of it will be in memory.
+    pub layout: Arc<BaseLayout>,
+    /// Its tokenizer and chat template.
+    pub tokenizer: Tokenizer,
+    /// Number format in memory, when one is declared.
+    pub dtype: Option<Dtype>,
+}
+
+/// A lens that can be loaded.
+#[derive(Clone, Debug)]
+pub struct ResolvedLens {
+    /// Its files.
+    pub files: CheckedFiles,
+    /// Bytes in device memory.
+    pub bytes: u64,
+}
+
+/// The declared number format as the engine calls it.
+pub fn engine_dtype(dtype: group::Dtype) -> Dtype {
+    match dtype {
+        group::Dtype::F32 => Dtype::F32,
+        group::Dtype::F16 => Dtype::F16,
+        group::Dtype::BF16 => Dtype::BF16,
+    }
+}
+
+impl Resolver {
+    /// Resolves a base.
+    pub async fn base(&self, base: DocumentBase, volumes: Arc<[String]>) -> Result<ResolvedBase, Failure> {
+        let folder = self.folder(&base.source, &volumes, Kind::Base).await?;
+        let resolver = self.clone();
+        on_loader_thread(move || resolver.check_base(&base, &folder)).await
+    }
+
+    /// Resolves a lens over a base of this architecture.
+    pub async fn lens(
+        &self,
+        lens: DocumentLens,
+        volumes: Arc<[String]>,
+        base: Arc<ModelConfig>,
+    ) -> Result<ResolvedLens, Failure> {
+        let folder = self.folder(&lens.source, &volumes, Kind::Lens).await?;
+        let resolver = self.clone();
+        on_loader_thread(move || resolver.check_lens(&lens, &folder, &base)).await
+    }
+
+    async fn folder(&self, source: &Source, volumes: &[String], kind: Kind) -> Result<Folder, Failure> {
+        match self.roots.locate(source, volumes)? {
+            Place::Folder(folder) => Ok(folder),
+            Place::Https(url) => self.fetch(&url, kind).await,
+        }
+    }
+
+    /// Fetches what a loader reads, and makes it an ordinary folder.
+    async fn fetch(&self, url: &str, kind: Kind) -> Result<Folder, Failure> {
+        let missing = |name: &str| {
+            Failure::new(FailureReason::SourceNotFound, format!("`{url}` has no `{name}` (404)"))
+        };
+        let mut files = Vec::new();
+        match kind {
+            Kind::Lens => {
+                for name in LORA_FILES {
+                    let record = self.fetcher.file(url, name).await?.ok_or_else(|| missing(name))?;
+                    files.push((name.to_owned(), record));
+                }
+            }
+            Kind::Base => {
+                for name in BASE_SIDE_FILES {
+                    match self.fetcher.file(url, name).await? {
+                        Some(record) => files.push(((*name).to_owned(), record)),
+                        None if matches!(*name, "config.json" | "tokenizer.json") => {
+                            return Err(missing(name));
+                        }
+                        None => {}
+                    }
+                }
+                for name in self.fetch_shard_names(url, &mut files).await? {
+                    let record = self.fetcher.file(url, &name).await?.ok_or_else(|| missing(&name))?;
+                    files.push((name, record));
+                }
+            }
+        }
+        let cache = self.fetcher.cache();
+        let internal = |e: std::io::Error| {
+            Failure::new(FailureReason::Internal, format!("failed to write to the cache folder: {e}"))
+        };
+        let root = cache.root().map_err(internal)?;
+        let path = cache.folder(url, &files).map_err(internal)?;
+        let path = std::fs::canonicalize(path).map_err(internal)?;
+        Ok(Folder { path, root })
+    }
+
+    async fn fetch_shard_names(
+        &self,
+        url: &str,
+        files: &mut Vec<(String, super::cache::UrlRecord)>,
+    ) -> Result<Vec<String>, Failure> {
+        const INDEX: &str = "model.safetensors.index.json";
+        let Some(index) = self.fetcher.file(url, INDEX).await? else {
+            return Ok(vec!["model.safetensors".to_owned()]);
+        };
+        files.push((INDEX.to_owned(), index));
+        let names: Vec<(String, super::cache::UrlRecord)> = files.clone();
+        let internal = |e: std::io::Error| {
+            Failure::new(FailureReason::Internal, format!("failed to write to the cache folder: {e}"))
+        };
+        // The index is read by the same code that reads it from a folder.
+        let folder = self.fetcher.cache().folder(&format!("{url}#index"), &names).map_err(internal)?;
+        let known = base_files(&folder).map_err(|e| base_failure(&e))?;
+        Ok(known.into_iter().filter(|name| name.ends_with(".safetensors")).collect())
+    }
+
+    fn check_base(&self, base: &DocumentBase, folder: &Folder) -> Result<ResolvedBase, Failure> {
+        let names = base_files(&folder.path).map_err(|e| base_failure(&e))?;
+        let dtype = base.dtype.map(engine_dtype);
+        folder.file("config.json")?;
+        let opened = BaseFolder::open(&folder.path, dtype).map_err(|e| base_failure(&e))?;
+        let tokenizer = Tokenizer::open(&folder.path, opened.config())
+            .map_err(|e| Failure::new(FailureReason::Malformed, chain(&e)))?;
+        let files = self.check_files(folder, names, &base.source, "spec.base.source.digest")?;
+        let (config, layout) = (opened.config().clone(), Arc::new(opened.layout().clone()));
+        Ok(ResolvedBase { files, config, layout, tokenizer, dtype })
+    }
+
+    fn check_lens(
+        &self,
+        lens: &DocumentLens,
+        folder: &Folder,
+        base: &Arc<ModelConfig>,
+    ) -> Result<ResolvedLens, Failure> {
+        let names = LORA_FILES.map(str::to_owned).to_vec();
+        for name in &names {
+            folder.file(name)?;
+        }
+        let declared = format!("spec.lenses[{}].source.digest", lens.name);
+        // A truncated file has another digest too; what is wrong with it is the more helpful answer.
+        let opened = LoraFolder::open(&folder.path, base).map_err(|e| lens_failure(&e))?;
+        let files = self.check_files(folder, names, &lens.source, &declared)?;
+        Ok(ResolvedLens { files, bytes: opened.layout().bytes })
+    }
+
+    fn check_files(
+        &self,
+        folder: &Folder,
+        names: Vec<String>,
+        source: &Source,
+        field: &str,
+    ) -> Result<CheckedFiles, Failure> {
+        let mut files = Vec::new();
+        let mut digests = Vec::new();
+        for name in names {
+            let path = folder.file(&name)?;
+            let (identity, digest) = self
+                .hasher
+                .sha256(&path)
+                .map_err(|e| io_failure(&e, &format!("failed to read `{}`", path.display())))?;
+            files.push((name.clone(), identity));
+            digests.push((name, digest));
+        }
+        let digest = files_digest(digests.iter().map(|(n, d)| (n.as_str(), d.as_str())));
+        if let Some(declared) = &source.digest
+            && *declared != digest
+        {
+            let message = format!(
+                "the files in `{}` have digest {digest}, declared is {declared}; correct {field} or the files",
+                source.uri
+            );
+            return Err(Failure::new(FailureReason::DigestMismatch, message));
+        }
+        let bytes = files.iter().map(|(_, identity)| identity.size).sum();
+        Ok(CheckedFiles { folder: folder.path.clone(), digest, bytes, files })
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Base,
+    Lens,
+}
+
+/// Kind, digest and files of a folder, for `inspect`.
+pub fn digest_of(folder: &Path, names: &[String]) -> std::io::Result<(String, Vec<(String, u64, String)>)> {
+    let hasher = Hasher::default();
+    let mut files = Vec::new();
+    for name in names {
+        let (identity, digest) = hasher.sha256(&folder.join(name))?;
+        files.push((name.clone(), identity.size, digest));
+    }
+    let digest = files_digest(files.iter().map(|(n, _, d)| (n.as_str(), d.as_str())));
+    Ok((digest, files))
+}
+
+/// Runs blocking work where it may block, and turns a panic of it into a failure.
+pub async fn on_loader_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => {
+            Err(Failure::new(FailureReason::Internal, format!("a loader thread ended early: {error}")))
+        }
+    }
+}
+
+/// Why a base cannot be used, in the words of the contract.
+pub fn base_failure(error: &BaseError) -> Failure {
+    let reason = match error {
+        BaseError::Io { source, .. } => return io_failure(source, &error.to_string()),
+        BaseError::File(file) => tensor_file_reason(file),
+        BaseError::Config(crate::model::config::ConfigError::Unsupported { .. })
+        | BaseError::UnexpectedTensor(_) => FailureReason::UnsupportedTensors,
+        BaseError::Config(_)
+        | BaseError::Index { .. }
+        | BaseError::MissingTensor(_)
+        | BaseError::Shape { .. } => FailureReason::Malformed,
+    };
+    Failure::new(reason, chain(error))
+}
+
+fn tensor_file_reason(error: &TensorFileError) -> FailureReason {
+    match error {
+        TensorFileError::Io { source, .. } => io_failure(source, "").reason,
+        TensorFileError::Dtype { .. } => FailureReason::UnsupportedTensors,
+        TensorFileError::Truncated { .. }
+        | TensorFileError::Malformed { .. }
+        | TensorFileError::NotFinite { .. } => FailureReason::Malformed,
+        TensorFileError::Cancelled => FailureReason::Internal,
+    }
+}
+
+/// Why a lens cannot be used, in the words of the contract.
+pub fn lens_failure(error: &LensError) -> Failure {
+    let reason = match error.failure() {
+        LensFailure::BaseMismatch => FailureReason::BaseMismatch,
+        LensFailure::UnsupportedTensors => FailureReason::UnsupportedTensors,
+        LensFailure::Truncated | LensFailure::Malformed => FailureReason::Malformed,
+        LensFailure::Unreadable => match error {
+            LensError::Io { source, .. } | LensError::File(TensorFileError::Io { source, .. }) => {
+                io_failure(source, "").reason
+            }
+            _ => FailureReason::SourceUnavailable,
+        },
+        LensFailure::Cancelled => FailureReason::Internal,
+    };
+    Failure::new(reason, chain(error))
+}

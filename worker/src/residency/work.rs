@@ -1,0 +1,633 @@
+//! What runs beside the owner, and what it hears of it: resolutions, loads, removals, switches.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use turret_crds::document::BaseKey;
+use turret_crds::report::AppliedDocument;
+
+use super::Message;
+use super::failure::Failure;
+use super::loader::{self, LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
+use super::owner::{Owner, RECHECK, Span, Stage, Turn, base_too_large, lens_too_large};
+use super::resolve::{ResolvedBase, ResolvedLens};
+use super::table::{Held, LensKey, Phase};
+use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
+
+/// Sources that are checked at a time.
+const RESOLVE_AT_ONCE: usize = 3;
+
+/// A lens as it is declared: group and name.
+pub(super) type LensName = (String, String);
+
+/// What a job reports.
+#[derive(Debug)]
+pub(super) enum Event {
+    BaseResolved {
+        key: BaseKey,
+        token: u64,
+        result: Result<ResolvedBase, Failure>,
+    },
+    LensResolved {
+        name: LensName,
+        token: u64,
+        result: Result<ResolvedLens, Failure>,
+    },
+    /// Sizes of lens files, so that small ones are resolved first.
+    Measured(Vec<(LensName, u64, u64)>),
+    /// Artifacts whose files are no longer those that were checked.
+    Rechecked {
+        lenses: Vec<LensName>,
+    },
+    LensLoaded {
+        key: LensKey,
+        result: Result<LensId, LoadError>,
+        since: Instant,
+    },
+    LensGone {
+        key: LensKey,
+        result: Result<(), Failure>,
+    },
+    BaseLoaded {
+        key: BaseKey,
+        result: Result<BaseId, LoadError>,
+    },
+    BaseGone {
+        key: BaseKey,
+        outcome: SwitchOutcome,
+        failure: Option<Failure>,
+    },
+    BasePercent {
+        key: BaseKey,
+        percent: u8,
+    },
+    Switched(SwitchOutcome),
+    Reconfigured {
+        limits: EngineConfig,
+        result: Result<(), ChangeError>,
+    },
+}
+
+impl Owner {
+    fn spawn(&self, work: impl Future<Output = Event> + Send + 'static) {
+        let messages = self.messages.clone();
+        tokio::spawn(async move {
+            let event = work.await;
+            let _ = messages.send(Message::Event(event));
+        });
+    }
+
+    pub(super) fn on_event(&mut self, event: Event) {
+        match event {
+            Event::BaseResolved { key, token, result } => self.on_base_resolved(&key, token, result),
+            Event::LensResolved { name, token, result } => self.on_lens_resolved(&name, token, result),
+            Event::Measured(sizes) => {
+                for (name, token, bytes) in sizes {
+                    if let Some(lens) = self.lenses.get_mut(&name)
+                        && lens.token == token
+                    {
+                        lens.file_bytes = bytes;
+                    }
+                }
+            }
+            Event::Rechecked { lenses } => {
+                self.rechecking = false;
+                for name in lenses {
+                    self.resolve_again(&name);
+                }
+            }
+            Event::LensLoaded { key, result, since } => self.on_lens_loaded(&key, result, since),
+            Event::LensGone { key, result } => match result {
+                Ok(()) => {
+                    self.table.lenses.remove(&key);
+                    self.lens_ids.remove(&key);
+                }
+                Err(failure) => {
+                    tracing::error!(digest = key.digest, error = %failure, "failed to free a lens");
+                    if let Some(held) = self.table.lenses.get_mut(&key) {
+                        held.phase = Phase::Resident;
+                    }
+                }
+            },
+            Event::BaseLoaded { key, result } => self.on_base_loaded(&key, result),
+            Event::BaseGone { key, outcome, failure } => {
+                if let Some(failure) = failure {
+                    tracing::error!(base = %key, error = %failure, "failed to free a base");
+                    if let Some(held) = self.table.bases.get_mut(&key) {
+                        held.phase = Phase::Resident;
+                    }
+                    for (lens, held) in &mut self.table.lenses {
+                        if lens.base == key {
+                            held.phase = Phase::Resident;
+                        }
+                    }
+                }
+                self.remove(&outcome);
+            }
+            Event::BasePercent { key, percent } => {
+                if let Some(base) = self.bases.get_mut(&key) {
+                    base.percent = percent;
+                }
+            }
+            Event::Switched(outcome) => self.on_switched(outcome),
+            Event::Reconfigured { limits, result } => self.on_reconfigured(limits, result),
+        }
+    }
+
+    /// Starts what can be resolved now: bases first, the default group's before all, then small lenses.
+    pub(super) fn start_resolutions(&mut self, now: Instant) {
+        let Some(document) = self.document.clone() else { return };
+        let volumes: Arc<[String]> = document.source_volumes.clone().into();
+        let default = document.group(&document.default_group).map(|g| g.base.key.clone());
+        let due = |in_flight: bool, resolving: bool, retry_at: Option<Instant>| {
+            !in_flight && (resolving || retry_at.is_some_and(|at| at <= now))
+        };
+        let mut bases: Vec<BaseKey> = self
+            .bases
+            .iter()
+            .filter(|(_, b)| due(b.in_flight, matches!(b.stage, Stage::Resolving), b.stage.retry_at()))
+            .map(|(key, _)| key.clone())
+            .collect();
+        bases.sort_by_key(|key| (Some(key) != default.as_ref(), key.clone()));
+        for key in bases {
+            if self.resolving >= RESOLVE_AT_ONCE {
+                return;
+            }
+            self.resolving += 1;
+            let declared = self.bases.get_mut(&key).expect("it was just listed");
+            declared.in_flight = true;
+            let (base, token, resolver, volumes) =
+                (declared.base.clone(), declared.token, self.start.resolver.clone(), volumes.clone());
+            self.spawn(async move {
+                Event::BaseResolved { key, token, result: resolver.base(base, volumes).await }
+            });
+        }
+        let mut lenses: Vec<(u64, LensName)> = self
+            .lenses
+            .iter()
+            .filter(|(_, l)| due(l.in_flight, matches!(l.stage, Stage::Resolving), l.stage.retry_at()))
+            .filter(|(_, l)| self.bases.get(&l.base).is_some_and(|b| b.stage.ready().is_some()))
+            .map(|(name, l)| (l.file_bytes, name.clone()))
+            .collect();
+        lenses.sort();
+        for (_, name) in lenses {
+            if self.resolving >= RESOLVE_AT_ONCE {
+                return;
+            }
+            self.resolve_lens(name, volumes.clone());
+        }
+    }
+
+    fn resolve_lens(&mut self, name: LensName, volumes: Arc<[String]>) {
+        let Some(declared) = self.lenses.get_mut(&name) else { return };
+        let Some(config) =
+            self.bases.get(&declared.base).and_then(|b| b.stage.ready()).map(|b| b.config.clone())
+        else {
+            return;
+        };
+        self.resolving += 1;
+        declared.in_flight = true;
+        let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
+        self.spawn(async move {
+            Event::LensResolved { name, token, result: resolver.lens(lens, volumes, config).await }
+        });
+    }
+
+    /// Checks a lens again that was found good, while it goes on being served.
+    fn resolve_again(&mut self, name: &LensName) {
+        let Some(document) = &self.document else { return };
+        let volumes: Arc<[String]> = document.source_volumes.clone().into();
+        if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.stage.ready().is_some()) {
+            self.resolve_lens(name.clone(), volumes);
+        }
+    }
+
+    /// Looks how large the files of unresolved lenses are, where that is cheap.
+    pub(super) fn measure_lenses(&self) {
+        let Some(document) = &self.document else { return };
+        let volumes = document.source_volumes.clone();
+        let roots = self.start.resolver.roots.clone();
+        let wanted: Vec<_> = self
+            .lenses
+            .iter()
+            .filter(|(_, l)| matches!(l.stage, Stage::Resolving))
+            .map(|(name, l)| (name.clone(), l.token, l.lens.source.clone()))
+            .collect();
+        self.spawn(async move {
+            let measure = move || {
+                let size = |source: &turret_crds::source::Source| match roots.locate(source, &volumes) {
+                    Ok(super::source::Place::Folder(folder)) => crate::lens::lora::LORA_FILES
+                        .iter()
+                        .filter_map(|f| std::fs::metadata(folder.path.join(f)).ok())
+                        .map(|m| m.len())
+                        .sum(),
+                    // What must be fetched comes after what is there.
+                    _ => u64::MAX,
+                };
+                wanted
+                    .iter()
+                    .map(|(name, token, source)| (name.clone(), *token, size(source)))
+                    .collect::<Vec<_>>()
+            };
+            Event::Measured(tokio::task::spawn_blocking(measure).await.unwrap_or_default())
+        });
+    }
+
+    /// Every now and then looks whether files that were found good are still the same.
+    pub(super) fn recheck(&mut self, now: Instant) {
+        if self.rechecking || now < self.recheck_at {
+            return;
+        }
+        self.rechecking = true;
+        self.recheck_at = now + RECHECK;
+        let checked: Vec<_> = self
+            .lenses
+            .iter()
+            .filter_map(|(name, l)| Some((name.clone(), l.stage.ready()?.files.clone())))
+            .collect();
+        self.spawn(async move {
+            let changed = move || {
+                checked.into_iter().filter(|(_, f)| !f.are_unchanged()).map(|(name, _)| name).collect()
+            };
+            Event::Rechecked { lenses: tokio::task::spawn_blocking(changed).await.unwrap_or_default() }
+        });
+    }
+
+    fn on_base_resolved(&mut self, key: &BaseKey, token: u64, result: Result<ResolvedBase, Failure>) {
+        self.resolving -= 1;
+        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
+        declared.in_flight = false;
+        let result =
+            result.and_then(|base| base_too_large(&base.layout, limits).map_or(Ok(base), Err));
+        declared.stage = match result {
+            Ok(base) => {
+                tracing::info!(
+                    base = %key,
+                    digest = base.files.digest,
+                    bytes = base.layout.bytes,
+                    architecture = ?base.config.architecture,
+                    "base resolved"
+                );
+                Stage::Ready(Arc::new(base))
+            }
+            Err(failure) => {
+                declared.failures += 1;
+                tracing::warn!(base = %key, reason = %failure.reason, error = failure.message, "base failed");
+                Self::failed(failure, declared.failures)
+            }
+        };
+        self.retain_folders();
+    }
+
+    fn on_lens_resolved(&mut self, name: &LensName, token: u64, result: Result<ResolvedLens, Failure>) {
+        self.resolving -= 1;
+        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        let lens_budget = limits.lens_bytes;
+        let Some(declared) = self.lenses.get_mut(name).filter(|l| l.token == token) else { return };
+        declared.in_flight = false;
+        let result =
+            result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
+        let (group, lens) = name;
+        match result {
+            Ok(resolved) => {
+                if declared.stage.ready().map(|r| &r.files.digest) != Some(&resolved.files.digest) {
+                    tracing::info!(
+                        group,
+                        lens,
+                        digest = resolved.files.digest,
+                        bytes = resolved.bytes,
+                        "lens resolved"
+                    );
+                }
+                declared.failures = 0;
+                declared.stage = Stage::Ready(resolved);
+            }
+            Err(failure) => {
+                let resident = declared.key().is_some_and(|key| self.table.has_lens(&key));
+                if resident {
+                    // What is in memory was good when it came; the files are missed when they are needed again.
+                    tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "the source of a loaded lens is no longer good");
+                } else {
+                    declared.failures += 1;
+                    tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "lens failed");
+                    declared.stage = Self::failed(failure, declared.failures);
+                }
+            }
+        }
+        self.retain_folders();
+    }
+
+    /// Lets the disk tier forget folders that nothing declared refers to.
+    fn retain_folders(&self) {
+        let busy = self.bases.values().any(|b| b.in_flight) || self.lenses.values().any(|l| l.in_flight);
+        if busy {
+            return;
+        }
+        let bases = self.bases.values().filter_map(|b| Some(b.stage.ready()?.files.folder.clone()));
+        let lenses = self.lenses.values().filter_map(|l| Some(l.stage.ready()?.files.folder.clone()));
+        let folders: BTreeSet<PathBuf> = bases.chain(lenses).collect();
+        self.start.resolver.fetcher.cache().retain(&folders);
+    }
+
+    pub(super) fn load_lens(&mut self, key: LensKey, lens: ResolvedLens) {
+        let Some(base) = self.base_ids.get(&key.base).copied() else { return };
+        let Some(config) = self.bases.get(&key.base).and_then(|b| b.stage.ready()).map(|b| b.config.clone())
+        else {
+            return;
+        };
+        self.uses += 1;
+        let held = Held { bytes: lens.bytes, phase: Phase::Loading, users: 0, last_used: self.uses };
+        self.table.lenses.insert(key.clone(), held);
+        let engine = self.engine.clone();
+        let since = Instant::now();
+        self.spawn(async move {
+            let result = loader::load_lens(engine, base, config, lens, Arc::new(|_| {})).await;
+            Event::LensLoaded { key, result, since }
+        });
+    }
+
+    fn on_lens_loaded(&mut self, key: &LensKey, result: Result<LensId, LoadError>, since: Instant) {
+        let names: Vec<LensName> = self
+            .lenses
+            .iter()
+            .filter(|(_, l)| l.key().as_ref() == Some(key))
+            .map(|(name, _)| name.clone())
+            .collect();
+        match result {
+            Ok(id) => {
+                self.lens_ids.insert(key.clone(), id);
+                if let Some(held) = self.table.lenses.get_mut(key) {
+                    held.phase = Phase::Resident;
+                }
+                for name in &names {
+                    self.lenses.get_mut(name).expect("just listed").failures = 0;
+                }
+                let now = Instant::now();
+                tracing::info!(
+                    lens = ?names.first(),
+                    digest = key.digest,
+                    ms = (now - since).as_millis() as u64,
+                    "lens loaded"
+                );
+                if self.last_loads.len() > 4096 {
+                    self.last_loads.clear();
+                }
+                self.last_loads.insert(key.clone(), (since, now));
+            }
+            Err(error) => {
+                self.table.lenses.remove(key);
+                for name in &names {
+                    let declared = self.lenses.get_mut(name).expect("just listed");
+                    self.next_token += 1;
+                    declared.token = self.next_token;
+                    declared.in_flight = false;
+                    declared.stage = match &error {
+                        LoadError::Changed => Stage::Resolving,
+                        LoadError::Failed(failure) | LoadError::NoRoom(failure) => {
+                            declared.failures += 1;
+                            tracing::warn!(group = name.0, lens = name.1, reason = %failure.reason, error = failure.message, "lens failed to load");
+                            Self::failed(failure.clone(), declared.failures)
+                        }
+                    };
+                }
+            }
+        }
+    }
+
+    pub(super) fn evict_lens(&mut self, key: LensKey, why: &str) {
+        let Some(held) = self.table.lenses.get_mut(&key) else { return };
+        let Some(id) = self.lens_ids.get(&key).copied() else { return };
+        held.phase = Phase::Leaving;
+        self.evictions += 1;
+        tracing::info!(digest = key.digest, bytes = held.bytes, why, "lens evicted");
+        let engine = self.engine.clone();
+        self.spawn(async move {
+            let result = loader::remove_lens(&engine, id).await;
+            Event::LensGone { key, result }
+        });
+    }
+
+    fn on_percent(&self, key: &BaseKey) -> OnPercent {
+        let (messages, key) = (self.messages.clone(), key.clone());
+        let last = std::sync::atomic::AtomicU8::new(0);
+        Arc::new(move |percent| {
+            use std::sync::atomic::Ordering::Relaxed;
+            if percent >= last.load(Relaxed).saturating_add(5) {
+                last.store(percent, Relaxed);
+                let _ = messages.send(Message::Event(Event::BasePercent { key: key.clone(), percent }));
+            }
+        })
+    }
+
+    fn hold_base(&mut self, key: &BaseKey, bytes: u64) {
+        self.uses += 1;
+        let held = Held { bytes, phase: Phase::Loading, users: 0, last_used: self.uses };
+        self.table.bases.insert(key.clone(), held);
+        if let Some(base) = self.bases.get_mut(key) {
+            base.percent = 0;
+        }
+    }
+
+    /// Loads a base beside the active one, ahead of the switch.
+    pub(super) fn preload_base(&mut self, key: BaseKey, base: Arc<ResolvedBase>) {
+        tracing::info!(base = %key, bytes = base.layout.bytes, "loading a base beside the active one");
+        self.hold_base(&key, base.layout.bytes);
+        let (engine, on_percent) = (self.engine.clone(), self.on_percent(&key));
+        self.spawn(async move {
+            let result = loader::load_base(engine, base, on_percent).await;
+            Event::BaseLoaded { key, result }
+        });
+    }
+
+    fn on_base_loaded(&mut self, key: &BaseKey, result: Result<BaseId, LoadError>) {
+        match result {
+            Ok(id) => {
+                self.base_ids.insert(key.clone(), id);
+                if let Some(held) = self.table.bases.get_mut(key) {
+                    held.phase = Phase::Resident;
+                }
+            }
+            Err(LoadError::NoRoom(short)) => {
+                tracing::info!(base = %key, error = short.message, "no room beside the active base");
+                self.table.bases.remove(key);
+                self.not_beside.insert(key.clone());
+            }
+            Err(error) => {
+                self.table.bases.remove(key);
+                self.base_load_failed(key, error.into());
+            }
+        }
+    }
+
+    fn base_load_failed(&mut self, key: &BaseKey, error: LoadFailure) {
+        let Some(base) = self.bases.get_mut(key) else { return };
+        self.next_token += 1;
+        base.token = self.next_token;
+        base.in_flight = false;
+        base.stage = match error {
+            LoadFailure::Changed => Stage::Resolving,
+            LoadFailure::Failed(failure) => {
+                base.failures += 1;
+                tracing::warn!(base = %key, reason = %failure.reason, error = failure.message, "base failed to load");
+                Self::failed(failure, base.failures)
+            }
+        };
+    }
+
+    fn victim(&self, key: &BaseKey) -> Option<Victim> {
+        let id = *self.base_ids.get(key)?;
+        let lenses = self
+            .table
+            .lenses_over(key)
+            .filter_map(|lens| Some((lens.clone(), *self.lens_ids.get(lens)?)))
+            .collect();
+        let base = self.bases.get(key).and_then(|b| b.stage.ready()).cloned();
+        Some(Victim { key: key.clone(), id, lenses, base })
+    }
+
+    /// Frees a parked base that nothing declares any more.
+    pub(super) fn drop_base(&mut self, key: BaseKey) {
+        let Some(victim) = self.victim(&key) else { return };
+        tracing::info!(base = %key, "base is no longer declared");
+        self.leaves(&key);
+        let engine = self.engine.clone();
+        self.spawn(async move {
+            let (outcome, failure) = loader::remove_base(engine, victim).await;
+            Event::BaseGone { key, outcome, failure }
+        });
+    }
+
+    fn leaves(&mut self, key: &BaseKey) {
+        if let Some(held) = self.table.bases.get_mut(key) {
+            held.phase = Phase::Leaving;
+        }
+        for (lens, held) in &mut self.table.lenses {
+            if lens.base == *key {
+                held.phase = Phase::Leaving;
+            }
+        }
+    }
+
+    /// Starts the switch to a base. Nothing runs, and no lens is on its way.
+    pub(super) fn switch_to(&mut self, to: BaseKey, base: Arc<ResolvedBase>, free_first: &[BaseKey]) {
+        let active = self.table.active.clone();
+        let mut parked: Vec<(u64, BaseKey)> = self
+            .table
+            .bases
+            .iter()
+            .filter(|(k, h)| **k != to && Some(*k) != active.as_ref() && h.phase == Phase::Resident)
+            .filter(|(k, _)| !free_first.contains(k))
+            .map(|(k, h)| (h.last_used, k.clone()))
+            .collect();
+        parked.sort();
+        let order = SwitchOrder {
+            resident: self.base_ids.get(&to).copied().filter(|_| self.table.has_base(&to)),
+            from: active.as_ref().and_then(|k| self.victim(k)),
+            free_first: free_first.iter().filter_map(|k| self.victim(k)).collect(),
+            parked: parked.iter().filter_map(|(_, k)| self.victim(k)).collect(),
+            base: base.clone(),
+            to: to.clone(),
+        };
+        tracing::info!(to = %to, from = ?active.as_ref().map(ToString::to_string), parked = order.resident.is_some(), "switching base");
+        if order.resident.is_none() {
+            self.hold_base(&to, base.layout.bytes);
+        }
+        self.turn = Turn::Switching { to: to.clone(), since: Instant::now() };
+        let (engine, on_percent) = (self.engine.clone(), self.on_percent(&to));
+        self.spawn(async move { Event::Switched(loader::switch(engine, order, on_percent).await) });
+    }
+
+    /// Takes what left out of the table.
+    fn remove(&mut self, outcome: &SwitchOutcome) {
+        for key in &outcome.removed_lenses {
+            self.table.lenses.remove(key);
+            self.lens_ids.remove(key);
+        }
+        for key in &outcome.removed_bases {
+            self.table.bases.remove(key);
+            self.base_ids.remove(key);
+        }
+    }
+
+    fn on_switched(&mut self, outcome: SwitchOutcome) {
+        let Turn::Switching { to, since } = std::mem::replace(&mut self.turn, Turn::Steady) else { return };
+        self.remove(&outcome);
+        for (key, id) in &outcome.installed {
+            self.base_ids.insert(key.clone(), *id);
+            if let Some(held) = self.table.bases.get_mut(key) {
+                held.phase = Phase::Resident;
+            } else if let Some(base) = self.bases.get(key).and_then(|b| b.stage.ready()).cloned() {
+                self.hold_base(key, base.layout.bytes);
+                self.table.bases.get_mut(key).expect("just held").phase = Phase::Resident;
+            }
+        }
+        // What was on its way and did not come.
+        self.table.bases.retain(|_, held| held.phase != Phase::Loading);
+        let before = std::mem::replace(&mut self.table.active, outcome.active);
+        let now = Instant::now();
+        self.active_since = now;
+        self.not_beside.clear();
+        match outcome.error {
+            None => {
+                let ms = (now - since).as_millis() as u64;
+                tracing::info!(base = %to, ms, loaded = outcome.loaded, "base is active");
+                self.switches += u64::from(before.is_some());
+                if before.is_some() {
+                    self.last_switch = Some((to.clone(), (since, now) as Span));
+                }
+                self.has_served = true;
+                if let Some(base) = self.bases.get_mut(&to) {
+                    base.failures = 0;
+                }
+            }
+            Some(failure) => self.base_load_failed(&to, failure),
+        }
+    }
+
+    /// Puts the document's limits in force once what is resident fits them.
+    pub(super) fn reconfigure(&mut self, now: Instant) {
+        let Some(document) = &self.document else { return };
+        match &self.wanted_limits {
+            None => {
+                let applied =
+                    AppliedDocument { sequence: document.sequence, digest: document.digest.clone() };
+                if self.applied.as_ref() != Some(&applied) {
+                    tracing::info!(sequence = applied.sequence, digest = applied.digest, "document applied");
+                    self.applied = Some(applied);
+                }
+            }
+            Some(wanted)
+                if !self.reconfiguring
+                    && now >= self.reconfigure_at
+                    && !matches!(self.turn, Turn::Switching { .. })
+                    && self.table.lens_bytes() <= wanted.lens_bytes =>
+            {
+                self.reconfiguring = true;
+                let (engine, limits) = (self.engine.clone(), wanted.clone());
+                self.spawn(async move {
+                    let result = engine.reconfigure(limits.clone()).await;
+                    Event::Reconfigured { limits, result }
+                });
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn on_reconfigured(&mut self, limits: EngineConfig, result: Result<(), ChangeError>) {
+        self.reconfiguring = false;
+        match result {
+            Ok(()) => {
+                // A newer document may have come meanwhile; then its limits are still wanted.
+                self.wanted_limits.take_if(|wanted| *wanted == limits);
+                self.limits = limits;
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, "the document's budgets do not fit yet, trying again");
+                self.reconfigure_at = Instant::now() + std::time::Duration::from_secs(1);
+            }
+        }
+    }
+}
