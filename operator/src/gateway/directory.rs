@@ -119,8 +119,10 @@ impl Directory {
                 if gathered.0 != now {
                     *gathered = (now, Arc::new(gather(namespace, &self.fleet.snapshot())));
                 }
-                // A worker that never spoke must not keep every wrong name waiting.
-                if !gathered.1.complete && self.started.elapsed() >= NEWS_GRACE {
+                // One worker that never spoke must not keep every wrong name waiting; while none
+                // has, nothing can be said to not exist.
+                let is_late = !gathered.1.complete && self.started.elapsed() >= NEWS_GRACE;
+                if is_late && self.fleet.snapshot().values().any(|w| w.report.is_some()) {
                     Arc::make_mut(&mut gathered.1).complete = true;
                 }
                 gathered.1.clone()

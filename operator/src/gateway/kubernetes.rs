@@ -108,7 +108,7 @@ fn lean<K: ResourceExt>(mut object: K) -> K {
 
 enum Seen {
     Group(watcher::Event<ModelGroup>),
-    Placement(watcher::Event<ModelPlacement>),
+    Placement(Box<watcher::Event<ModelPlacement>>),
     Slice(watcher::Event<EndpointSlice>),
 }
 
@@ -116,7 +116,9 @@ enum Seen {
 pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Directory>) {
     let events: [BoxStream<'static, Seen>; 3] = [
         watch(watched.api(), watcher::Config::default()).map(Seen::Group).boxed(),
-        watch(watched.api(), watcher::Config::default()).map(Seen::Placement).boxed(),
+        watch(watched.api(), watcher::Config::default())
+            .map(|event| Seen::Placement(Box::new(event)))
+            .boxed(),
         watch(watched.api(), watcher::Config::default().labels(label::PLACEMENT)).map(Seen::Slice).boxed(),
     ];
     let mut events = futures::stream::select_all(events).ready_chunks(256);
@@ -129,7 +131,7 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
         for event in events {
             match event {
                 Seen::Group(event) => groups.take(event, &mut declared),
-                Seen::Placement(event) => placements.take(event, &mut declared),
+                Seen::Placement(event) => placements.take(*event, &mut declared),
                 Seen::Slice(event) => slices.take(event, &mut addresses),
             }
         }
