@@ -52,17 +52,18 @@ impl Drop for Program {
     }
 }
 
-/// A program of this workspace. Cargo builds the programs of a crate for that crate's tests only,
-/// so this asks for the others; it takes no time when they are fresh.
+/// A program of this workspace. Cargo builds the programs of a crate for that crate's tests only, so this asks
+/// for the others, in the words of `cargo xtask test`: another choice of packages would build
+/// dependencies anew. It takes no time when they are fresh.
 fn built(name: &str) -> Result<PathBuf> {
     let here = std::env::current_exe()?;
     let folder = here.ancestors().nth(2).context("the test lies in a target folder")?;
     if let Some(cargo) = std::env::var_os("CARGO") {
         let status = Command::new(cargo)
-            .args(["build", "--quiet", "--package", name])
+            .args(["build", "--quiet", "--workspace", "--bins"])
             .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
             .status()?;
-        anyhow::ensure!(status.success(), "cargo build --package {name} ended with {status}");
+        anyhow::ensure!(status.success(), "cargo build --workspace --bins ended with {status}");
     }
     let program = folder.join(name);
     anyhow::ensure!(program.exists(), "{} is missing; run `cargo build --package {name}`", program.display());
