@@ -106,7 +106,8 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
             served.push((name, subject.clone(), row));
         }
     }
-    let recorded = numbers.names().iter().filter(|n| rows.keys().any(|name| n.starts_with(&format!("{name}.")))).count();
+    let recorded =
+        numbers.names().iter().filter(|n| rows.keys().any(|name| n.starts_with(&format!("{name}.")))).count();
     let skipped = lines.iter().any(|l| matches!(l.outcome, Outcome::Unsupported(_)));
     if !skipped {
         lines.push(Line::same(&case, "recorded tensors compared", &compared, &recorded));

@@ -52,7 +52,8 @@ pub async fn check(folder: &Path, dtype: Option<Dtype>) -> Result<Vec<Line>> {
     for name in expected.bases.keys().chain(expected.bases.keys()) {
         let (model, base) = (&expected.bases[name], &bases[name]);
         engine.activate(base.id).await?;
-        let voices = std::iter::once((None, model)).chain(model.lenses.iter().map(|(n, m)| (Some(n.as_str()), m)));
+        let voices =
+            std::iter::once((None, model)).chain(model.lenses.iter().map(|(n, m)| (Some(n.as_str()), m)));
         let mut asked = Vec::new();
         for (lens, voice) in voices {
             let subject = format!("demo {kind} {name}{}", lens.map_or(String::new(), |l| format!(":{l}")));
@@ -72,7 +73,8 @@ pub async fn check(folder: &Path, dtype: Option<Dtype>) -> Result<Vec<Line>> {
             }
         }
         let stop = base.tokenizer.stop_token_ids();
-        let all = asked.iter().map(|(_, lens, case)| greedy(&engine, base, *lens, &case.prompt_ids, (stop, 64)));
+        let all =
+            asked.iter().map(|(_, lens, case)| greedy(&engine, base, *lens, &case.prompt_ids, (stop, 64)));
         for ((subject, _, case), answer) in asked.iter().zip(futures::future::join_all(all).await) {
             let answer = answer?;
             lines.push(Line::same(subject, "output ids", &answer.ids, &case.output_ids));

@@ -105,7 +105,9 @@ pub async fn greedy(
                 if let FinishReason::Stop { token } = reason {
                     answer.ids.push(token);
                 }
-                if usage.generated_tokens as usize != answer.ids.len() || usage.prompt_tokens as usize != prompt.len() {
+                if usage.generated_tokens as usize != answer.ids.len()
+                    || usage.prompt_tokens as usize != prompt.len()
+                {
                     bail!("usage is {usage:?} for {} and {} tokens", prompt.len(), answer.ids.len());
                 }
             }

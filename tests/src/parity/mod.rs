@@ -59,7 +59,8 @@ impl Line {
             Outcome::Different(format!("{} numbers, expected {}", got.len(), want.len()))
         } else {
             let differences = got.iter().zip(want).map(|(a, b)| (a - b).abs() / largest);
-            let worst = differences.fold(0.0_f32, |max, x| if x.is_nan() { f32::INFINITY } else { max.max(x) });
+            let worst =
+                differences.fold(0.0_f32, |max, x| if x.is_nan() { f32::INFINITY } else { max.max(x) });
             match worst <= TOLERANCE {
                 true => Outcome::Equal(Some(worst)),
                 false => Outcome::Different(format!("off by {worst:.1e} of the largest value")),
