@@ -78,6 +78,8 @@ pub async fn serve(listener: TcpListener, router: Router, mut closing: watch::Re
             drop(place);
         });
     }
+    // Who connects from now on is refused at once, and does not wait for an answer that never comes.
+    drop(listener);
     connections.close();
     connections.wait().await;
 }
