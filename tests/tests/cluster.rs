@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 use turret_tests::cluster::environment::{Environment, KUBECONFIG};
+use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{answers, deletion, device, faults, lenses, rights};
 
@@ -72,15 +73,13 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
 async fn judge(release: &Release, scenario: &str, tried: Result<()>) -> Result<(), Failed> {
     let Err(error) = tried else { return Ok(()) };
     let mut text = format!("{error:#}\n");
-    let spaces = release.tools.kubectl(["get", "ns", "-l", "turret.dev/test", "-o", "name"]).await;
-    for space in spaces.unwrap_or_default().split_whitespace() {
-        let name = space.trim_start_matches("namespace/");
-        if name != NAMESPACE {
-            text += &release.tools.explain(name).await;
-            // What a failed scenario left must not disturb the next.
-            let deleted = release.tools.kubectl(["delete", "ns", name, "--wait=true", "--timeout=90s"]).await;
-            text += &deleted.err().map(|error| format!("\n{error:#}")).unwrap_or_default();
-        }
+    let of_scenarios = ["get", "ns", "-l", SCENARIO, "--field-selector=status.phase=Active", "-o", "name"];
+    let spaces = release.tools.kubectl(of_scenarios).await.unwrap_or_default();
+    for name in spaces.split_whitespace().map(|space| space.trim_start_matches("namespace/")) {
+        text += &release.tools.explain(name).await;
+        // What a failed scenario left must not disturb the next.
+        let deleted = release.tools.kubectl(["delete", "ns", name, "--wait=false"]).await;
+        text += &deleted.err().map(|error| format!("\n{error:#}")).unwrap_or_default();
     }
     text += &release.tools.logs(NAMESPACE).await;
     Err(Failed::from(format!("{scenario}: {text}")))

@@ -1,5 +1,6 @@
 //! The API server's audit log: who asked for what, what was refused, and which rights were used.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -20,8 +21,8 @@ pub struct Request {
     pub object_ref: Object,
     /// How it ended.
     pub response_status: Response,
-    /// With which client.
-    pub user_agent: String,
+    /// What the API server remarked.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// Who asked.
@@ -109,6 +110,12 @@ impl Request {
     /// Whether it changes anything.
     pub fn is_write(&self) -> bool {
         !matches!(self.verb.as_str(), "get" | "list" | "watch")
+    }
+
+    /// Whether it was refused for want of a right. A namespace that is being deleted also refuses
+    /// new objects with 403, whatever the rights.
+    pub fn is_forbidden(&self) -> bool {
+        self.annotations.get("authorization.k8s.io/decision").is_some_and(|decision| decision == "forbid")
     }
 
     /// `resource/subresource`, as RBAC writes it.
@@ -204,7 +211,7 @@ mod tests {
         "\n",
         r#"{"verb":"list","user":{"username":"a"},"objectRef":{"resource":"modelgroups","apiGroup":"turret.dev"},"responseStatus":{"code":200}}"#,
         "\n",
-        r#"{"verb":"get","user":{"username":"ab"},"objectRef":{"resource":"pods"},"responseStatus":{"code":403}}"#,
+        r#"{"verb":"get","user":{"username":"ab"},"objectRef":{"resource":"pods"},"responseStatus":{"code":403},"annotations":{"authorization.k8s.io/decision":"forbid"}}"#,
         "\n",
         r#"{"verb":"get","user":{"username":"a"},"obj"#,
     );
@@ -226,6 +233,7 @@ mod tests {
         assert_eq!(requests.len(), 2);
         assert_eq!(requests[0].to_string(), "patch services n/s → 201");
         assert!(requests[0].is_write() && !requests[1].is_write());
+        assert!(!requests[0].is_forbidden() && super::requests(LOG, "ab").unwrap()[0].is_forbidden());
     }
 
     #[test]

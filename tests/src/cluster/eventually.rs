@@ -1,6 +1,5 @@
 //! Waiting for a cluster: look again until it is so, and when it never is, say what was seen last.
 
-use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -13,11 +12,11 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
 /// Looks until `probe` answers `Ok(Ok(value))`. `Ok(Err(seen))` is "not yet, and this is what I see";
 /// an error ends the wait at once.
-pub async fn eventually<T, F, L>(deadline: Duration, what: &str, mut probe: F) -> Result<T>
-where
-    F: FnMut() -> L,
-    L: Future<Output = Result<Result<T, String>>>,
-{
+pub async fn eventually<T>(
+    deadline: Duration,
+    what: &str,
+    mut probe: impl AsyncFnMut() -> Result<Result<T, String>>,
+) -> Result<T> {
     let began = Instant::now();
     loop {
         let seen = match probe().await? {

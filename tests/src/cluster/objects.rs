@@ -71,7 +71,7 @@ pub fn placement(name: &str, groups: &[&str]) -> Placement {
         "replicas": 1,
         "memory": {"deviceBudget": "192Mi", "diskBudget": "64Mi"},
         "sourceVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
-        "terminationDrainSeconds": 10,
+        "terminationDrainSeconds": 5,
         "worker": {"resources": {
             "requests": {"cpu": "50m", "memory": "128Mi"},
             "limits": {"cpu": "1", "memory": "512Mi"},
@@ -123,16 +123,23 @@ impl Placement {
     }
 }
 
+/// Label of the namespaces of scenarios.
+pub const SCENARIO: &str = "turret.test/scenario";
+
 /// A namespace that admits only what Pod Security `restricted` admits.
 pub fn restricted_namespace(name: &str) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Namespace",
-        "metadata": {"name": name, "labels": {
-            "pod-security.kubernetes.io/enforce": "restricted",
-            "turret.dev/test": "true",
-        }},
+        "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
     })
+}
+
+/// The namespace of a scenario.
+pub fn scenario_namespace(name: &str) -> Value {
+    let mut namespace = restricted_namespace(name);
+    namespace["metadata"]["labels"][SCENARIO] = json!("true");
+    namespace
 }
 
 /// A claim called `claim` in `namespace` and the volume that fulfils it with a folder of the node.

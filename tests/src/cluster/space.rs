@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, PersistentVolume, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt as _};
@@ -16,7 +16,7 @@ use turret_crds::{ModelGroup, ModelPlacement, WorkerDocument, label};
 use super::eventually::{PATIENCE, eventually, when};
 use super::family::{Family, copy_readable};
 use super::gateway::Gateway;
-use super::objects::{folder_as_claim, restricted_namespace};
+use super::objects::{folder_as_claim, scenario_namespace};
 use super::release::Release;
 
 /// Claim, volume and folder that every space has.
@@ -39,7 +39,7 @@ impl<'r> Space<'r> {
         let folder = release.environment.volumes.join(name);
         let space = Space { release, name: name.into(), folder };
         copy_readable(&Family::folder(), &space.files())?;
-        release.tools.apply(&restricted_namespace(name).to_string()).await?;
+        release.tools.apply(&scenario_namespace(name).to_string()).await?;
         space.offer(MODELS).await?;
         Ok(space)
     }
@@ -166,21 +166,19 @@ impl<'r> Space<'r> {
         Ok(WorkerDocument::from_gzip(&document.0)?)
     }
 
-    /// Deletes the namespace and all that belongs to it, and waits until it is gone.
+    /// Deletes the namespace and all that belongs to it, without waiting: the next scenario need
+    /// not wait for pods that take their time to leave.
     pub async fn remove(self) -> Result<()> {
         let namespaces: Api<Namespace> = Api::all(self.release.client.clone());
-        if namespaces.get_opt(&self.name).await?.is_some() {
-            namespaces.delete(&self.name, &DeleteParams::default()).await?;
-        }
-        self.gone().await?;
-        let volumes: Api<PersistentVolume> = Api::all(self.release.client.clone());
-        for volume in volumes.list(&ListParams::default()).await? {
-            let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
-            if claim.and_then(|claim| claim.namespace.as_deref()) == Some(self.name.as_str()) {
-                volumes.delete(&volume.name_any(), &DeleteParams::default()).await?;
-            }
-        }
-        remove_folder(&self.folder)
+        namespaces.delete(&self.name, &DeleteParams::default()).await?;
+        Ok(())
+    }
+
+    /// Deletes the namespace and all that belongs to it, and waits until it is gone.
+    pub async fn remove_and_wait(self) -> Result<()> {
+        let namespaces: Api<Namespace> = Api::all(self.release.client.clone());
+        namespaces.delete(&self.name, &DeleteParams::default()).await?;
+        self.gone().await
     }
 
     /// Waits until the namespace is gone.
@@ -197,26 +195,22 @@ impl<'r> Space<'r> {
     }
 
     /// Waits until `probe` is content, at most [`PATIENCE`].
-    pub async fn eventually<T, F, L>(&self, what: &str, probe: F) -> Result<T>
-    where
-        F: FnMut() -> L,
-        L: Future<Output = Result<Result<T, String>>>,
-    {
+    pub async fn eventually<T>(
+        &self,
+        what: &str,
+        probe: impl AsyncFnMut() -> Result<Result<T, String>>,
+    ) -> Result<T> {
         eventually(PATIENCE, what, probe).await
     }
 
     /// As [`Space::eventually`], for what takes longer: a back-off, a restart.
-    pub async fn at_length<T, F, L>(&self, what: &str, probe: F) -> Result<T>
-    where
-        F: FnMut() -> L,
-        L: Future<Output = Result<Result<T, String>>>,
-    {
+    pub async fn at_length<T>(
+        &self,
+        what: &str,
+        probe: impl AsyncFnMut() -> Result<Result<T, String>>,
+    ) -> Result<T> {
         eventually(PATIENCE + Duration::from_secs(90), what, probe).await
     }
-}
-
-fn remove_folder(folder: &Path) -> Result<()> {
-    fs::remove_dir_all(folder).with_context(|| format!("failed to remove {}", folder.display()))
 }
 
 /// A pod's name, UID and restarts.

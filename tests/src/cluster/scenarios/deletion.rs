@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt as _};
@@ -10,10 +10,10 @@ use turret_crds::condition::{ACCEPTED, READY};
 use turret_crds::{ModelGroup, ModelPlacement, label};
 
 use super::{QWEN, case, model};
-use crate::cluster::eventually::when;
+use crate::cluster::eventually::{PATIENCE, eventually, when};
 use crate::cluster::family::Family;
 use crate::cluster::gateway::Mode;
-use crate::cluster::objects::{group, placement};
+use crate::cluster::objects::{SCENARIO, group, placement};
 use crate::cluster::release::Release;
 use crate::cluster::space::Space;
 use crate::cluster::worker::Direct;
@@ -39,7 +39,8 @@ pub async fn objects_deleted_in_any_order_leave_nothing(release: &Release) -> Re
     space.remove().await?;
 
     let space = serving(release, "namespace-at-once").await?;
-    space.remove().await
+    space.remove_and_wait().await?;
+    every_space_is_gone(release).await
 }
 
 /// The chart goes first: workers serve on without operator and gateway, and the objects can still
@@ -60,6 +61,19 @@ pub async fn workers_serve_on_after_helm_uninstall(release: &Release) -> Result<
     delete::<ModelPlacement>(&space, "shared").await?;
     nothing_is_owned(&space).await?;
     space.remove().await
+}
+
+/// Also those that the scenarios before left behind them without waiting.
+async fn every_space_is_gone(release: &Release) -> Result<()> {
+    let namespaces: Api<Namespace> = Api::all(release.client.clone());
+    let of_scenarios = ListParams::default().labels(SCENARIO);
+    eventually(PATIENCE, "no namespace of a scenario is left", async || {
+        let left = namespaces.list(&of_scenarios).await?.items;
+        Ok(when(left.is_empty(), || {
+            format!("{:?}", left.iter().map(|space| space.name_any()).collect::<Vec<_>>())
+        }))
+    })
+    .await
 }
 
 async fn serving<'r>(release: &'r Release, name: &str) -> Result<Space<'r>> {
