@@ -116,7 +116,7 @@ async fn requests_that_alternate_between_bases_are_all_right_and_the_parked_base
 async fn a_base_that_does_not_fit_beside_the_other_takes_its_place_and_back() {
     let mut family = whole_family();
     // Each base takes about 6 MB in F32 and a few for its KV cache: one fits beside the lens budget, two do not.
-    family.placement["memory"] = json!({"deviceBudget": "18Mi", "lensBudget": "4Mi"});
+    family.placement["memory"] = json!({"deviceBudget": "14Mi", "lensBudget": "4Mi"});
     family.placement["batching"] = json!({"maxContextTokens": 128, "maxRunningRows": 4, "prefillChunkTokens": 64});
     let worker = Worker::start(&family.document());
     worker.settled().await;

@@ -1,11 +1,15 @@
 //! Logging: one line per event on standard error, as text for people or JSON where a cluster collects it.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 /// Starts logging. `RUST_LOG` chooses what is logged; `json` writes one JSON object per line.
 pub fn start(json: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let for_people = std::io::stderr().is_terminal();
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(for_people);
     if json {
         log.json().flatten_event(true).init();
     } else {

@@ -48,6 +48,8 @@ struct Demand {
     others: BTreeMap<BaseKey, Instant>,
     /// Requests over the active base that could not be let in.
     queued: u32,
+    /// Of these, requests that waited before it became active and need nothing that is far away.
+    promised: u32,
 }
 
 impl Owner {
@@ -145,6 +147,8 @@ impl Owner {
                 && self.let_in(number, &key, &lens, &protected, &mut closed, now);
             if !admitted {
                 demand.queued += 1;
+                let known = !matches!(lens, LensNeeds::Resolving);
+                demand.promised += u32::from(known && since <= self.active_since);
                 if let LensNeeds::Key(lens) = lens {
                     protected.insert(lens);
                 }
@@ -329,6 +333,7 @@ impl Owner {
             active_since_ms: self.ms(self.active_since),
             rows: self.leases.len() as u32,
             queued: demand.queued,
+            promised: demand.promised,
             waiting: demand
                 .others
                 .iter()
@@ -350,9 +355,12 @@ impl Owner {
             Decision::Drain { to } => {
                 let seconds = u64::from(situation.rule.drain_seconds);
                 tracing::info!(to = %to, rows = situation.rows, "draining for a switch of base");
-                self.turn = Turn::Draining { to, until: now + Duration::from_secs(seconds) };
-                // Those that end right now are noticed by the next message.
-                Some(now)
+                let until = now + Duration::from_secs(seconds);
+                self.turn = Turn::Draining { to: to.clone(), until };
+                if self.leases.is_empty() {
+                    self.start_switch(&to);
+                }
+                None
             }
             Decision::Switch { to } => {
                 self.start_switch(&to);

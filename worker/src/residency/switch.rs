@@ -26,6 +26,10 @@ pub struct Situation {
     pub rows: u32,
     /// Requests that wait for it (for a lens, for a place in the batch).
     pub queued: u32,
+    /// Of these, requests that waited for this base before it became active, and whose lens is known: the switch was
+    /// made for them, so it is not undone before they are served. Without this, two bases with impatient rules would
+    /// take turns and serve nobody.
+    pub promised: u32,
     /// Who waits for another base, for bases that can be served.
     pub waiting: Vec<Waiting>,
     /// The base to make active when nobody waits and none is.
@@ -72,6 +76,9 @@ pub fn decide(situation: &Situation) -> Decision {
     if situation.active.is_none() {
         return Decision::Drain { to };
     }
+    if situation.promised > 0 {
+        return Decision::Stay { until_ms: None };
+    }
     let seconds = |s: u32| u64::from(s) * 1000;
     let held_until = situation.active_since_ms + seconds(situation.rule.min_hold_seconds);
     let waited_until =
@@ -94,6 +101,7 @@ mod tests {
             active_since_ms: 100_000,
             rows,
             queued,
+            promised: 0,
             waiting: waiting
                 .iter()
                 .map(|&(base, s)| Waiting { base: key(base), since_ms: s * 1000 })
@@ -140,6 +148,13 @@ mod tests {
         ] {
             assert_eq!(decide(&given), expected, "{what}");
         }
+    }
+
+    #[test]
+    fn a_switch_is_not_undone_before_those_it_was_made_for_are_served() {
+        let late = situation(3, 2, 500, &[("b", 1)]);
+        assert_eq!(decide(&late), Decision::Drain { to: key("b") });
+        assert_eq!(decide(&Situation { promised: 1, ..late }), Decision::Stay { until_ms: None });
     }
 
     #[test]
