@@ -151,12 +151,35 @@ fn last_words(pod: &str, ended: &ContainerStateTerminated) -> Trouble {
     Trouble { reason: reason::CRASHING, message: format!("pod {pod} {how}{said}"), needs_change: false }
 }
 
-/// The last part of a text (a process says why it ends at its end), short enough for a status.
+/// The last words of a process, short enough for a status, and the same each time it ends in the
+/// same way: without colours, times and what it logged before all was lost.
 fn shorten(text: &str) -> String {
     const MOST: usize = 400;
+    let lines: Vec<String> = text.lines().filter_map(meaning).collect();
+    let text = lines.join(" ");
     let from = text.char_indices().rev().nth(MOST - 1).map_or(0, |(at, _)| at);
     let cut = if from > 0 { "…" } else { "" };
-    format!("{cut}{}", text[from..].replace('\n', " "))
+    format!("{cut}{}", &text[from..])
+}
+
+/// What a line says; `None` when it says nothing about an end.
+fn meaning(line: &str) -> Option<String> {
+    let mut plain = String::with_capacity(line.len());
+    let mut rest = line;
+    while let Some((before, escape)) = rest.split_once('\u{1b}') {
+        plain.push_str(before);
+        rest = escape.find(|c: char| c.is_ascii_alphabetic()).map_or("", |end| &escape[end + 1..]);
+    }
+    plain.push_str(rest);
+    let mut words: Vec<&str> = plain.split_whitespace().collect();
+    let is_time =
+        |w: &str| w.len() > 10 && w.as_bytes()[0].is_ascii_digit() && w.contains('T') && w.contains(':');
+    if words.first().is_some_and(|w| is_time(w)) {
+        words.remove(0);
+    }
+    let is_chatter =
+        matches!(words.first(), Some(&"INFO" | &"DEBUG" | &"TRACE")) || plain.starts_with("note: run with");
+    (!is_chatter && !words.is_empty()).then(|| words.join(" "))
 }
 
 #[cfg(test)]
@@ -244,6 +267,13 @@ mod tests {
         assert_eq!(facts(status.clone()).trouble.unwrap().reason, reason::CRASHING);
         status["containerStatuses"][0]["ready"] = true.into();
         assert_eq!(facts(status).trouble, None);
+    }
+
+    #[test]
+    fn last_words_are_the_same_each_time_and_without_chatter() {
+        let log = "\u{1b}[2m2026-11-21T09:01:56.278019Z\u{1b}[0m \u{1b}[32m INFO\u{1b}[0m lens resolved\n\
+                   2026-11-21T09:01:57Z ERROR no device\nallocation failed\nnote: run with `RUST_BACKTRACE=1`\n";
+        assert_eq!(shorten(log), "ERROR no device allocation failed");
     }
 
     #[test]

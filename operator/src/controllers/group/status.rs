@@ -97,14 +97,29 @@ fn look(group: &ModelGroup, placed: &Placed<'_>) -> Found {
         None
     } else if !is_current {
         Some(Obstacle::passing(reason::UPDATING, "workers have yet to be told of this generation"))
-    } else if assessment.obstacle.is_some() {
-        assessment.obstacle.clone()
+    } else if let Some(other) = assessment.obstacle.clone()
+        && !(other.reason == reason::UPDATING && was_served(group, placed))
+    {
+        Some(other)
     } else {
         artifacts.obstacle(placed.group)
     };
     let named = obstacle
         .map(|o| Obstacle { message: format!("placement `{}`: {}", placed.placement, o.message), ..o });
     Found { obstacle: named, artifacts }
+}
+
+/// Whether all workers of the placement served exactly this generation before. While they take a
+/// newer document, in which something else changed, they go on serving it.
+fn was_served(group: &ModelGroup, placed: &Placed<'_>) -> bool {
+    let old = ours(group.status.as_ref());
+    let ready = old.conditions.iter().find(|c| c.type_ == condition::READY);
+    let was_ready = ready.is_some_and(|c| {
+        c.status == "True"
+            && c.reason == reason::SERVING
+            && c.observed_generation == group.metadata.generation
+    });
+    was_ready && old.placements.iter().any(|p| p == placed.placement)
 }
 
 fn ready_lenses(group: &ModelGroup, placed: &[Placed<'_>], found: &[Found]) -> usize {

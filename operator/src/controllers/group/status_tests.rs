@@ -106,6 +106,24 @@ fn a_new_generation_is_not_ready_before_the_workers_say_so() {
 }
 
 #[test]
+fn a_group_stays_ready_while_something_else_of_the_document_changes() {
+    let mut world = serving();
+    world.groups[0].status = Some(status_of(&world));
+    world.placement.spec.admission =
+        Some(turret_crds::placement::Admission { hold_seconds: Some(7), ..Default::default() });
+    assert_eq!(world.carry_out().len(), 1, "a newer document that the workers have yet to take");
+    assert_eq!(said(&status_of(&world), condition::READY), "True/Serving");
+    // But not what is wrong with the group itself, and not a change of the group.
+    let served = world.workers.clone();
+    reporting(&mut world, |o| o.reporting(|r| r.lenses[0].state = failed(FailureReason::DigestMismatch)));
+    assert_eq!(said(&status_of(&world), condition::READY), "False/LensesFailed");
+    world.workers = served;
+    world.groups[0].metadata.generation = Some(2);
+    world.carry_out();
+    assert_eq!(said(&status_of(&world), condition::READY), "False/Updating");
+}
+
+#[test]
 fn a_group_of_the_same_name_that_was_made_anew_is_another_group() {
     let mut world = serving();
     world.groups[0].metadata.uid = Some("another".into());
