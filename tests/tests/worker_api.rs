@@ -117,7 +117,8 @@ async fn a_base_that_does_not_fit_beside_the_other_takes_its_place_and_back() {
     let mut family = whole_family();
     // Each base takes about 6 MB in F32 and a few for its KV cache: one fits beside the lens budget, two do not.
     family.placement["memory"] = json!({"deviceBudget": "14Mi", "lensBudget": "4Mi"});
-    family.placement["batching"] = json!({"maxContextTokens": 128, "maxRunningRows": 4, "prefillChunkTokens": 64});
+    family.placement["batching"] =
+        json!({"maxContextTokens": 128, "maxRunningRows": 4, "prefillChunkTokens": 64});
     let worker = Worker::start(&family.document());
     worker.settled().await;
     for model in ["b:polite", "a:terse", "b", "a:pirate"] {
@@ -136,9 +137,8 @@ async fn a_lens_is_added_replaced_and_removed_under_load() {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("voice");
     copy_readable(&fixture("lenses/pirate"), &place).unwrap();
-    let mut family = Family::default()
-        .group("a", &lens_uri("base"))
-        .lens("a", "terse", &lens_uri("lenses/terse"));
+    let mut family =
+        Family::default().group("a", &lens_uri("base")).lens("a", "terse", &lens_uri("lenses/terse"));
     let worker = Worker::start(&family.document());
     worker.settled().await;
     let (messages, terse) = sky("a:terse");
@@ -161,9 +161,8 @@ async fn a_lens_is_added_replaced_and_removed_under_load() {
         let digest = digest_of(&fixture("lenses/shout")).unwrap();
         family.set_lens("a", "voice", json!({"name": "voice", "source": {"uri": other, "digest": digest}}));
         worker.push(&family.document()).await;
-        let response = worker
-            .chat_raw(&json!({"model": "a:voice", "messages": messages, "temperature": 0}))
-            .await;
+        let response =
+            worker.chat_raw(&json!({"model": "a:voice", "messages": messages, "temperature": 0})).await;
         assert_eq!(response.headers()["x-turret-lens-digest"], digest.as_str());
         let body: Value = response.json().await.unwrap();
         assert_eq!(body["choices"][0]["message"]["content"], sky("a:shout").1);
@@ -171,7 +170,9 @@ async fn a_lens_is_added_replaced_and_removed_under_load() {
         worker.push(&family.document()).await;
         let gone = worker.chat_raw(&json!({"model": "a:voice", "messages": messages})).await;
         assert_eq!(gone.status(), 404);
-        worker.wait("nothing of it in memory", |r| r.state.tiers[1].lens_bytes == r.lenses[0].bytes.unwrap()).await;
+        worker
+            .wait("nothing of it in memory", |r| r.state.tiers[1].lens_bytes == r.lenses[0].bytes.unwrap())
+            .await;
     };
     let (answers, ()) = tokio::join!(load, changes);
     assert_eq!(answers, 240);
@@ -200,7 +201,8 @@ async fn lenses_take_turns_in_a_budget_for_one_and_every_answer_is_right() {
         let (messages, answer) = sky(&format!("a:{lens}"));
         assert_eq!(worker.chat(&format!("a:{lens}"), &messages).await, Ok(answer));
     }
-    let report = worker.wait("all loaded", |r| r.lenses.iter().filter(|l| l.tier == Tier::Device).count() == 5);
+    let report =
+        worker.wait("all loaded", |r| r.lenses.iter().filter(|l| l.tier == Tier::Device).count() == 5);
     report.await;
 }
 
@@ -238,8 +240,13 @@ async fn broken_lenses_are_named_with_their_reason_the_others_serve_and_they_hea
     let config = std::fs::read_to_string(&narrow).unwrap().replace("\"r\": 8", "\"r\": 4");
     std::fs::write(&narrow, config).unwrap();
     let wrong = format!("sha256:{}", "0".repeat(64));
-    let mut family = Family::default().group("a", &lens_uri("base")).lens("a", "good", &lens_uri("lenses/terse"));
-    family.set_lens("a", "digest", json!({"name": "digest", "source": {"uri": uri(&place("digest")), "digest": wrong}}));
+    let mut family =
+        Family::default().group("a", &lens_uri("base")).lens("a", "good", &lens_uri("lenses/terse"));
+    family.set_lens(
+        "a",
+        "digest",
+        json!({"name": "digest", "source": {"uri": uri(&place("digest")), "digest": wrong}}),
+    );
     let mut family = family
         .lens("a", "truncated", &uri(&place("truncated")))
         .lens("a", "shape", &uri(&place("shape")))
@@ -275,7 +282,11 @@ async fn broken_lenses_are_named_with_their_reason_the_others_serve_and_they_hea
     assert_eq!(worker.chat("a:missing", &messages).await, Ok(sky("a:shout").1));
     // The declaration is fixed: so does that one.
     let right = digest_of(&place("digest")).unwrap();
-    family.set_lens("a", "digest", json!({"name": "digest", "source": {"uri": uri(&place("digest")), "digest": right}}));
+    family.set_lens(
+        "a",
+        "digest",
+        json!({"name": "digest", "source": {"uri": uri(&place("digest")), "digest": right}}),
+    );
     worker.push(&family.document()).await;
     worker.wait("healed", |r| is_ready(r, "a", "digest")).await;
 }
@@ -304,7 +315,8 @@ async fn https_sources_are_fetched_resumed_and_kept() {
     server.refuse(Some(403));
     let mut family = family.lens("a", "secret", &format!("{}/lenses/shout", server.url));
     worker.push(&family.document()).await;
-    let refused = |r: &WorkerReport| failure(r, "a", "secret").is_some_and(|f| f.0 == FailureReason::Unauthorized);
+    let refused =
+        |r: &WorkerReport| failure(r, "a", "secret").is_some_and(|f| f.0 == FailureReason::Unauthorized);
     worker.wait("refused", refused).await;
     server.refuse(None);
     worker.wait("healed", |r| is_ready(r, "a", "secret")).await;
@@ -323,14 +335,15 @@ async fn a_stop_string_ends_the_text_and_usage_is_told() {
     assert_eq!(whole["model"], "a");
     assert!(whole["system_fingerprint"].as_str().unwrap().starts_with("turret-"));
     let first = &whole["choices"][0]["logprobs"]["content"][0];
-    assert!(first["logprob"].as_f64().unwrap() <= 0.0 && first["top_logprobs"].as_array().unwrap().len() == 2);
+    assert!(
+        first["logprob"].as_f64().unwrap() <= 0.0 && first["top_logprobs"].as_array().unwrap().len() == 2
+    );
     let mut streamed = body.clone();
     streamed["stream"] = true.into();
     streamed["stream_options"] = json!({"include_usage": true});
     let text = worker.chat_raw(&streamed).await.text().await.unwrap();
     let all = events(&text);
-    let joined: String =
-        all.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
+    let joined: String = all.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(joined, "The sky i");
     assert_eq!(all.last().unwrap()["usage"]["prompt_tokens"], whole["usage"]["prompt_tokens"]);
     let short: Value = worker
@@ -339,10 +352,14 @@ async fn a_stop_string_ends_the_text_and_usage_is_told() {
         .json()
         .await
         .unwrap();
-    assert_eq!((&short["choices"][0]["finish_reason"], &short["usage"]["completion_tokens"]), (&json!("length"), &json!(3)));
+    assert_eq!(
+        (&short["choices"][0]["finish_reason"], &short["usage"]["completion_tokens"]),
+        (&json!("length"), &json!(3))
+    );
     let prompt = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n";
     let body = json!({"model": "a:terse", "prompt": prompt, "temperature": 0});
-    let response = worker.client.post(format!("{}/v1/completions", worker.data)).bearer_auth(TOKEN).json(&body);
+    let response =
+        worker.client.post(format!("{}/v1/completions", worker.data)).bearer_auth(TOKEN).json(&body);
     let text: Value = response.send().await.unwrap().json().await.unwrap();
     assert_eq!(text["choices"][0]["text"], sky("a:terse").1);
 }
@@ -380,7 +397,9 @@ async fn bad_requests_are_refused_by_name_and_never_break_the_worker() {
     assert_eq!(lens["state"]["phase"], "Ready");
     assert_eq!(get("/v1/models/none").await.unwrap().status(), 404);
     let metrics = get("/metrics").await.unwrap().text().await.unwrap();
-    for name in ["vllm:num_requests_running", "vllm:kv_cache_usage_perc", "turret_requests_total", "turret_ready 1"] {
+    for name in
+        ["vllm:num_requests_running", "vllm:kv_cache_usage_perc", "turret_requests_total", "turret_ready 1"]
+    {
         assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
     }
 }
@@ -482,7 +501,7 @@ fn a_worker_that_cannot_serve_safely_or_at_all_says_why_and_ends() {
 }
 
 #[tokio::test]
-async fn sigterm_lets_running_rows_finish_refuses_new_ones_and_ends_with_zero() {
+async fn sigterm_lets_running_rows_finish_and_ends_with_zero() {
     let folder = tempfile::tempdir().unwrap();
     let made = std::process::Command::new(binary())
         .args(["synth", "--bytes", "64Mi", "--dtype", "BF16"])
@@ -515,7 +534,13 @@ async fn sigterm_lets_running_rows_finish_refuses_new_ones_and_ends_with_zero() 
 async fn drain_refuses_new_requests_and_closes_connections() {
     let worker = Worker::start(&whole_family().document());
     worker.settled().await;
-    let drain = worker.client.post(format!("{}/control/v1/drain", worker.control)).bearer_auth(TOKEN).send().await.unwrap();
+    let drain = worker
+        .client
+        .post(format!("{}/control/v1/drain", worker.control))
+        .bearer_auth(TOKEN)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(drain.status(), 202);
     worker.wait("draining", |r| r.state.draining).await;
     let (messages, _) = sky("a");

@@ -123,7 +123,8 @@ async fn answer(
                 let (code, from) = start.map_or((200, 0), |s| (206, s));
                 let mut head = format!("HTTP/1.1 {code} OK\r\nETag: {tag}\r\nConnection: close\r\n");
                 if start.is_some() {
-                    head += &format!("Content-Range: bytes {from}-{}/{}\r\n", content.len() - 1, content.len());
+                    head +=
+                        &format!("Content-Range: bytes {from}-{}/{}\r\n", content.len() - 1, content.len());
                 }
                 head += &format!("Content-Length: {}\r\n\r\n", content.len() - from);
                 let mut reply = head.into_bytes();

@@ -69,7 +69,15 @@ impl Worker {
         std::fs::write(&path, serde_json::to_vec(document).unwrap()).unwrap();
         let mut command = Command::new(binary());
         command
-            .args(["serve", "--listen", "127.0.0.1:0", "--control-listen", "127.0.0.1:0", "--file-roots", "/"])
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--control-listen",
+                "127.0.0.1:0",
+                "--file-roots",
+                "/",
+            ])
             .arg("--config")
             .arg(path)
             .arg("--cache-dir")
@@ -134,8 +142,7 @@ impl Worker {
     /// Waits until it takes requests and every lens is found good or failed.
     pub async fn settled(&self) -> WorkerReport {
         self.wait("ready, every lens decided", |report| {
-            report.state.ready
-                && report.lenses.iter().all(|l| !matches!(l.state, ArtifactState::Resolving))
+            report.state.ready && report.lenses.iter().all(|l| !matches!(l.state, ArtifactState::Resolving))
         })
         .await
     }
@@ -170,7 +177,8 @@ impl Worker {
 
     /// The same as a stream; the pieces joined.
     pub async fn chat_streamed(&self, model: &str, messages: &Value) -> Result<String, String> {
-        let body = json!({"model": model, "messages": messages, "temperature": 0, "max_tokens": 64, "stream": true});
+        let body =
+            json!({"model": model, "messages": messages, "temperature": 0, "max_tokens": 64, "stream": true});
         let response = self.chat_raw(&body).await;
         let status = response.status();
         let text = response.text().await.unwrap();

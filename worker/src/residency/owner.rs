@@ -311,7 +311,8 @@ impl Owner {
     fn refuse_what_no_longer_fits(&mut self) {
         let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
         for lens in self.lenses.values_mut() {
-            if let Some(failure) = lens.stage.ready().and_then(|l| lens_too_large(l.bytes, limits.lens_bytes)) {
+            if let Some(failure) = lens.stage.ready().and_then(|l| lens_too_large(l.bytes, limits.lens_bytes))
+            {
                 lens.stage = Self::failed(failure, 1);
             }
         }

@@ -260,8 +260,7 @@ impl Owner {
         let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
         let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
         declared.in_flight = false;
-        let result =
-            result.and_then(|base| base_too_large(&base.layout, limits).map_or(Ok(base), Err));
+        let result = result.and_then(|base| base_too_large(&base.layout, limits).map_or(Ok(base), Err));
         declared.stage = match result {
             Ok(base) => {
                 tracing::info!(
@@ -288,8 +287,7 @@ impl Owner {
         let lens_budget = limits.lens_bytes;
         let Some(declared) = self.lenses.get_mut(name).filter(|l| l.token == token) else { return };
         declared.in_flight = false;
-        let result =
-            result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
+        let result = result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
         let (group, lens) = name;
         match result {
             Ok(resolved) => {
