@@ -40,6 +40,15 @@ pub fn cargo_target() -> Result<PathBuf> {
 pub fn cargo() -> Result<Command> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(repository()).env("CARGO_TARGET_DIR", cargo_target()?);
+    // `cargo xtask` runs inside of cargo, which describes xtask in these variables. Build scripts watch
+    // them (ring's does), so everything above ring would be compiled again whenever somebody calls
+    // cargo directly and then xtask.
+    let about_xtask = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(about_xtask) {
+            command.env_remove(name);
+        }
+    }
     Ok(command)
 }
 
