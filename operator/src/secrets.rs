@@ -42,7 +42,7 @@ fn observe(api: Api<Secret>, name: &str) -> impl Stream<Item = Option<Secret>> +
 }
 
 enum Found {
-    Key(SigningKey),
+    Key(Box<SigningKey>),
     Empty,
     Broken,
 }
@@ -51,7 +51,7 @@ fn key_of(secret: &Secret) -> Found {
     let field = secret.data.as_ref().and_then(|d| d.get(SECRET_FIELD)).filter(|d| !d.0.is_empty());
     let Some(field) = field else { return Found::Empty };
     match SigningKey::from_pem(&String::from_utf8_lossy(&field.0)) {
-        Ok(key) => Found::Key(key),
+        Ok(key) => Found::Key(Box::new(key)),
         Err(error) => {
             tracing::error!(secret = %secret.name_any(), %error, "a signing key cannot be used");
             Found::Broken
@@ -66,8 +66,8 @@ async fn follow_and_fill(api: Api<Secret>, name: String, keys: watch::Sender<Opt
         match secret.as_ref().map(key_of) {
             Some(Found::Key(key)) => {
                 keys.send_if_modified(|old| {
-                    let is_new = old.as_ref() != Some(&key);
-                    *old = Some(key);
+                    let is_new = old.as_ref() != Some(&*key);
+                    *old = Some(*key);
                     is_new
                 });
             }

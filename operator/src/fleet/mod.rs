@@ -89,10 +89,13 @@ pub enum Moved {
 
 type OnChange<A> = dyn Fn(&Endpoint<A>, Moved) + Send + Sync;
 
+/// The task that follows each worker, and where it does.
+type Tasks<A> = BTreeMap<WorkerId, (Arc<Endpoint<A>>, AbortHandle)>;
+
 /// Follows workers.
 pub struct Fleet<A> {
     shared: Arc<Shared<A>>,
-    tasks: Mutex<BTreeMap<WorkerId, (Arc<Endpoint<A>>, AbortHandle)>>,
+    tasks: Mutex<Tasks<A>>,
     http: reqwest::Client,
 }
 

@@ -91,7 +91,10 @@ async fn state(State(worker): State<FakeWorker>, headers: HeaderMap) -> Response
         for part in lines.as_bytes().chunks(97) {
             yield Ok::<_, std::convert::Infallible>(Bytes::copy_from_slice(part));
         }
-        while !ends {
+        if ends {
+            return;
+        }
+        loop {
             applied.changed().await.unwrap();
             let (sequence, digest) = applied.borrow_and_update().clone().unwrap();
             let mut state = first_report().state;

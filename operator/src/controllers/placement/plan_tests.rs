@@ -47,7 +47,8 @@ fn a_plan_on_the_planned_state_is_empty() {
 
 #[test]
 fn a_manual_edit_is_seen_named_and_repaired() {
-    let edits: [(OwnedKind, &str, fn(&mut World)); 4] = [
+    type Edit = (OwnedKind, &'static str, fn(&mut World));
+    let edits: [Edit; 4] = [
         (OwnedKind::Deployment, ".spec.replicas", |w| {
             w.edit_deployment(|d| d.spec.as_mut().unwrap().replicas = Some(7))
         }),
