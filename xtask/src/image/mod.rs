@@ -122,10 +122,9 @@ pub fn write(name: &str, file: &str, program: &Path, folder: &Path) -> Result<Im
 /// when it fails, and are noted while it works.
 fn cargo_build(names: &[&str], note: &mut dyn FnMut(String)) -> Result<Vec<PathBuf>> {
     let mut command = folders::cargo()?;
-    command.args(["build", "--message-format=json-render-diagnostics"]);
-    for name in names {
-        command.args(["--package", name, "--bin", name]);
-    }
+    // All programs, though only some are asked for: cargo unites the features of what it builds
+    // together, so another choice of packages would compile shared dependencies a second time.
+    command.args(["build", "--workspace", "--bins", "--message-format=json-render-diagnostics"]);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
