@@ -39,7 +39,9 @@ pub fn cargo_target() -> Result<PathBuf> {
 /// `cargo`, in the repository and with [`cargo_target`], for building and running the product.
 pub fn cargo() -> Result<Command> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(repository()).env("CARGO_TARGET_DIR", cargo_target()?);
+    let target = cargo_target()?;
+    claim(&target).with_context(|| format!("failed to prepare {}", target.display()))?;
+    command.current_dir(repository()).env("CARGO_TARGET_DIR", target);
     // `cargo xtask` runs inside of cargo, which describes xtask in these variables. Build scripts watch
     // them (ring's does), so everything above ring would be compiled again whenever somebody calls
     // cargo directly and then xtask.
@@ -50,6 +52,33 @@ pub fn cargo() -> Result<Command> {
         }
     }
     Ok(command)
+}
+
+/// Makes this clone the owner of the shared target folder.
+///
+/// Cargo names what it builds of a workspace's own crates without the workspace's path and trusts
+/// modification times, so it would take another clone's newer programs for this one's. When
+/// the folder was last used by another clone, what is known of our own crates is forgotten; the
+/// dependencies, nearly all of the work, stay.
+fn claim(target: &Path) -> std::io::Result<()> {
+    let owner = target.join("turret-clone");
+    let this = repository().into_os_string().into_encoded_bytes();
+    if std::fs::read(&owner).is_ok_and(|last| last == this) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(target)?;
+    let fingerprints = target.join("debug/.fingerprint");
+    if fingerprints.is_dir() {
+        for entry in std::fs::read_dir(&fingerprints)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let ours = name.to_str().is_some_and(|n| n.starts_with("turret-") || n.starts_with("xtask-"));
+            if ours {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+        }
+    }
+    std::fs::write(owner, this)
 }
 
 #[cfg(test)]
