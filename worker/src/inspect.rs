@@ -7,7 +7,7 @@ use crate::lens::LensError;
 use crate::lens::lora::{LORA_FILES, LoraFolder};
 use crate::model::config::ModelConfig;
 use crate::model::weights::{BaseError, BaseFolder, BaseLayout, Dtype, base_files};
-use crate::residency::resolve::digest_of;
+use crate::residency::resolve::{HashedFile, digest_of};
 
 /// What to look at.
 #[derive(Clone, Debug, clap::Args)]
@@ -69,7 +69,7 @@ pub fn run(args: &InspectArgs) -> Result<(), InspectError> {
     let (digest, files) =
         digest_of(path, &names).map_err(|source| InspectError::Read { path: path.clone(), source })?;
     println!("files:");
-    for (name, bytes, sha256) in files {
+    for HashedFile { name, bytes, sha256 } in files {
         println!("  {sha256}  {bytes:>12}  {name}");
     }
     println!("digest: {digest}");

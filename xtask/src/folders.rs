@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// The root of this repository.
 pub fn repository() -> PathBuf {
@@ -25,6 +25,18 @@ fn cache_of(xdg: Option<PathBuf>, home: Option<PathBuf>) -> Option<PathBuf> {
         .filter(|path| path.is_absolute())
         .or_else(|| home.filter(|path| path.is_absolute()).map(|home| home.join(".cache")))?;
     Some(base.join("turret"))
+}
+
+/// This program's own file, to be run again.
+///
+/// Building the workspace replaces the file of an xtask that runs from the folder cargo builds into;
+/// Linux then calls the old one deleted, and the new one in its place is the same program.
+pub fn this_program() -> Result<PathBuf> {
+    let found = std::env::current_exe().context("failed to find this program's own file")?;
+    let path =
+        found.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(found.clone(), PathBuf::from);
+    ensure!(path.exists(), "this program's own file {} is gone; run the command again", path.display());
+    Ok(path)
 }
 
 /// Where the product is built: `$CARGO_TARGET_DIR` when set, else in the user's cache, so

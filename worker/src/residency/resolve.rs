@@ -241,15 +241,26 @@ enum Kind {
     Lens,
 }
 
-/// Kind, digest and files of a folder, for `inspect`.
-pub fn digest_of(folder: &Path, names: &[String]) -> std::io::Result<(String, Vec<(String, u64, String)>)> {
+/// A file as `inspect` tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HashedFile {
+    /// Its name in the folder.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// SHA-256 of its content, hex.
+    pub sha256: String,
+}
+
+/// Digest and files of a folder, for `inspect`.
+pub fn digest_of(folder: &Path, names: &[String]) -> std::io::Result<(String, Vec<HashedFile>)> {
     let hasher = Hasher::default();
     let mut files = Vec::new();
     for name in names {
-        let (identity, digest) = hasher.sha256(&folder.join(name))?;
-        files.push((name.clone(), identity.size, digest));
+        let (identity, sha256) = hasher.sha256(&folder.join(name))?;
+        files.push(HashedFile { name: name.clone(), bytes: identity.size, sha256 });
     }
-    let digest = files_digest(files.iter().map(|(n, _, d)| (n.as_str(), d.as_str())));
+    let digest = files_digest(files.iter().map(|f| (f.name.as_str(), f.sha256.as_str())));
     Ok((digest, files))
 }
 

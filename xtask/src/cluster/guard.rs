@@ -62,7 +62,7 @@ pub fn run(state: &State) -> Result<()> {
 }
 
 fn start_node(state: &State) -> Result<Child> {
-    let this = std::env::current_exe().context("failed to find this program's own file")?;
+    let this = crate::folders::this_program()?;
     Command::new("unshare")
         .args(["--pid", "--mount", "--net", "--fork", "--mount-proc", "--kill-child=KILL", "--"])
         .arg(this)

@@ -266,7 +266,7 @@ fn bring_up(cluster: &Cluster) -> Result<()> {
 
 fn start_guard(state: &State) -> Result<Child> {
     let log = File::create(state.log("node"))?;
-    let this = std::env::current_exe().context("failed to find this program's own file")?;
+    let this = crate::folders::this_program()?;
     let mut guard = Command::new(this)
         .args(["cluster", "guard", "--state"])
         .arg(state.folder())

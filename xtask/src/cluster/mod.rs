@@ -281,7 +281,7 @@ fn as_root(arguments: &[OsString]) -> Result<()> {
              else, such as building, runs as you)"
         );
     }
-    let this = std::env::current_exe().context("failed to find this program's own file")?;
+    let this = crate::folders::this_program()?;
     let mut words: Vec<OsString> = vec![this.into(), "cluster".into()];
     words.extend_from_slice(arguments);
     let status = privilege::as_root(&words).status().context("failed to act as root")?;

@@ -223,7 +223,7 @@ fn lint() -> Result<Tally> {
 
 /// `cargo xtask generate --check`, as somebody would run it.
 fn generated_files_are_fresh() -> Result<bool> {
-    let this = std::env::current_exe().context("failed to find this program's own file")?;
+    let this = crate::folders::this_program()?;
     let mut command = std::process::Command::new(this);
     let checked = stage::run("checking generated files", |_| {
         let status = command.args(["generate", "--check"]).status().context("failed to start generate")?;
