@@ -282,7 +282,7 @@ fn go_on_by_hand(cluster: &Cluster) {
          \n  kubectl port-forward -n {SYSTEM} service/turret-gateway 8000:80 &\
          \n  curl -s localhost:8000/ns/{NAMESPACE}/v1/models\
          \n  curl -s localhost:8000/ns/{NAMESPACE}/v1/chat/completions -H 'content-type: application/json' \\\
-         \n       -d '{{\"model\": \"MODEL\", \"messages\": [{{\"role\": \"user\", \"content\": \"{QUESTION}\"}}]}}'\n\
+         \n       -d '{{\"model\": \"demo-qwen:pirate\", \"messages\": [{{\"role\": \"user\", \"content\": \"{QUESTION}\"}}]}}'\n\
          \nTake it down: cargo xtask demo --down",
         cluster.kubeconfig.display(),
         cluster.bin.display(),
