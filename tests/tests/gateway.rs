@@ -52,18 +52,21 @@ impl Drop for Program {
     }
 }
 
-/// A program of this workspace. Cargo builds the programs of a crate for that crate's tests only, so this asks
-/// for the others, in the words of `cargo xtask test`: another choice of packages would build
-/// dependencies anew. It takes no time when they are fresh.
+/// A program of this workspace. `cargo xtask test` says where the programs are that it built. Otherwise this builds
+/// them: cargo does so for the tests of their own crate only.
 fn built(name: &str) -> Result<PathBuf> {
+    let given = format!("TURRET_TEST_{}", name.trim_start_matches("turret-").to_uppercase());
+    if let Some(program) = std::env::var_os(given) {
+        return Ok(program.into());
+    }
     let here = std::env::current_exe()?;
     let folder = here.ancestors().nth(2).context("the test lies in a target folder")?;
     if let Some(cargo) = std::env::var_os("CARGO") {
         let status = Command::new(cargo)
-            .args(["build", "--quiet", "--workspace", "--bins"])
+            .args(["build", "--quiet", "--workspace", "--bin", name])
             .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
             .status()?;
-        anyhow::ensure!(status.success(), "cargo build --workspace --bins ended with {status}");
+        anyhow::ensure!(status.success(), "cargo build --workspace --bin {name} ended with {status}");
     }
     let program = folder.join(name);
     anyhow::ensure!(program.exists(), "{} is missing; run `cargo build --package {name}`", program.display());

@@ -215,7 +215,7 @@ fn lint() -> Result<Tally> {
                 command.args(arguments).stdin(Stdio::null()).status().context("failed to start cargo")?;
             if status.success() { Ok(()) } else { bail!("`cargo {}` found something", arguments.join(" ")) }
         });
-        tallies.push(Tally::one(checked.is_ok()));
+        tallies.push(Tally::one(passes(checked)));
     }
     tallies.push(Tally::one(generated_files_are_fresh()?));
     Ok(tallies.into_iter().sum())
@@ -229,7 +229,15 @@ fn generated_files_are_fresh() -> Result<bool> {
         let status = command.args(["generate", "--check"]).status().context("failed to start generate")?;
         if status.success() { Ok(()) } else { bail!("`cargo xtask generate --check` found something") }
     });
-    Ok(checked.is_ok())
+    Ok(passes(checked))
+}
+
+/// Whether a check passes; what it found is said.
+fn passes(checked: Result<()>) -> bool {
+    if let Err(error) = &checked {
+        println!("FAILED: {error:#}");
+    }
+    checked.is_ok()
 }
 
 #[cfg(test)]

@@ -128,7 +128,6 @@ pub fn run(program: &TestProgram, manner: &Manner) -> Result<Tally> {
     command
         .args(&manner.arguments)
         .envs(manner.variables.iter().map(|(name, value)| (*name, value)))
-        .env("CARGO_MANIFEST_DIR", &program.folder)
         .current_dir(&program.folder)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
