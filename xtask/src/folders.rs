@@ -1,7 +1,10 @@
 //! Where things are: the repository, the user's cache, and the folder cargo builds into.
 
+use std::fs::File;
+use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 
@@ -66,19 +69,53 @@ pub fn cargo() -> Result<Command> {
     Ok(command)
 }
 
-/// Makes this clone the owner of the shared target folder.
+/// Makes this clone the owner of the shared target folder, until this process ends.
 ///
 /// Cargo names what it builds of a workspace's own crates without the workspace's path and trusts
 /// modification times, so it would take another clone's newer programs for this one's. When
 /// the folder was last used by another clone, what is known of our own crates is forgotten; the
-/// dependencies, nearly all of the work, stay.
+/// dependencies, nearly all of the work, stay. Commands of one clone share the folder; another clone waits
+/// until they have ended, since it replaces the programs that they build and run.
 fn claim(target: &Path) -> std::io::Result<()> {
-    let owner = target.join("turret-clone");
-    let this = repository().into_os_string().into_encoded_bytes();
-    if std::fs::read(&owner).is_ok_and(|last| last == this) {
-        return Ok(());
+    static HELD: Mutex<Option<File>> = Mutex::new(None);
+    let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+    if held.is_none() {
+        std::fs::create_dir_all(target)?;
+        *held = Some(share(target, repository().as_os_str().as_encoded_bytes())?);
     }
-    std::fs::create_dir_all(target)?;
+    Ok(())
+}
+
+/// A shared lock on the folder's owner file, which names `clone`.
+fn share(target: &Path, clone: &[u8]) -> std::io::Result<File> {
+    let path = target.join("turret-clone");
+    // The lock is on this file, so it is written in place and never replaced.
+    let owner = File::options().read(true).write(true).create(true).truncate(false).open(&path)?;
+    loop {
+        // Another clone may take the folder between the two locks; then the turn begins again.
+        owner.lock_shared()?;
+        if std::fs::read(&path)? == clone {
+            return Ok(owner);
+        }
+        owner.unlock()?;
+        if owner.try_lock().is_err() {
+            let other = std::fs::read(&path)?;
+            crate::stage::say(format!(
+                "waiting for a command of the clone {}, which builds into {} too (set CARGO_TARGET_DIR for another folder)",
+                String::from_utf8_lossy(&other),
+                target.display()
+            ));
+            owner.lock()?;
+        }
+        forget_our_crates(target)?;
+        owner.set_len(0)?;
+        (&owner).seek(SeekFrom::Start(0))?;
+        (&owner).write_all(clone)?;
+        owner.unlock()?;
+    }
+}
+
+fn forget_our_crates(target: &Path) -> std::io::Result<()> {
     let fingerprints = target.join("debug/.fingerprint");
     if fingerprints.is_dir() {
         for entry in std::fs::read_dir(&fingerprints)? {
@@ -90,12 +127,40 @@ fn claim(target: &Path) -> std::io::Result<()> {
             }
         }
     }
-    std::fs::write(owner, this)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clone_waits_for_another_one_s_commands_and_then_forgets_what_it_built() {
+        let folder = tempfile::tempdir().unwrap();
+        let fingerprints = folder.path().join("debug/.fingerprint");
+        let known = |name: &str| fingerprints.join(name).is_dir();
+        let first = [share(folder.path(), b"/one").unwrap(), share(folder.path(), b"/one").unwrap()];
+        for name in ["turret-worker-1", "xtask-2", "serde-3"] {
+            std::fs::create_dir_all(fingerprints.join(name)).unwrap();
+        }
+
+        let (path, (sender, receiver)) = (folder.path().to_owned(), std::sync::mpsc::channel());
+        let second = std::thread::spawn(move || {
+            let held = share(&path, b"/two").unwrap();
+            sender.send(()).unwrap();
+            held
+        });
+        let [one, other] = first;
+        drop(one);
+        let patience = std::time::Duration::from_millis(50);
+        assert!(receiver.recv_timeout(patience).is_err(), "one command of the first clone still runs");
+        assert!(known("turret-worker-1"));
+        drop(other);
+        let held = second.join().unwrap();
+        assert!(!known("turret-worker-1") && !known("xtask-2") && known("serde-3"));
+        assert_eq!(std::fs::read(folder.path().join("turret-clone")).unwrap(), b"/two");
+        drop(held);
+    }
 
     #[test]
     fn the_cache_follows_xdg_and_falls_back_to_home() {

@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::packages::find_program;
-use crate::{cluster, folders, stage};
+use crate::{cluster, folders, image, stage};
 
 /// Options of `cargo xtask generate`.
 #[derive(clap::Args, Debug)]
@@ -43,7 +43,10 @@ const NAMESPACE: &str = "turret-system";
 /// Writes, or compares, all generated files.
 pub fn run(arguments: &GenerateArguments) -> Result<()> {
     let helm = helm(arguments.helm.as_deref())?;
-    let files = stage::run("generating from the programs and the charts", |_| generate(&helm))?;
+    let programs = stage::run("building turret-operator and turret-worker", |stage| {
+        Programs::build(&mut |line| stage.note(line))
+    })?;
+    let files = stage::run("generating from the programs and the charts", |_| generate(&helm, &programs))?;
     let root = folders::repository();
     let stale: Vec<&str> = files
         .iter()
@@ -67,9 +70,9 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
     Ok(())
 }
 
-fn generate(helm: &Path) -> Result<Files> {
-    let crds = program("turret-operator", &["crds"])?;
-    let rules = program("turret-operator", &["rbac"])?;
+fn generate(helm: &Path, programs: &Programs) -> Result<Files> {
+    let crds = programs.print("turret-operator", &["crds"])?;
+    let rules = programs.print("turret-operator", &["rbac"])?;
     let mut files = Files::new();
     files.insert("charts/turret/rules.yaml".into(), format!("# {NOTICE}\n{rules}"));
     let definitions = documents(&crds)?;
@@ -80,7 +83,7 @@ fn generate(helm: &Path) -> Result<Files> {
     files.insert("charts/turret/README.md".into(), chart_readme::page(&values)?);
     vendor(&mut files)?;
     files.insert("docs/reference/api.md".into(), api_reference::page(&definitions)?);
-    let help = |program_name: &str, words: &[&str]| program(program_name, words);
+    let help = |program: &str, words: &[&str]| programs.print(program, words);
     files.insert("docs/reference/cli.md".into(), cli_reference::page(&help)?);
     let install = render(helm, &files)?;
     files.insert("manifests/install.yaml".into(), install);
@@ -133,16 +136,27 @@ fn without_helm(rendered: &str) -> String {
     rendered.split_inclusive('\n').filter(said).collect()
 }
 
-/// What a program of the workspace prints, with an environment that says nothing of this machine.
-fn program(name: &str, words: &[&str]) -> Result<String> {
-    let mut command = folders::cargo()?;
-    command.args(["run", "--quiet", "--package", name, "--bin", name, "--"]).args(words);
-    for (variable, _) in std::env::vars_os().filter(|(v, _)| v.to_string_lossy().starts_with("TURRET_")) {
-        command.env_remove(variable);
+/// The programs that say what the generated files hold.
+struct Programs(BTreeMap<&'static str, PathBuf>);
+
+impl Programs {
+    fn build(note: &mut dyn FnMut(String)) -> Result<Self> {
+        let names = ["turret-operator", "turret-worker"];
+        Ok(Self(names.into_iter().zip(image::cargo_build(&names, note)?).collect()))
     }
-    // Defaults that depend on the user are shown as everybody has them.
-    command.env_remove("RUST_LOG").env("NO_COLOR", "1").env("XDG_CACHE_HOME", "~/.cache");
-    output(&mut command)
+
+    /// What a program prints, with an environment that says nothing of this machine.
+    fn print(&self, name: &str, words: &[&str]) -> Result<String> {
+        let program = self.0.get(name).with_context(|| format!("`{name}` is no program of the product"))?;
+        let mut command = Command::new(program);
+        command.args(words);
+        for (variable, _) in std::env::vars_os().filter(|(v, _)| v.to_string_lossy().starts_with("TURRET_")) {
+            command.env_remove(variable);
+        }
+        // Defaults that depend on the user are shown as everybody has them.
+        command.env_remove("RUST_LOG").env("NO_COLOR", "1").env("XDG_CACHE_HOME", "~/.cache");
+        output(&mut command)
+    }
 }
 
 fn output(command: &mut Command) -> Result<String> {

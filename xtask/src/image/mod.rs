@@ -120,11 +120,13 @@ pub fn write(name: &str, file: &str, program: &Path, folder: &Path) -> Result<Im
 
 /// Runs cargo and returns where each program of `names` is; cargo's own words pass through
 /// when it fails, and are noted while it works.
-fn cargo_build(names: &[&str], note: &mut dyn FnMut(String)) -> Result<Vec<PathBuf>> {
+pub fn cargo_build(names: &[&str], note: &mut dyn FnMut(String)) -> Result<Vec<PathBuf>> {
     let mut command = folders::cargo()?;
-    // All programs, though only some are asked for: cargo unites the features of what it builds
-    // together, so another choice of packages would compile shared dependencies a second time.
-    command.args(["build", "--workspace", "--bins", "--message-format=json-render-diagnostics"]);
+    // With the features of the whole workspace, though only some programs are asked for: cargo unites the
+    // features of what it builds together, so another choice would compile shared dependencies again. And not
+    // with all its programs: the file of the xtask that runs here stays.
+    command.args(["build", "--workspace", "--message-format=json-render-diagnostics"]);
+    command.args(names.iter().flat_map(|name| ["--bin", name]));
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
