@@ -6,6 +6,7 @@
 
 use half::{bf16, f16};
 
+use super::finish::{Gain, finish};
 use super::simd::{Element, Kernel, LANES, Simd, launch, load_part, unroll};
 use super::threads::Pool;
 
@@ -60,6 +61,10 @@ pub struct DeltaOutputs<'a> {
     pub b: Weight<'a>,
     /// Multiplies `A x`.
     pub scale: f32,
+    /// Multiplies the product and what was added to it so far, this part included, but not the bias.
+    pub gain: Option<Gain<'a>>,
+    /// In place of the matrix's own bias.
+    pub bias: Option<&'a [f32]>,
 }
 
 /// What is multiplied.
@@ -77,7 +82,8 @@ pub struct Linear<'a> {
     pub accumulate: bool,
 }
 
-/// The deltas of a step on one matrix. Both lists are visited by the kernel, `parts(i, f)` calling `f` for each part of delta i.
+/// The deltas of a step on one matrix, in order of their rows. Those of one range of rows follow each other, in the
+/// order in which they are added, and name the same range.
 pub trait Deltas: Sync {
     /// How many deltas there are.
     fn count(&self) -> usize;
@@ -87,6 +93,11 @@ pub trait Deltas: Sync {
     fn parts(&self, index: usize) -> usize;
     /// One of its parts; the scale includes the row's own.
     fn part(&self, index: usize, part: usize) -> DeltaOutputs<'_>;
+    /// When any part here has a gain or a bias: from where on the scratch is free. `rows * outputs` numbers are used there
+    /// when the product is added to something.
+    fn finish_start(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// No deltas.
@@ -147,13 +158,28 @@ pub fn linear(
     let share = linear.outputs.div_ceil(tasks).next_multiple_of(16);
     let tasks = linear.outputs.div_ceil(share);
     let to = Shared(y.as_mut_ptr());
+    let Some(finish_start) = deltas.finish_start() else {
+        let scratch = &*scratch;
+        pool.run(tasks, &|task| {
+            let first = task * share;
+            let last = (first + share).min(linear.outputs);
+            let range = Range { x: x.as_ptr(), y: to.get(), rows, linear: &linear, first, last };
+            launch(range);
+            up(&range, 0..deltas.count(), deltas, scratch);
+        });
+        return;
+    };
+    let (scratch, free) = scratch.split_at_mut(finish_start);
+    assert!(!linear.accumulate || free.len() >= rows * linear.outputs, "the scratch is too short");
     let scratch = &*scratch;
+    let products = Linear { bias: None, accumulate: false, ..linear };
+    let kept = if linear.accumulate { Shared(free.as_mut_ptr()) } else { Shared(y.as_mut_ptr()) };
     pool.run(tasks, &|task| {
         let first = task * share;
         let last = (first + share).min(linear.outputs);
-        let range = Range { x: x.as_ptr(), y: to.get(), rows, linear: &linear, first, last };
-        launch(range);
-        up(&range, deltas, scratch);
+        let products = Range { x: x.as_ptr(), y: kept.get(), rows, linear: &products, first, last };
+        launch(products);
+        finish(&products, &Range { y: to.get(), linear: &linear, ..products }, deltas, scratch);
     });
 }
 
@@ -207,41 +233,39 @@ fn down(pool: &Pool, linear: &Linear<'_>, deltas: &dyn Deltas, x: &[f32], scratc
     }
 }
 
-/// Adds `B (A x)` of every delta to the outputs of one task.
-fn up(range: &Range<'_>, deltas: &dyn Deltas, scratch: &[f32]) {
-    for index in 0..deltas.count() {
+/// Adds `B (A x)` of some deltas to the outputs of one task.
+pub(super) fn up(range: &Range<'_>, indexes: std::ops::Range<usize>, deltas: &dyn Deltas, scratch: &[f32]) {
+    for index in indexes {
         let Some(delta) = deltas.delta(index) else { continue };
-        assert!(delta.row_start + delta.rows <= range.rows, "a delta is outside of the batch");
         for part in 0..deltas.parts(index) {
-            let part = deltas.part(index, part);
-            let first = range.first.max(part.output_start);
-            let last = range.last.min(part.output_start + part.outputs);
-            assert!(
-                part.output_start + part.outputs <= range.linear.outputs,
-                "a delta is outside of its matrix"
-            );
-            assert_eq!(part.b.len(), part.ranks * part.outputs, "B has another shape");
-            assert!(part.rank_start + part.ranks <= delta.ranks, "a part is outside of its delta");
-            for row in 0..if first < last { delta.rows } else { 0 } {
-                let t = &scratch[delta.scratch_start + row * delta.ranks + part.rank_start..][..part.ranks];
-                // SAFETY: row and outputs are inside of y, and this task's own.
-                let y = unsafe { range.y.add((delta.row_start + row) * range.linear.outputs + first) };
-                let up = Up { t, y, part: &part, first: first - part.output_start, count: last - first };
-                launch(up);
-            }
+            up_part(range, &delta, &deltas.part(index, part), scratch);
         }
+    }
+}
+
+pub(super) fn up_part(range: &Range<'_>, delta: &RowsDelta<'_>, part: &DeltaOutputs<'_>, scratch: &[f32]) {
+    assert!(delta.row_start + delta.rows <= range.rows, "a delta is outside of the batch");
+    assert!(part.output_start + part.outputs <= range.linear.outputs, "a delta is outside of its matrix");
+    assert_eq!(part.b.len(), part.ranks * part.outputs, "B has another shape");
+    assert!(part.rank_start + part.ranks <= delta.ranks, "a part is outside of its delta");
+    let Some((first, last)) = range.overlap(part) else { return };
+    for row in 0..if part.ranks > 0 { delta.rows } else { 0 } {
+        let t = &scratch[delta.scratch_start + row * delta.ranks + part.rank_start..][..part.ranks];
+        // SAFETY: row and outputs are inside of y, and this task's own.
+        let y = unsafe { range.y.add((delta.row_start + row) * range.linear.outputs + first) };
+        launch(Up { t, y, part, first: first - part.output_start, count: last - first });
     }
 }
 
 /// Outputs `first..last` of all rows.
 #[derive(Clone, Copy)]
-struct Range<'a> {
+pub(super) struct Range<'a> {
     x: *const f32,
     y: *mut f32,
-    rows: usize,
-    linear: &'a Linear<'a>,
-    first: usize,
-    last: usize,
+    pub(super) rows: usize,
+    pub(super) linear: &'a Linear<'a>,
+    pub(super) first: usize,
+    pub(super) last: usize,
 }
 
 impl Kernel for Range<'_> {
@@ -259,6 +283,22 @@ impl Kernel for Range<'_> {
 }
 
 impl Range<'_> {
+    /// The outputs of a part that are this task's.
+    pub(super) fn overlap(&self, part: &DeltaOutputs<'_>) -> Option<(usize, usize)> {
+        let first = self.first.max(part.output_start);
+        let last = self.last.min(part.output_start + part.outputs);
+        (first < last).then_some((first, last))
+    }
+
+    /// # Safety
+    /// The outputs exist, are this task's own, and no other slice of them is in use.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref, reason = "tasks have disjoint outputs")]
+    pub(super) unsafe fn row(&self, row: usize, first: usize, count: usize) -> &mut [f32] {
+        // SAFETY: the caller's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.y.add(row * self.linear.outputs + first), count) }
+    }
+
     #[inline(always)]
     unsafe fn blocks<S: Simd, E: Element>(&self, w: *const E) {
         let mut row = 0;

@@ -156,6 +156,8 @@ impl Deltas for SiteDeltas<'_> {
             outputs: part.b.inputs,
             b: part.b.of(one.lens.region.bytes()),
             scale: part.scale * one.scale,
+            gain: None,
+            bias: None,
         }
     }
 }
