@@ -154,14 +154,16 @@ impl<'a> Settle<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::matmul::{Linear, RowsDelta, Weight, linear};
+    use super::super::matmul::{Linear, Packed, PackedShape, RowsDelta, Scratch, Weight, linear};
     use super::super::threads::Pool;
+    use crate::model::weights::Dtype;
 
     use super::*;
 
     const INPUTS: usize = 37;
     const OUTPUTS: usize = 91;
     const RANK: usize = 3;
+    const SHAPE: PackedShape = PackedShape { outputs: OUTPUTS, inputs: INPUTS, dtype: Dtype::F32 };
     /// Two parts beside each other, the second with a bias of its own.
     const PARTS: [(usize, usize); 2] = [(0, 50), (50, 41)];
 
@@ -254,6 +256,7 @@ mod tests {
 
     struct Fixture {
         w: Vec<f32>,
+        packed: Vec<f32>,
         bias: Vec<f32>,
         x: Vec<f32>,
         before: Vec<f32>,
@@ -265,8 +268,10 @@ mod tests {
         fn new(rows: usize) -> Self {
             let w = numbers(1, INPUTS * OUTPUTS);
             let lenses = [Lens::new(10, &w), Lens::new(20, &w)];
+            let mut packed = vec![0.0_f32; SHAPE.bytes() / 4];
+            SHAPE.pack(0, bytemuck::cast_slice(&w), bytemuck::cast_slice_mut(&mut packed));
             let (bias, x) = (numbers(2, OUTPUTS), numbers(3, rows * INPUTS));
-            Self { w, bias, x, before: numbers(4, rows * OUTPUTS), lenses, pool: Pool::new(2) }
+            Self { w, packed, bias, x, before: numbers(4, rows * OUTPUTS), lenses, pool: Pool::new(2) }
         }
 
         /// Chunks of rows, from row `start` on.
@@ -288,12 +293,11 @@ mod tests {
             let finish = chunks.iter().any(|(_, kind)| matches!(kind, Kind::Dora | Kind::Both));
             let step = Step { uses, finish };
             let mut y = self.before[start * OUTPUTS..(start + rows) * OUTPUTS].to_vec();
-            let mut scratch = vec![f32::NAN; rows * (4 * RANK + OUTPUTS)];
+            let mut scratch = Scratch::default();
+            scratch.reserve_ranks(rows * (4 * RANK + OUTPUTS));
             let matrix = Linear {
-                weight: Weight::F32(&self.w),
+                weight: Packed::new(SHAPE, bytemuck::cast_slice(&self.packed)),
                 bias: Some(&self.bias),
-                outputs: OUTPUTS,
-                inputs: INPUTS,
                 accumulate,
             };
             linear(&self.pool, matrix, &step, &self.x[start * INPUTS..], &mut y, rows, &mut scratch);

@@ -7,7 +7,7 @@
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, bail};
 
 use super::attention::{BLOCK_TOKENS, CacheBlocks, Query, attention};
-use super::matmul::{Deltas, Linear, Weight, linear};
+use super::matmul::{Deltas, Linear, Packed, Scratch, Weight, linear};
 use super::rows::{each_row, rms_norm, rms_norm_in_place, rotate, silu_mul, widen};
 use super::threads::Pool;
 
@@ -25,12 +25,21 @@ fn write<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f3
     }
 }
 
+/// What embeddings are looked up in.
+#[derive(Debug, Clone, Copy)]
+pub enum Table<'a> {
+    /// One row per token id.
+    Rows(Weight<'a>),
+    /// The head's matrix, one output per token id.
+    Packed(Packed<'a>),
+}
+
 /// `y[i] = table[tokens[i]]`.
 pub struct Embed<'a> {
     /// Threads.
     pub pool: &'a Pool,
-    /// One row per token id.
-    pub table: Weight<'a>,
+    /// One embedding per token id.
+    pub table: Table<'a>,
     /// Width of a row.
     pub width: usize,
     /// What to look up.
@@ -44,8 +53,9 @@ impl InplaceOp1 for Embed<'_> {
 
     fn cpu_fwd(&self, y: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let y = write(y, layout)?;
-        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| {
-            widen(self.table, self.tokens[i] as usize, y)
+        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| match self.table {
+            Table::Rows(table) => widen(table, self.tokens[i] as usize, y),
+            Table::Packed(table) => table.row(self.tokens[i] as usize, y),
         });
         Ok(())
     }
@@ -91,8 +101,8 @@ pub struct Project<'a> {
     pub deltas: &'a dyn Deltas,
     /// Rows of x and y.
     pub rows: usize,
-    /// Room for the deltas' low-rank activations.
-    pub scratch: &'a std::cell::RefCell<Vec<f32>>,
+    /// Room to work in.
+    pub scratch: &'a std::cell::RefCell<Scratch>,
 }
 
 impl InplaceOp2 for Project<'_> {

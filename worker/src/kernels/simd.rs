@@ -1,4 +1,4 @@
-//! Sixteen lanes of f32, on three instruction sets.
+//! Sixteen lanes of f32, on four instruction sets.
 #![allow(unsafe_code)]
 
 use std::sync::OnceLock;
@@ -11,6 +11,8 @@ pub const LANES: usize = 16;
 /// What the process computes with. Chosen once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InstructionSet {
+    /// AVX-512 (F, BW, VL) with F16C, and its dot product of bf16 pairs.
+    Avx512Bf16,
     /// AVX-512 (F, BW, VL) with F16C.
     Avx512,
     /// AVX2 with FMA and F16C.
@@ -20,15 +22,16 @@ pub enum InstructionSet {
 }
 
 impl InstructionSet {
-    /// The best one of this machine, or the one that `TURRET_INSTRUCTION_SET` (avx512, avx2, portable) names, if
-    /// the machine has it.
+    /// The best one of this machine, or the one that `TURRET_INSTRUCTION_SET` (avx512bf16, avx512, avx2, portable)
+    /// names, if the machine has it.
     pub fn get() -> Self {
         static CHOSEN: OnceLock<InstructionSet> = OnceLock::new();
         *CHOSEN.get_or_init(|| {
             let best = Self::detect();
             match (std::env::var("TURRET_INSTRUCTION_SET").as_deref(), best) {
                 (Ok("portable"), _) => Self::Portable,
-                (Ok("avx2"), Self::Avx512) => Self::Avx2,
+                (Ok("avx2"), Self::Avx512Bf16 | Self::Avx512) => Self::Avx2,
+                (Ok("avx512"), Self::Avx512Bf16) => Self::Avx512,
                 _ => best,
             }
         })
@@ -42,9 +45,10 @@ impl InstructionSet {
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl");
-        match (avx2, avx512) {
-            (true, true) => Self::Avx512,
-            (true, false) => Self::Avx2,
+        match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+            (true, true, true) => Self::Avx512Bf16,
+            (true, true, false) => Self::Avx512,
+            (true, false, _) => Self::Avx2,
             _ => Self::Portable,
         }
     }
@@ -63,8 +67,16 @@ impl InstructionSet {
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, above")]
 pub(crate) trait Simd {
     type V: Copy;
+    /// Sixteen pairs of bf16.
+    type Pairs: Copy;
     /// Whether a tile of four by four vectors fits the registers; else it is two by two.
     const WIDE: bool;
+    /// Most rows of a tile of sums that stays in registers, with the vectors beside it.
+    const TILE_ROWS: usize;
+    /// Most vectors of sums in such a tile.
+    const TILE_VECTORS: usize;
+    /// Runs a loop as a function of its own.
+    unsafe fn call<K: Kernel>(kernel: K);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
     unsafe fn load_bf16(from: *const bf16) -> Self::V;
@@ -74,6 +86,24 @@ pub(crate) trait Simd {
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// Thirty-two numbers.
+    unsafe fn load_pairs(from: *const bf16) -> Self::Pairs;
+    /// One pair in all lanes.
+    unsafe fn splat_pair(from: *const u32) -> Self::Pairs;
+    /// In every lane: the product of the second numbers, then that of the first, added to `c`.
+    unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::V) -> Self::V;
+    /// Thirty-two numbers, each rounded to the nearest bf16, as sixteen pairs.
+    #[inline(always)]
+    unsafe fn round_pairs(from: *const f32, to: *mut u32) {
+        // SAFETY: the caller's contract: thirty-two numbers, sixteen pairs.
+        let (from, to) = unsafe { (&*from.cast::<[f32; 2 * LANES]>(), &mut *to.cast::<[u32; LANES]>()) };
+        for i in 0..LANES {
+            to[i] = round_pair(from[2 * i], from[2 * i + 1]);
+        }
+    }
+    /// Asks for a cache line that will be read soon.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
     /// The sum of all lanes, in a fixed order.
     #[inline(always)]
     unsafe fn sum(x: Self::V) -> f32 {
@@ -91,6 +121,18 @@ pub(crate) trait Simd {
     }
 }
 
+/// Two numbers rounded to bf16, the first in the low half.
+#[inline(always)]
+pub(crate) fn round_pair(first: f32, second: f32) -> u32 {
+    #[inline(always)]
+    fn round(x: f32) -> u32 {
+        let bits = x.to_bits();
+        let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        if x.is_nan() { (bits >> 16) | 0x40 } else { nearest }
+    }
+    round(first) | (round(second) << 16)
+}
+
 /// A loop that can run on any instruction set.
 pub(crate) trait Kernel {
     /// Runs it. Must be `#[inline(always)]`, with everything below it, so that it is compiled for the instruction set.
@@ -104,6 +146,9 @@ pub(crate) trait Kernel {
 pub(crate) fn launch<K: Kernel>(kernel: K) {
     match InstructionSet::get() {
         // SAFETY: the instruction set was detected on this machine.
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx512Bf16 => unsafe { x86::run_avx512_bf16(kernel) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         InstructionSet::Avx512 => unsafe { x86::run_avx512(kernel) },
         // SAFETY: as above.
@@ -230,7 +275,14 @@ pub(crate) struct Portable;
 
 impl Simd for Portable {
     type V = [f32; LANES];
+    type Pairs = [u32; LANES];
     const WIDE: bool = false;
+    const TILE_ROWS: usize = 2;
+    const TILE_VECTORS: usize = 2;
+    unsafe fn call<K: Kernel>(kernel: K) {
+        // SAFETY: the caller's contract.
+        unsafe { kernel.run::<Self>() }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
         [x; LANES]
@@ -278,6 +330,24 @@ impl Simd for Portable {
         }
         b
     }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const bf16) -> Self::Pairs {
+        // SAFETY: as above.
+        unsafe { from.cast::<Self::Pairs>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const u32) -> Self::Pairs {
+        // SAFETY: the caller's contract.
+        [unsafe { *from }; LANES]
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, mut c: Self::V) -> Self::V {
+        for i in 0..LANES {
+            c[i] += f32::from_bits(a[i] & 0xffff_0000) * f32::from_bits(b[i] & 0xffff_0000);
+            c[i] += f32::from_bits(a[i] << 16) * f32::from_bits(b[i] << 16);
+        }
+        c
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -287,11 +357,19 @@ mod x86 {
     use super::{Kernel, Simd, bf16, f16};
 
     /// # Safety
+    /// The machine has AVX-512 F, BW, VL and BF16, FMA and F16C.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx512_bf16<K: Kernel>(kernel: K) {
+        // SAFETY: called by `launch`.
+        unsafe { kernel.run::<Avx512<true>>() }
+    }
+
+    /// # Safety
     /// The machine has AVX-512 F, BW and VL, FMA and F16C.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) {
         // SAFETY: called by `launch`.
-        unsafe { kernel.run::<Avx512>() }
+        unsafe { kernel.run::<Avx512<false>>() }
     }
 
     /// # Safety
@@ -302,12 +380,21 @@ mod x86 {
         unsafe { kernel.run::<Avx2>() }
     }
 
-    pub(super) struct Avx512;
+    /// With or without the dot product of bf16 pairs.
+    pub(super) struct Avx512<const BF16: bool>;
 
     // SAFETY of the blocks below: the caller's contract of `Simd`.
-    impl Simd for Avx512 {
+    impl<const BF16: bool> Simd for Avx512<BF16> {
         type V = __m512;
+        type Pairs = __m512i;
         const WIDE: bool = true;
+        // Twenty-four sums, two weights and one input of thirty-two registers.
+        const TILE_ROWS: usize = 12;
+        const TILE_VECTORS: usize = 24;
+        #[inline(always)]
+        unsafe fn call<K: Kernel>(kernel: K) {
+            unsafe { if BF16 { run_avx512_bf16(kernel) } else { run_avx512(kernel) } }
+        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {
             unsafe { _mm512_set1_ps(x) }
@@ -343,13 +430,49 @@ mod x86 {
         unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
             unsafe { _mm512_mul_ps(a, b) }
         }
+        #[inline(always)]
+        unsafe fn load_pairs(from: *const bf16) -> Self::Pairs {
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn splat_pair(from: *const u32) -> Self::Pairs {
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        }
+        #[inline(always)]
+        unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::V) -> Self::V {
+            unsafe {
+                if BF16 {
+                    let (a, b) = (
+                        std::mem::transmute::<__m512i, __m512bh>(a),
+                        std::mem::transmute::<__m512i, __m512bh>(b),
+                    );
+                    return _mm512_dpbf16_ps(c, a, b);
+                }
+                let mask = _mm512_set1_epi32(-0x1_0000);
+                let (x, y) = (_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+                let c = _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), c);
+                let (x, y) = (_mm512_slli_epi32::<16>(a), _mm512_slli_epi32::<16>(b));
+                _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), c)
+            }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
     }
 
     pub(super) struct Avx2;
 
     impl Simd for Avx2 {
         type V = (__m256, __m256);
+        type Pairs = (__m256i, __m256i);
         const WIDE: bool = false;
+        const TILE_ROWS: usize = 4;
+        const TILE_VECTORS: usize = 4;
+        #[inline(always)]
+        unsafe fn call<K: Kernel>(kernel: K) {
+            unsafe { run_avx2(kernel) }
+        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {
             unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
@@ -395,6 +518,35 @@ mod x86 {
         #[inline(always)]
         unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
             unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+        }
+        #[inline(always)]
+        unsafe fn load_pairs(from: *const bf16) -> Self::Pairs {
+            unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast())) }
+        }
+        #[inline(always)]
+        unsafe fn splat_pair(from: *const u32) -> Self::Pairs {
+            unsafe {
+                let pair = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                (pair, pair)
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::V) -> Self::V {
+            #[inline(always)]
+            unsafe fn half(a: __m256i, b: __m256i, c: __m256) -> __m256 {
+                unsafe {
+                    let mask = _mm256_set1_epi32(-0x1_0000);
+                    let (x, y) = (_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+                    let c = _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), c);
+                    let (x, y) = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
+                    _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), c)
+                }
+            }
+            unsafe { (half(a.0, b.0, c.0), half(a.1, b.1, c.1)) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
     }
 }

@@ -4,6 +4,7 @@
 //! The caller takes part; a helper that has not woken up when the work is done is not waited for.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -23,11 +24,14 @@ pub fn allowed_threads() -> usize {
 
 #[derive(Clone, Copy)]
 struct Job {
-    call: *const (dyn Fn(usize) + Sync),
+    call: *const (dyn Fn(Range<usize>) + Sync),
     tasks: usize,
+    /// Tasks are taken one at a time, or else a share of those that are left.
+    single: bool,
+    threads: usize,
 }
 
-// SAFETY: the closure is `Sync`, and `Pool::run` does not return before every helper has let go of it.
+// SAFETY: the closure is `Sync`, and `Pool::start` does not return before every helper has let go of it.
 unsafe impl Send for Job {}
 
 #[derive(Default)]
@@ -80,14 +84,26 @@ impl Pool {
 
     /// Calls `call(0)`, …, `call(tasks - 1)`, each once, on all threads, and returns when all are done.
     pub fn run(&self, tasks: usize, call: &(dyn Fn(usize) + Sync)) {
+        self.start(tasks, true, &|range| range.for_each(call));
+    }
+
+    /// Calls `call` for ranges that together are `0..tasks`, on all threads, and returns when all are done. Ranges are long
+    /// at first, which is good for reading memory in order, and short at the end, so that threads finish together.
+    pub fn share(&self, tasks: usize, call: &(dyn Fn(Range<usize>) + Sync)) {
+        self.start(tasks, false, call);
+    }
+
+    fn start(&self, tasks: usize, single: bool, call: &(dyn Fn(Range<usize>) + Sync)) {
         if tasks <= 1 || self.helpers.is_empty() {
-            (0..tasks).for_each(call);
+            if tasks > 0 {
+                call(0..tasks);
+            }
             return;
         }
         let _one_at_a_time = self.running.lock();
         // SAFETY: only the lifetime is erased. The job is taken back below, and no helper holds it once `active` is 0.
-        let call: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(call) };
-        let job = Job { call, tasks };
+        let call: &'static (dyn Fn(Range<usize>) + Sync) = unsafe { std::mem::transmute(call) };
+        let job = Job { call, tasks, single, threads: self.threads() };
         {
             let mut state = self.shared.state.lock();
             state.job = Some(job);
@@ -130,14 +146,20 @@ impl Drop for Pool {
 }
 
 fn work(shared: &Shared, job: Job) {
-    loop {
-        let task = shared.next.fetch_add(1, Ordering::Relaxed);
-        if task >= job.tasks {
-            return;
-        }
-        // SAFETY: `run` keeps the closure alive while any helper is active.
-        unsafe { (*job.call)(task) };
+    while let Some(range) = take(&shared.next, job) {
+        // SAFETY: `start` keeps the closure alive while any helper is active.
+        unsafe { (*job.call)(range) };
     }
+}
+
+fn take(next: &AtomicUsize, job: Job) -> Option<Range<usize>> {
+    let size = |first: usize| match job.single {
+        true => 1,
+        false => ((job.tasks - first) / (2 * job.threads)).max(1),
+    };
+    let more = |first: usize| (first < job.tasks).then(|| first + size(first));
+    let first = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+    Some(first..first + size(first))
 }
 
 fn help(shared: &Shared) {
@@ -187,7 +209,14 @@ mod tests {
                     counts[task].fetch_add(1, Ordering::Relaxed);
                 });
             }
-            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 50));
+            for _ in 0..50 {
+                pool.share(tasks, &|range| {
+                    range.for_each(|task| {
+                        counts[task].fetch_add(1, Ordering::Relaxed);
+                    })
+                });
+            }
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 100));
         }
     }
 }

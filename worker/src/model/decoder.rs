@@ -14,9 +14,9 @@ use super::config::ModelConfig;
 use super::kv_cache::KvCache;
 use super::lora::{LensUse, Site, SiteDeltas};
 use super::rope::Frequencies;
-use super::weights::{FilledBase, Matrix, Vector};
+use super::weights::{FilledBase, PackedMatrix, Vector};
 use crate::kernels::attention::Query;
-use crate::kernels::matmul::{Deltas, Linear, NoDeltas};
+use crate::kernels::matmul::{Deltas, Linear, NoDeltas, Scratch};
 use crate::kernels::ops::{Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, SiluMul};
 use crate::kernels::threads::Pool;
 use crate::lens::FilledLens;
@@ -121,7 +121,7 @@ pub struct Workspace {
     logits: Tensor,
     cos: Vec<f32>,
     sin: Vec<f32>,
-    scratch: RefCell<Vec<f32>>,
+    scratch: RefCell<Scratch>,
 }
 
 impl Workspace {
@@ -132,9 +132,15 @@ impl Workspace {
             + (c.q_size() + 2 * c.kv_size())
             + c.q_size()
             + 3 * c.intermediate_size
-            + c.head_dim;
+            + c.head_dim
+            + Self::widest_input(c);
         let per_output = c.hidden_size + c.vocab_size;
         4 * (size.tokens * per_token + size.outputs * per_output) as u64
+    }
+
+    /// Numbers of the longest row that a matrix of a block takes.
+    fn widest_input(c: &ModelConfig) -> usize {
+        c.hidden_size.max(c.q_size()).max(c.intermediate_size)
     }
 
     /// Allocates them.
@@ -153,7 +159,7 @@ impl Workspace {
             logits: tensor(size.outputs, c.vocab_size)?,
             cos: Vec::with_capacity(size.tokens * c.head_dim / 2),
             sin: Vec::with_capacity(size.tokens * c.head_dim / 2),
-            scratch: RefCell::default(),
+            scratch: RefCell::new(Scratch::for_inputs(size.tokens.max(size.outputs), Self::widest_input(c))),
         })
     }
 
@@ -164,11 +170,7 @@ impl Workspace {
 
     /// Makes room for rows whose lenses have this many ranks together.
     pub fn reserve_ranks(&mut self, ranks: usize) {
-        let len = ranks * self.size.tokens;
-        let scratch = self.scratch.get_mut();
-        if scratch.len() < len {
-            scratch.resize(len, 0.0);
-        }
+        self.scratch.get_mut().reserve_ranks(ranks * self.size.tokens);
     }
 }
 
@@ -215,12 +217,10 @@ impl Decoder {
         for query in &batch.queries {
             self.frequencies.angles(query.position, &mut work.cos, &mut work.sin);
         }
-        if work.scratch.get_mut().len() < batch.scratch_len {
-            work.scratch.get_mut().resize(batch.scratch_len, 0.0);
-        }
+        work.scratch.get_mut().reserve_ranks(batch.scratch_len);
         let blocks = cache.blocks();
         let config = &base.layout.config;
-        let table = base.matrix(&base.layout.embedding);
+        let table = base.embedding();
         work.hidden.inplace_op1(&Embed {
             pool: &self.pool,
             table,
@@ -326,7 +326,7 @@ impl Step<'_> {
         &self,
         to: &Tensor,
         from: &Tensor,
-        weights: (&Matrix, &Option<Vector>),
+        weights: (&PackedMatrix, &Option<Vector>),
         (layer, site): (usize, Site),
         accumulate: bool,
     ) -> Result<()> {
@@ -338,15 +338,13 @@ impl Step<'_> {
         &self,
         to: &Tensor,
         from: &Tensor,
-        (matrix, bias): (&Matrix, &Option<Vector>),
+        (matrix, bias): (&PackedMatrix, &Option<Vector>),
         deltas: &dyn Deltas,
         accumulate: bool,
     ) -> Result<()> {
         let linear = Linear {
             weight: self.base.matrix(matrix),
             bias: bias.as_ref().map(|bias| self.base.vector(bias)),
-            outputs: matrix.outputs,
-            inputs: matrix.inputs,
             accumulate,
         };
         let project = Project {

@@ -182,34 +182,46 @@ impl TensorFile {
         to: &mut [u8],
         written: &mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> Result<(), TensorFileError> {
-        let stored = self.dtype(tensor)?;
-        let (start, _) = self.info(tensor)?.data_offsets;
-        let mut position = self.data_start + start as u64;
-        let chunk_elements = CHUNK_BYTES / stored.bytes();
-        let mut buffer = if stored == dtype { Vec::new() } else { vec![0; CHUNK_BYTES] };
-        for (index, out) in to.chunks_mut(chunk_elements * dtype.bytes()).enumerate() {
-            let bytes = out.len() / dtype.bytes() * stored.bytes();
-            if stored == dtype {
-                self.read_at(out, position)?;
-            } else {
-                self.read_at(&mut buffer[..bytes], position)?;
-                convert(&buffer[..bytes], stored, out, dtype);
-            }
-            if let Some(element) = first_not_finite(out, dtype) {
-                let element = (index * chunk_elements + element) as u64;
-                return Err(TensorFileError::NotFinite {
-                    path: self.path.clone(),
-                    tensor: tensor.into(),
-                    dtype,
-                    element,
-                });
-            }
-            position += bytes as u64;
+        let mut reader = self.reader(tensor, dtype)?;
+        let chunk_elements = CHUNK_BYTES / reader.stored.bytes();
+        for out in to.chunks_mut(chunk_elements * dtype.bytes()) {
+            reader.next(out)?;
             if written(out.len() as u64).is_break() {
                 return Err(TensorFileError::Cancelled);
             }
         }
         Ok(())
+    }
+
+    /// Reads a tensor in order, converted to `dtype`, refusing what is not finite, and hands it over by chunks of some
+    /// whole rows of `row_elements`.
+    pub fn read_rows(
+        &self,
+        tensor: &str,
+        dtype: Dtype,
+        row_elements: usize,
+        take: &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
+    ) -> Result<(), TensorFileError> {
+        let mut reader = self.reader(tensor, dtype)?;
+        let row_bytes = row_elements * dtype.bytes();
+        let mut left: usize = self.info(tensor)?.shape.iter().product::<usize>() * dtype.bytes();
+        let mut chunk = vec![0; (CHUNK_BYTES / row_bytes.max(1)).max(1) * row_bytes];
+        while left > 0 {
+            let rows = &mut chunk[..left.min((CHUNK_BYTES / row_bytes).max(1) * row_bytes)];
+            reader.next(rows)?;
+            left -= rows.len();
+            if take(rows).is_break() {
+                return Err(TensorFileError::Cancelled);
+            }
+        }
+        Ok(())
+    }
+
+    fn reader<'a>(&'a self, tensor: &'a str, dtype: Dtype) -> Result<Reader<'a>, TensorFileError> {
+        let stored = self.dtype(tensor)?;
+        let (start, _) = self.info(tensor)?.data_offsets;
+        let position = self.data_start + start as u64;
+        Ok(Reader { file: self, tensor, stored, dtype, position, element: 0, buffer: Vec::new() })
     }
 
     fn read_at(&self, to: &mut [u8], position: u64) -> Result<(), TensorFileError> {
@@ -225,6 +237,42 @@ impl TensorFile {
             }
             _ => TensorFileError::Io { path: self.path.clone(), source },
         })
+    }
+}
+
+/// A tensor that is read in order.
+struct Reader<'a> {
+    file: &'a TensorFile,
+    tensor: &'a str,
+    stored: Dtype,
+    dtype: Dtype,
+    position: u64,
+    element: u64,
+    buffer: Vec<u8>,
+}
+
+impl Reader<'_> {
+    /// The next elements, as many as `out` has room for.
+    fn next(&mut self, out: &mut [u8]) -> Result<(), TensorFileError> {
+        let bytes = out.len() / self.dtype.bytes() * self.stored.bytes();
+        if self.stored == self.dtype {
+            self.file.read_at(out, self.position)?;
+        } else {
+            self.buffer.resize(bytes, 0);
+            self.file.read_at(&mut self.buffer, self.position)?;
+            convert(&self.buffer, self.stored, out, self.dtype);
+        }
+        if let Some(element) = first_not_finite(out, self.dtype) {
+            return Err(TensorFileError::NotFinite {
+                path: self.file.path.clone(),
+                tensor: self.tensor.into(),
+                dtype: self.dtype,
+                element: self.element + element as u64,
+            });
+        }
+        self.position += bytes as u64;
+        self.element += (out.len() / self.dtype.bytes()) as u64;
+        Ok(())
     }
 }
 

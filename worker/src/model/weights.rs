@@ -2,8 +2,9 @@
 //! there.
 //!
 //! [`BaseFolder::open`] reads only headers. It maps every tensor to a place in one [`Region`], with q, k and v, and gate and
-//! up, laid beside each other so that they are one matrix for the kernels. Matrices keep one dtype, vectors
-//! (norms and biases) are always f32. A tensor that is missing, that has another shape, or that this
+//! up, laid beside each other so that they are one matrix for the kernels. Matrices keep one dtype and are packed into the
+//! kernels' panels while they are read, which takes the same bytes; an embedding that is not also the head is only ever
+//! looked up and stays row by row. Vectors (norms and biases) are always f32. A tensor that is missing, that has another shape, or that this
 //! architecture does not know is refused by name.
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use super::config::{ConfigError, ModelConfig};
 use super::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
 use crate::engine::arena::Region;
-use crate::kernels::matmul::Weight;
+use crate::kernels::matmul::{Packed, PackedShape, Weight};
+use crate::kernels::ops::Table;
 
 /// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -103,6 +105,24 @@ pub struct Matrix {
     pub dtype: Dtype,
 }
 
+/// A matrix in device memory, packed for [`crate::kernels::matmul`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedMatrix {
+    /// Bytes from the start of the region.
+    pub offset: usize,
+    /// Outputs, inputs and kind of numbers.
+    pub shape: PackedShape,
+}
+
+/// An embedding in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Embedding {
+    /// A table of its own.
+    Rows(Matrix),
+    /// The head.
+    Tied(PackedMatrix),
+}
+
 /// An f32 vector in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Vector {
@@ -118,23 +138,23 @@ pub struct Layer {
     /// Norm before attention.
     pub attention_norm: Vector,
     /// q, k and v below each other.
-    pub qkv: Matrix,
+    pub qkv: PackedMatrix,
     /// Their biases.
     pub qkv_bias: Option<Vector>,
     /// Norm on every head of q and of k.
     pub qk_norm: Option<(Vector, Vector)>,
     /// Output of attention.
-    pub o: Matrix,
+    pub o: PackedMatrix,
     /// Its bias.
     pub o_bias: Option<Vector>,
     /// Norm before the feed-forward block.
     pub mlp_norm: Vector,
     /// gate and up below each other.
-    pub gate_up: Matrix,
+    pub gate_up: PackedMatrix,
     /// Their biases.
     pub gate_up_bias: Option<Vector>,
     /// Output of the feed-forward block.
-    pub down: Matrix,
+    pub down: PackedMatrix,
     /// Its bias.
     pub down_bias: Option<Vector>,
 }
@@ -149,21 +169,29 @@ pub struct BaseLayout {
     /// Dtype of all matrices.
     pub dtype: Dtype,
     /// Embedding.
-    pub embedding: Matrix,
+    pub embedding: Embedding,
     /// Decoder blocks.
     pub layers: Vec<Layer>,
     /// Norm before the head.
     pub final_norm: Vector,
     /// Head; the embedding when they are tied.
-    pub head: Matrix,
+    pub head: PackedMatrix,
 }
 
 /// A tensor file's content on its way to a place in the region.
 struct Move {
     tensor: String,
     shape: Vec<usize>,
-    offset: usize,
     dtype: Dtype,
+    place: Place,
+}
+
+/// Where a tensor goes.
+enum Place {
+    /// Number by number, from this offset.
+    Plain(usize),
+    /// Into a packed matrix, from this output on.
+    Panels(PackedMatrix, usize),
 }
 
 /// Places of a region start at multiples of this, a cache line.
@@ -184,16 +212,32 @@ impl Planner {
 
     fn push(&mut self, tensor: String, shape: Vec<usize>, dtype: Dtype) {
         let bytes = shape.iter().product::<usize>() * dtype.bytes();
-        self.moves.push(Move { tensor, shape, offset: self.end, dtype });
+        self.moves.push(Move { tensor, shape, dtype, place: Place::Plain(self.end) });
         self.end += bytes;
     }
 
-    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Matrix {
+    fn rows(&mut self, prefix: String, outputs: usize, inputs: usize) -> Matrix {
         let (offset, dtype) = (self.start(), self.dtype);
+        self.push(format!("{prefix}.weight"), vec![outputs, inputs], dtype);
+        Matrix { offset, outputs, inputs, dtype }
+    }
+
+    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> PackedMatrix {
+        let outputs = parts.iter().map(|p| p.1).sum();
+        let shape = PackedShape { outputs, inputs, dtype: self.dtype };
+        let matrix = PackedMatrix { offset: self.start(), shape };
+        let mut first_output = 0;
         for (prefix, outputs) in parts {
-            self.push(format!("{prefix}.weight"), vec![*outputs, inputs], dtype);
+            self.moves.push(Move {
+                tensor: format!("{prefix}.weight"),
+                shape: vec![*outputs, inputs],
+                dtype: self.dtype,
+                place: Place::Panels(matrix, first_output),
+            });
+            first_output += outputs;
         }
-        Matrix { offset, outputs: parts.iter().map(|p| p.1).sum(), inputs, dtype }
+        self.end += shape.bytes();
+        matrix
     }
 
     fn bias(&mut self, has: bool, parts: &[(String, usize)]) -> Option<Vector> {
@@ -248,14 +292,16 @@ impl BaseLayout {
 
     fn plan(config: &Arc<ModelConfig>, dtype: Dtype) -> (Self, Vec<Move>) {
         let mut planner = Planner { dtype, end: 0, moves: Vec::new() };
-        let embedding =
-            planner.matrix(&[("model.embed_tokens".into(), config.vocab_size)], config.hidden_size);
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = match config.tie_word_embeddings {
+            true => Embedding::Tied(planner.matrix(&[("model.embed_tokens".into(), vocab)], hidden)),
+            false => Embedding::Rows(planner.rows("model.embed_tokens".into(), vocab, hidden)),
+        };
         let layers = (0..config.layers).map(|index| planner.layer(config, index)).collect();
         let final_norm = planner.norm("model.norm".into(), config.hidden_size);
-        let head = if config.tie_word_embeddings {
-            embedding
-        } else {
-            planner.matrix(&[("lm_head".into(), config.vocab_size)], config.hidden_size)
+        let head = match embedding {
+            Embedding::Tied(head) => head,
+            Embedding::Rows(_) => planner.matrix(&[("lm_head".into(), vocab)], hidden),
         };
         let bytes = planner.start() as u64;
         let config = config.clone();
@@ -407,17 +453,27 @@ impl BaseFolder {
         let total_bytes = self.layout.bytes;
         let mut done_bytes = 0;
         for wanted in &self.moves {
-            let bytes = wanted.shape.iter().product::<usize>() * wanted.dtype.bytes();
-            let to = &mut region.bytes_mut()[wanted.offset..wanted.offset + bytes];
-            self.files[self.tensors[&wanted.tensor]].read(
-                &wanted.tensor,
-                wanted.dtype,
-                to,
-                &mut |written| {
-                    done_bytes += written;
-                    on_progress(Progress { done_bytes, total_bytes })
-                },
-            )?;
+            let file = &self.files[self.tensors[&wanted.tensor]];
+            let mut written = |bytes| {
+                done_bytes += bytes;
+                on_progress(Progress { done_bytes, total_bytes })
+            };
+            match wanted.place {
+                Place::Plain(offset) => {
+                    let bytes = wanted.shape.iter().product::<usize>() * wanted.dtype.bytes();
+                    let to = &mut region.bytes_mut()[offset..offset + bytes];
+                    file.read(&wanted.tensor, wanted.dtype, to, &mut written)?;
+                }
+                Place::Panels(matrix, mut output) => {
+                    let to = &mut region.bytes_mut()[matrix.offset..][..matrix.shape.bytes()];
+                    let row_bytes = matrix.shape.inputs * wanted.dtype.bytes();
+                    file.read_rows(&wanted.tensor, wanted.dtype, matrix.shape.inputs, &mut |rows| {
+                        matrix.shape.pack(output, rows, to);
+                        output += rows.len() / row_bytes;
+                        written(rows.len() as u64)
+                    })?;
+                }
+            }
         }
         Ok(FilledBase { layout: self.layout.clone(), region })
     }
@@ -465,9 +521,18 @@ impl FilledBase {
         &self.layout
     }
 
-    /// A matrix as the kernels take it.
-    pub(crate) fn matrix(&self, matrix: &Matrix) -> Weight<'_> {
-        matrix.of(self.region.bytes())
+    /// A matrix as the kernels take it. [`Packed::row`] reads it row by row.
+    pub(crate) fn matrix(&self, matrix: &PackedMatrix) -> Packed<'_> {
+        let bytes = &self.region.bytes()[matrix.offset..][..matrix.shape.bytes()];
+        Packed::new(matrix.shape, bytes)
+    }
+
+    /// The embedding as the kernels take it.
+    pub(crate) fn embedding(&self) -> Table<'_> {
+        match &self.layout.embedding {
+            Embedding::Rows(matrix) => Table::Rows(matrix.of(self.region.bytes())),
+            Embedding::Tied(matrix) => Table::Packed(self.matrix(matrix)),
+        }
     }
 
     /// A vector as the kernels take it.

@@ -1,0 +1,137 @@
+//! How a matrix lies in device memory so that one pass over it, in order, feeds any number of rows.
+//!
+//! Outputs are cut into panels of [`PANEL`]. A panel has, for each *group* of inputs in order, the numbers of that group
+//! for all its outputs beside each other. A group is two inputs of bf16 (a 32-bit lane, which is what dot-product
+//! instructions take) and one input of any other dtype. So a vector load gives one group of sixteen outputs, it is
+//! multiplied by one broadcast group of a row, and no sum crosses lanes. The last panel is narrower where outputs end,
+//! rounded up to sixteen; missing numbers are zero.
+//!
+//! Packing adds no byte to a matrix whose outputs are a multiple of sixteen (and whose inputs are even, for bf16). It is the
+//! same for every instruction set.
+
+use half::{bf16, f16};
+
+use crate::model::weights::Dtype;
+
+/// Outputs that lie beside each other.
+pub const PANEL: usize = 32;
+/// Outputs are rounded up to this.
+const LANES: usize = super::LANES;
+
+/// The shape of a packed matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedShape {
+    /// Rows of the matrix.
+    pub outputs: usize,
+    /// Columns of the matrix.
+    pub inputs: usize,
+    /// Kind of numbers.
+    pub dtype: Dtype,
+}
+
+impl PackedShape {
+    /// Inputs in a group.
+    pub(crate) fn group(&self) -> usize {
+        match self.dtype {
+            Dtype::BF16 => 2,
+            Dtype::F16 | Dtype::F32 => 1,
+        }
+    }
+
+    /// Groups of inputs.
+    pub(crate) fn groups(&self) -> usize {
+        self.inputs.div_ceil(self.group())
+    }
+
+    /// Bytes of one group of one output.
+    fn unit(&self) -> usize {
+        self.group() * self.dtype.bytes()
+    }
+
+    /// Bytes of the matrix.
+    pub fn bytes(&self) -> usize {
+        self.outputs.next_multiple_of(LANES) * self.groups() * self.unit()
+    }
+
+    /// Where a panel starts, and how many outputs it is wide.
+    pub(crate) fn panel(&self, panel: usize) -> (usize, usize) {
+        let width = (self.outputs.next_multiple_of(LANES) - panel * PANEL).min(PANEL);
+        (panel * PANEL * self.groups() * self.unit(), width)
+    }
+
+    /// Puts consecutive rows of the matrix, from `first_output` on, into their places in `to`, the bytes of the whole matrix.
+    pub fn pack(&self, first_output: usize, rows: &[u8], to: &mut [u8]) {
+        assert_eq!(to.len(), self.bytes(), "the place was reserved for this matrix");
+        match self.unit() {
+            4 => self.pack_units::<4>(first_output, rows, to),
+            _ => self.pack_units::<2>(first_output, rows, to),
+        }
+    }
+
+    fn pack_units<const U: usize>(&self, first_output: usize, rows: &[u8], to: &mut [u8]) {
+        let row_bytes = self.inputs * self.dtype.bytes();
+        assert_eq!(rows.len() % row_bytes.max(1), 0, "whole rows");
+        for (index, row) in rows.chunks_exact(row_bytes).enumerate() {
+            let output = first_output + index;
+            let (start, width) = self.panel(output / PANEL);
+            let panel = &mut to[start..start + width * self.groups() * U];
+            let (units, rest) = row.as_chunks::<U>();
+            let mut groups = panel.chunks_exact_mut(width * U);
+            let column = output % PANEL * U;
+            for (unit, group) in units.iter().zip(&mut groups) {
+                group[column..column + U].copy_from_slice(unit);
+            }
+            if let Some(group) = groups.next() {
+                group[column..column + rest.len()].copy_from_slice(rest);
+            }
+        }
+    }
+}
+
+/// A packed matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed<'a> {
+    /// Its shape.
+    pub shape: PackedShape,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Packed<'a> {
+    /// A matrix in bytes that [`PackedShape::pack`] filled, aligned to a vector's sixteen numbers.
+    pub fn new(shape: PackedShape, bytes: &'a [u8]) -> Self {
+        assert_eq!(bytes.len(), shape.bytes(), "the weights have another shape");
+        assert_eq!(bytes.as_ptr() as usize % 4, 0, "weights are aligned");
+        Self { shape, bytes }
+    }
+
+    /// One row of the matrix in f32.
+    pub fn row(&self, output: usize, to: &mut [f32]) {
+        let shape = self.shape;
+        assert!(output < shape.outputs && to.len() == shape.inputs, "one row of the matrix");
+        let (start, width) = shape.panel(output / PANEL);
+        let column = output % PANEL;
+        match shape.dtype {
+            Dtype::F32 => {
+                let panel: &[f32] = bytemuck::cast_slice(&self.bytes[start..]);
+                for (to, group) in to.iter_mut().zip(panel.chunks_exact(width)) {
+                    *to = group[column];
+                }
+            }
+            Dtype::F16 => {
+                let panel: &[f16] = bytemuck::cast_slice(&self.bytes[start..]);
+                for (to, group) in to.iter_mut().zip(panel.chunks_exact(width)) {
+                    *to = group[column].to_f32();
+                }
+            }
+            Dtype::BF16 => {
+                let panel: &[[bf16; 2]] = bytemuck::cast_slice(&self.bytes[start..]);
+                for (to, group) in to.chunks_mut(2).zip(panel.chunks_exact(width)) {
+                    for (to, number) in to.iter_mut().zip(group[column]) {
+                        *to = number.to_f32();
+                    }
+                }
+            }
+        }
+    }
+}
