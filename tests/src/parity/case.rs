@@ -27,6 +27,12 @@ struct Row {
     prompt_logprobs: Vec<f32>,
 }
 
+/// How far transformers is from its f32 numbers when it computes in bf16.
+#[derive(Deserialize)]
+struct Bound {
+    root_mean_square: f64,
+}
+
 #[derive(Deserialize)]
 struct Chat {
     messages: serde_json::Value,
@@ -73,6 +79,11 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
     lines.push(Line::same(&case, "chat rendering", &rendered, &chat.rendered));
     lines.push(Line::same(&case, "chat ids", &base.tokenizer.encode(&rendered, false)?, &chat.input_ids));
 
+    let bounds: BTreeMap<String, Bound> = match std::fs::read_to_string(folder.join("bf16.json")) {
+        Ok(text) => serde_json::from_str(&text)?,
+        Err(_) => BTreeMap::new(),
+    };
+    let mut rounded = SingleRow::open(&model, Some(Dtype::BF16), 256)?;
     let mut compared = 0;
     let mut served = Vec::new();
     for (name, rows) in &rows {
@@ -94,7 +105,13 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
             lines.push(Line::same(&subject, "token ids", &ids, &row.input_ids[1..].to_vec()));
             let trace = single.compute(&row.input_ids, &lenses)?;
             if let Some(want) = tensor(&format!("{name}.{index}.logits")) {
-                lines.push(Line::close(&subject, &format!("logits of prompt {index}"), &trace.logits, &want));
+                let what = format!("logits of prompt {index}");
+                lines.push(Line::close(&subject, &what, &trace.logits, &want));
+                if let Some(bound) = bounds.get(&format!("{name}.{index}.logits")) {
+                    let got = rounded.compute(&row.input_ids, &lenses)?.logits;
+                    let (subject, what) = (format!("{case} in bf16"), format!("{name}: {what}"));
+                    lines.push(Line::near(&subject, &what, &got, &want, bound.root_mean_square));
+                }
                 compared += 1;
             }
             for (layer, hidden) in trace.hidden.iter().enumerate() {

@@ -153,6 +153,7 @@ impl Active {
             let outputs = self.batch.push(Chunk {
                 tokens: &row.tokens[start as usize..(start + tokens) as usize],
                 start,
+                length: row.tokens.len() as u32,
                 blocks: &row.blocks,
                 lenses: &row.lenses,
                 outputs_from: from,
@@ -171,7 +172,7 @@ impl Active {
             running[share.row].computed += share.tokens;
         }
 
-        let vocab = base.layout.config.vocab_size;
+        let (vocab, long_from) = (base.layout.config.vocab_size, base.layout.config.long_rope_from());
         let group = self.workspace.size().outputs;
         let mut next = 0;
         for start in (0..self.batch.outputs()).step_by(group) {
@@ -191,6 +192,10 @@ impl Active {
                     let position = at.position + (output - at.start) as u32;
                     row.ended = row.take_logits(position, logits, sampler) == Life::Ended;
                     counts.generated_tokens += (row.tokens.len() - known) as u64;
+                    if long_from == Some(known as u32) && row.tokens.len() > known {
+                        // A longer sequence is rotated otherwise, all of it. Its blocks are its own and stay.
+                        row.step_back();
+                    }
                 }
             })?;
         }

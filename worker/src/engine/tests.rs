@@ -20,13 +20,26 @@ use crate::model::weights::{BaseLayout, Dtype, FilledBase};
 
 const VOCAB: u32 = 67;
 
-/// A small architecture whose widths fit no vector, with everything that the three published ones have.
+/// A small architecture whose widths fit no vector, with everything that the published ones have. Windows and long
+/// contexts begin inside of what the rows below reach.
 fn config(name: &str) -> Arc<ModelConfig> {
-    let text = json!({
+    let mut text = json!({
         "architectures": [name], "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "vocab_size": VOCAB,
         "max_position_embeddings": 160, "tie_word_embeddings": name != "LlamaForCausalLM",
     });
+    let more = match name {
+        "MistralForCausalLM" => json!({"sliding_window": 21}),
+        "Gemma2ForCausalLM" => json!({"sliding_window": 16, "query_pre_attn_scalar": 7}),
+        "Gemma3ForCausalLM" => json!({"sliding_window": 3, "sliding_window_pattern": 2}),
+        "Phi3ForCausalLM" => {
+            json!({"original_max_position_embeddings": 44, "rope_scaling": {"type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.4, 2.0], "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0]}})
+        }
+        _ => json!({}),
+    };
+    let more = more.as_object().unwrap().clone();
+    text.as_object_mut().unwrap().extend(more);
     Arc::new(ModelConfig::parse(&text.to_string()).unwrap())
 }
 
@@ -74,7 +87,8 @@ async fn install(engine: &EngineHandle, layout: &BaseLayout, seed: u64) -> BaseI
     let vectors = layout.layers.iter().flat_map(|l| {
         let norms =
             [Some(l.attention_norm), Some(l.mlp_norm), l.qkv_bias, l.o_bias, l.down_bias, l.gate_up_bias];
-        norms.into_iter().flatten().chain(l.qk_norm.into_iter().flat_map(|(q, k)| [q, k]))
+        let outer = [l.post_attention_norm, l.post_mlp_norm];
+        norms.into_iter().chain(outer).flatten().chain(l.qk_norm.into_iter().flat_map(|(q, k)| [q, k]))
     });
     for vector in vectors.chain([layout.final_norm]) {
         noise.fill(&mut region.bytes_mut()[vector.offset..][..vector.len * 4], Dtype::F32, 1.0);
@@ -239,6 +253,52 @@ fn rows_are_the_same_in_any_batch_in_bf16() {
 #[test]
 fn rows_are_the_same_in_any_batch_in_f16() {
     rows_are_the_same_in_any_batch("Qwen3ForCausalLM", Dtype::F16);
+}
+
+#[test]
+fn rows_are_the_same_in_any_batch_through_sliding_windows() {
+    rows_are_the_same_in_any_batch("MistralForCausalLM", Dtype::F32);
+    rows_are_the_same_in_any_batch("Gemma2ForCausalLM", Dtype::BF16);
+    rows_are_the_same_in_any_batch("Gemma3ForCausalLM", Dtype::F32);
+}
+
+#[test]
+fn rows_are_the_same_in_any_batch_while_they_grow_beyond_the_original_context() {
+    rows_are_the_same_in_any_batch("Phi3ForCausalLM", Dtype::F32);
+}
+
+#[test]
+fn a_row_that_outgrows_the_original_context_is_rotated_anew() {
+    let layout = BaseLayout::of(&config("Phi3ForCausalLM"), Dtype::F32);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 16, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let mut request = some_ask(4, vec![], 40).request(base, &[]);
+        request.stop_token_ids.clear();
+        let events = run(&engine, request.clone()).await;
+        let ids: Vec<u32> = events.iter().filter_map(token).collect();
+        // What was generated beyond 44 tokens is what a prompt of the same tokens goes on with.
+        for known in [23, 24, 25, 26, 39] {
+            let mut prompt = request.prompt.clone();
+            prompt.extend(&ids[..known]);
+            let again = RowRequest { prompt, max_new_tokens: 1, ..request.clone() };
+            let again = run(&engine, again).await;
+            assert_eq!(again.iter().find_map(token), Some(ids[known]), "after {known} tokens");
+            let with_logprobs = |events: &[RowEvent], index: usize| {
+                events.iter().filter(|e| token(e).is_some()).nth(index).cloned().unwrap()
+            };
+            assert_eq!(with_logprobs(&again, 0), with_logprobs(&events, known));
+        }
+        engine.shutdown().await;
+    });
+}
+
+fn token(event: &RowEvent) -> Option<u32> {
+    match event {
+        RowEvent::Token { id, .. } => Some(*id),
+        _ => None,
+    }
 }
 
 fn some_ask(seed: u64, lenses: Vec<(usize, f32)>, new: u32) -> Ask {

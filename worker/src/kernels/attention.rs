@@ -5,12 +5,14 @@
 //! head the values as `[16, head_dim]`. So sixteen scores are one vector, and no product is summed across lanes.
 //!
 //! # Order
-//! A query visits its positions block by block from the first, keeping a running maximum and sum. Which blocks those are
-//! follows from its own position; where they lie, and what else is in the batch, changes nothing.
+//! A query visits the positions it sees block by block from the first, keeping a running maximum and sum. Which blocks
+//! those are follows from its own position and the layer's window; where they lie, and what else is in the batch, changes
+//! nothing. Blocks before the window are not read.
 #![allow(unsafe_code)]
 
 use half::{bf16, f16};
 
+use super::rows::cap_lanes;
 use super::simd::{Element, Kernel, LANES, Simd, exp, launch, load_part, unroll};
 use super::threads::Pool;
 use crate::model::weights::Dtype;
@@ -121,17 +123,29 @@ pub struct Query {
     pub table_start: u32,
 }
 
+/// How a layer scores positions, and which of them it sees.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring {
+    /// Multiplies the product of query and key.
+    pub scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+    /// Positions that a query sees, its own included; all when absent.
+    pub window: Option<u32>,
+}
+
 /// Attention of all queries of a step at one layer. `qkv` has each token's q, k and v, already rotated; keys and values of
 /// the step are in the cache. `out` gets `[tokens, heads * head_dim]`.
 pub fn attention(
     pool: &Pool,
     cache: &CacheBlocks<'_>,
-    layer: usize,
+    (layer, scoring): (usize, Scoring),
     queries: &[Query],
     tables: &[u32],
     qkv: &[f32],
     out: &mut [f32],
 ) {
+    assert_ne!(scoring.window, Some(0), "a query sees itself");
     let shape = cache.shape;
     assert!(qkv.len() >= queries.len() * shape.qkv_width(), "qkv is too short");
     assert!(out.len() >= queries.len() * shape.q_width(), "out is too short");
@@ -144,8 +158,12 @@ pub fn attention(
         for item in task * chunk..((task + 1) * chunk).min(items) {
             let (token, kv_head) = (item / shape.kv_heads, item % shape.kv_heads);
             let query = queries[token];
-            let blocks = query.position as usize / BLOCK_TOKENS + 1;
-            let table = &tables[query.table_start as usize..][..blocks];
+            let position = query.position as usize;
+            let first = scoring.window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
+            let blocks = first / BLOCK_TOKENS..position / BLOCK_TOKENS + 1;
+            let table = &tables[query.table_start as usize..][blocks];
+            // Positions from here on count from the first block that is seen.
+            let skipped = first / BLOCK_TOKENS * BLOCK_TOKENS;
             let mut head = kv_head * shape.group;
             let end = head + shape.group;
             while head < end {
@@ -167,7 +185,9 @@ pub fn attention(
                     layer,
                     kv_head,
                     table,
-                    position: query.position as usize,
+                    first: first - skipped,
+                    position: position - skipped,
+                    scoring,
                     q,
                     out,
                     heads,
@@ -194,8 +214,12 @@ struct Heads<'a> {
     cache: &'a CacheBlocks<'a>,
     layer: usize,
     kv_head: usize,
+    /// The blocks it sees.
     table: &'a [u32],
+    /// The first position it sees, and its own, both from the start of the first block.
+    first: usize,
     position: usize,
+    scoring: Scoring,
     q: *const f32,
     out: *mut f32,
     heads: usize,
@@ -236,7 +260,7 @@ impl Heads<'_> {
     unsafe fn visit<S: Simd, E: Element, const G: usize>(&self) {
         let shape = self.cache.shape;
         let d = shape.head_dim;
-        let scale = 1.0 / (d as f32).sqrt();
+        let Scoring { scale, soft_cap, .. } = self.scoring;
         let mut maxima = [f32::NEG_INFINITY; G];
         let mut sums = [0.0_f32; G];
         // SAFETY: q and out have G heads of width d; every block of the table holds this layer and head.
@@ -246,6 +270,7 @@ impl Heads<'_> {
             }
             for (index, &block) in self.table.iter().enumerate() {
                 let seen = (self.position + 1 - index * BLOCK_TOKENS).min(BLOCK_TOKENS);
+                let from = if index == 0 { self.first } else { 0 };
                 let layer = self.cache.keys::<E>(block, self.layer).cast_const();
                 let keys = layer.add(self.kv_head * d * BLOCK_TOKENS);
                 let values = layer.add(shape.half_layer() + self.kv_head * d * BLOCK_TOKENS);
@@ -262,9 +287,12 @@ impl Heads<'_> {
                 for g in 0..G {
                     let w = &mut weights[g];
                     S::store(w.as_mut_ptr(), S::mul(scores[g], S::splat(scale)));
+                    if let Some(cap) = soft_cap {
+                        cap_lanes(w, cap);
+                    }
                     // What lies behind the query in its block was never written, or by another row.
                     for t in 0..LANES {
-                        w[t] = if t < seen { w[t] } else { f32::NEG_INFINITY };
+                        w[t] = if from <= t && t < seen { w[t] } else { f32::NEG_INFINITY };
                     }
                     let mut max = maxima[g];
                     for t in 0..LANES {
@@ -290,7 +318,7 @@ impl Heads<'_> {
                     unroll!(H < G {
                         out[H] = S::mul(S::load(self.out.add(H * d + i)), S::splat(keep[H]));
                     });
-                    for t in 0..seen {
+                    for t in from..seen {
                         let v = E::load::<S>(values.add(t * d + i));
                         unroll!(H < G {
                             out[H] = S::mul_add(S::splat(weights[H][t]), v, out[H]);
@@ -306,7 +334,7 @@ impl Heads<'_> {
                     for g in 0..G {
                         let at = self.out.add(g * d + i);
                         let mut out = S::mul(load_part::<S, f32>(at, lanes), S::splat(keep[g]));
-                        for t in 0..seen {
+                        for t in from..seen {
                             let v = load_part::<S, E>(values.add(t * d + i), lanes);
                             out = S::mul_add(S::splat(weights[g][t]), v, out);
                         }

@@ -6,10 +6,13 @@
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, bail};
 
-use super::attention::{BLOCK_TOKENS, CacheBlocks, Query, attention};
+use super::attention::{BLOCK_TOKENS, CacheBlocks, Query, Scoring, attention};
 use super::matmul::{Deltas, Linear, Packed, Scratch, Weight, linear};
-use super::rows::{each_row, rms_norm, rms_norm_in_place, rotate, silu_mul, widen};
+use super::rows::{
+    activate_mul, add_rms_norm, each_row, rms_norm, rms_norm_in_place, rotate, soft_cap, widen,
+};
 use super::threads::Pool;
+use crate::model::config::Activation;
 
 fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
@@ -34,7 +37,7 @@ pub enum Table<'a> {
     Packed(Packed<'a>),
 }
 
-/// `y[i] = table[tokens[i]]`.
+/// `y[i] = table[tokens[i]] * scale`.
 pub struct Embed<'a> {
     /// Threads.
     pub pool: &'a Pool,
@@ -44,6 +47,8 @@ pub struct Embed<'a> {
     pub width: usize,
     /// What to look up.
     pub tokens: &'a [u32],
+    /// Multiplies every embedding, where the architecture has it so.
+    pub scale: Option<f32>,
 }
 
 impl InplaceOp1 for Embed<'_> {
@@ -53,15 +58,20 @@ impl InplaceOp1 for Embed<'_> {
 
     fn cpu_fwd(&self, y: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let y = write(y, layout)?;
-        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| match self.table {
-            Table::Rows(table) => widen(table, self.tokens[i] as usize, y),
-            Table::Packed(table) => table.row(self.tokens[i] as usize, y),
+        each_row(self.pool, y, self.width, self.tokens.len(), |i, y| {
+            match self.table {
+                Table::Rows(table) => widen(table, self.tokens[i] as usize, y),
+                Table::Packed(table) => table.row(self.tokens[i] as usize, y),
+            }
+            if let Some(scale) = self.scale {
+                y.iter_mut().for_each(|y| *y *= scale);
+            }
         });
         Ok(())
     }
 }
 
-/// `y[i] = norm(x[source(i)])`.
+/// `y[i] = norm(x[source(i)])`, or added to what is there.
 pub struct RmsNorm<'a> {
     /// Threads.
     pub pool: &'a Pool,
@@ -73,6 +83,8 @@ pub struct RmsNorm<'a> {
     pub rows: usize,
     /// Which row of x each row of y is made from; the same row when absent.
     pub sources: Option<&'a [u32]>,
+    /// Add to what is in y, instead of replacing it.
+    pub accumulate: bool,
 }
 
 impl InplaceOp2 for RmsNorm<'_> {
@@ -85,7 +97,11 @@ impl InplaceOp2 for RmsNorm<'_> {
         let width = self.weight.len();
         each_row(self.pool, y, width, self.rows, |i, y| {
             let from = self.sources.map_or(i, |sources| sources[i] as usize);
-            rms_norm(&x[from * width..(from + 1) * width], self.weight, self.eps, y);
+            let x = &x[from * width..(from + 1) * width];
+            match self.accumulate {
+                true => add_rms_norm(x, self.weight, self.eps, y),
+                false => rms_norm(x, self.weight, self.eps, y),
+            }
         });
         Ok(())
     }
@@ -117,11 +133,14 @@ impl InplaceOp2 for Project<'_> {
     }
 }
 
-/// What the rotation needs of a step: angles per token, and where each token's keys and values go.
+/// The angles of a step's tokens.
+#[derive(Debug, Clone, Copy)]
 pub struct Rotary<'a> {
-    /// `[tokens, head_dim / 2]`.
+    /// Leading dimensions of a head that are rotated.
+    pub dim: usize,
+    /// `[tokens, dim / 2]`.
     pub cos: &'a [f32],
-    /// `[tokens, head_dim / 2]`.
+    /// `[tokens, dim / 2]`.
     pub sin: &'a [f32],
 }
 
@@ -156,7 +175,7 @@ impl InplaceOp1 for RotateAndStore<'_> {
 
     fn cpu_fwd(&self, qkv: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let qkv = write(qkv, layout)?;
-        let (d, half) = (self.head_dim, self.head_dim / 2);
+        let (d, half) = (self.head_dim, self.rotary.dim / 2);
         let (q, kv) = (self.heads * d, self.kv_heads * d);
         each_row(self.pool, qkv, q + 2 * kv, self.queries.len(), |token, qkv| {
             let (rotated, v) = qkv.split_at_mut(q + kv);
@@ -166,7 +185,7 @@ impl InplaceOp1 for RotateAndStore<'_> {
                 if let Some((q_norm, k_norm, eps)) = self.qk_norm {
                     rms_norm_in_place(head, if index < self.heads { q_norm } else { k_norm }, eps);
                 }
-                rotate(head, cos, sin);
+                rotate(&mut head[..2 * half], cos, sin);
             }
             let Query { position, table_start } = self.queries[token];
             let (block, slot) = (position as usize / BLOCK_TOKENS, position as usize % BLOCK_TOKENS);
@@ -188,6 +207,8 @@ pub struct Attend<'a> {
     pub queries: &'a [Query],
     /// Block tables of the rows.
     pub tables: &'a [u32],
+    /// How positions are scored, and which are seen.
+    pub scoring: Scoring,
 }
 
 impl InplaceOp2 for Attend<'_> {
@@ -197,32 +218,58 @@ impl InplaceOp2 for Attend<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, ol: &Layout, qkv: &CpuStorage, ql: &Layout) -> Result<()> {
         let (qkv, out) = (read(qkv, ql)?, write(out, ol)?);
-        attention(self.pool, self.cache, self.layer, self.queries, self.tables, qkv, out);
+        attention(self.pool, self.cache, (self.layer, self.scoring), self.queries, self.tables, qkv, out);
         Ok(())
     }
 }
 
-/// `y = silu(gate) * up`, from gate and up side by side.
-pub struct SiluMul<'a> {
+/// `y = activation(gate) * up`, from gate and up side by side.
+pub struct ActivateMul<'a> {
     /// Threads.
     pub pool: &'a Pool,
+    /// The nonlinearity.
+    pub activation: Activation,
     /// Width of y.
     pub width: usize,
     /// Rows.
     pub rows: usize,
 }
 
-impl InplaceOp2 for SiluMul<'_> {
+impl InplaceOp2 for ActivateMul<'_> {
     fn name(&self) -> &'static str {
-        "silu-mul"
+        "activate-mul"
     }
 
     fn cpu_fwd(&self, y: &mut CpuStorage, yl: &Layout, x: &CpuStorage, xl: &Layout) -> Result<()> {
         let (x, y) = (read(x, xl)?, write(y, yl)?);
         each_row(self.pool, y, self.width, self.rows, |i, y| {
             let (gate, up) = x[i * 2 * self.width..][..2 * self.width].split_at(self.width);
-            silu_mul(gate, up, y);
+            activate_mul(self.activation, gate, up, y);
         });
+        Ok(())
+    }
+}
+
+/// `y = cap · tanh(y / cap)`.
+pub struct SoftCap<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// The cap.
+    pub cap: f32,
+    /// Width of y.
+    pub width: usize,
+    /// Rows.
+    pub rows: usize,
+}
+
+impl InplaceOp1 for SoftCap<'_> {
+    fn name(&self) -> &'static str {
+        "soft-cap"
+    }
+
+    fn cpu_fwd(&self, y: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let y = write(y, layout)?;
+        each_row(self.pool, y, self.width, self.rows, |_, y| soft_cap(y, self.cap));
         Ok(())
     }
 }

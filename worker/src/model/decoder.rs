@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 
-use super::config::ModelConfig;
+use super::config::{LayerKind, ModelConfig};
 use super::kv_cache::KvCache;
 use super::lora::{LensUse, Site, SiteDeltas};
 use super::rope::Frequencies;
-use super::weights::{FilledBase, PackedMatrix, Vector};
-use crate::kernels::attention::Query;
+use super::weights::{Dtype, FilledBase, PackedMatrix, Vector};
+use crate::kernels::attention::{Query, Scoring};
 use crate::kernels::matmul::{Deltas, Linear, NoDeltas, Scratch};
-use crate::kernels::ops::{Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, SiluMul};
+use crate::kernels::ops::{ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, SoftCap};
 use crate::kernels::threads::Pool;
 use crate::lens::FilledLens;
 
@@ -28,6 +28,8 @@ pub struct Chunk<'a> {
     pub tokens: &'a [u32],
     /// Position of the first.
     pub start: u32,
+    /// Tokens that the row has now, computed or not. All of them are rotated alike.
+    pub length: u32,
     /// Cache blocks of the row's positions from 0; enough for the last token of this chunk.
     pub blocks: &'a [u32],
     /// Lenses on this row, with the row's own scales.
@@ -41,6 +43,8 @@ pub struct Chunk<'a> {
 pub struct Batch {
     tokens: Vec<u32>,
     queries: Vec<Query>,
+    /// Tokens of each token's row.
+    lengths: Vec<u32>,
     tables: Vec<u32>,
     uses: Vec<LensUse>,
     scratch_len: usize,
@@ -53,6 +57,7 @@ impl Batch {
         Self {
             tokens: Vec::with_capacity(tokens),
             queries: Vec::with_capacity(tokens),
+            lengths: Vec::with_capacity(tokens),
             tables: Vec::with_capacity(blocks),
             uses: Vec::with_capacity(lenses),
             scratch_len: 0,
@@ -64,6 +69,7 @@ impl Batch {
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.queries.clear();
+        self.lengths.clear();
         self.tables.clear();
         self.uses.clear();
         self.scratch_len = 0;
@@ -78,6 +84,7 @@ impl Batch {
         self.tables.extend_from_slice(chunk.blocks);
         let positions = chunk.start..chunk.start + chunk.tokens.len() as u32;
         self.queries.extend(positions.map(|position| Query { position, table_start }));
+        self.lengths.resize(self.tokens.len(), chunk.length);
         for (lens, scale) in chunk.lenses {
             let (tokens, scratch_start) = (chunk.tokens.len(), self.scratch_len);
             self.scratch_len += tokens * lens.layout.deltas.max_ranks();
@@ -108,6 +115,12 @@ pub struct StepSize {
     pub outputs: usize,
 }
 
+/// Cosines and sines of a step's positions, `[tokens, rotated pairs]`.
+struct Angles {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
 /// Activations of a base, for the largest step.
 pub struct Workspace {
     size: StepSize,
@@ -119,8 +132,7 @@ pub struct Workspace {
     activated: Tensor,
     outputs: Tensor,
     logits: Tensor,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    angles: [Angles; 2],
     scratch: RefCell<Scratch>,
 }
 
@@ -132,7 +144,8 @@ impl Workspace {
             + (c.q_size() + 2 * c.kv_size())
             + c.q_size()
             + 3 * c.intermediate_size
-            + c.head_dim
+            + c.rope.rotary_dim
+            + c.sliding_rope.as_ref().map_or(0, |rope| rope.rotary_dim)
             + Self::widest_input(c);
         let per_output = c.hidden_size + c.vocab_size;
         4 * (size.tokens * per_token + size.outputs * per_output) as u64
@@ -157,8 +170,10 @@ impl Workspace {
             activated: tensor(size.tokens, c.intermediate_size)?,
             outputs: tensor(size.outputs, c.hidden_size)?,
             logits: tensor(size.outputs, c.vocab_size)?,
-            cos: Vec::with_capacity(size.tokens * c.head_dim / 2),
-            sin: Vec::with_capacity(size.tokens * c.head_dim / 2),
+            angles: [Some(&c.rope), c.sliding_rope.as_ref()].map(|rope| {
+                let len = size.tokens * rope.map_or(0, |rope| rope.rotary_dim / 2);
+                Angles { cos: Vec::with_capacity(len), sin: Vec::with_capacity(len) }
+            }),
             scratch: RefCell::new(Scratch::for_inputs(size.tokens.max(size.outputs), Self::widest_input(c))),
         })
     }
@@ -188,7 +203,8 @@ pub type Observe<'a> = &'a mut dyn FnMut(usize, &[f32]);
 
 /// A base that computes.
 pub struct Decoder {
-    frequencies: Frequencies,
+    /// Of all layers, and of sliding ones where they have their own.
+    frequencies: [Option<Frequencies>; 2],
     pool: Arc<Pool>,
     heartbeat: Arc<AtomicU64>,
 }
@@ -196,7 +212,8 @@ pub struct Decoder {
 impl Decoder {
     /// A decoder for bases of this architecture. `heartbeat` grows with every block computed.
     pub fn new(config: &ModelConfig, pool: Arc<Pool>, heartbeat: Arc<AtomicU64>) -> Self {
-        Self { frequencies: Frequencies::of(config), pool, heartbeat }
+        let frequencies = [Some(&config.rope), config.sliding_rope.as_ref()];
+        Self { frequencies: frequencies.map(|rope| rope.map(Frequencies::of)), pool, heartbeat }
     }
 
     /// Computes all blocks for a batch. Afterwards [`Self::logits`] gives the logits of its outputs.
@@ -212,10 +229,13 @@ impl Decoder {
         if rows > work.size.tokens {
             bail!("a step of {rows} tokens exceeds the {} it was made for", work.size.tokens);
         }
-        work.cos.clear();
-        work.sin.clear();
-        for query in &batch.queries {
-            self.frequencies.angles(query.position, &mut work.cos, &mut work.sin);
+        for (frequencies, Angles { cos, sin }) in self.frequencies.iter().zip(&mut work.angles) {
+            cos.clear();
+            sin.clear();
+            let Some(frequencies) = frequencies else { continue };
+            for (query, length) in batch.queries.iter().zip(&batch.lengths) {
+                frequencies.angles(query.position, *length, cos, sin);
+            }
         }
         work.scratch.get_mut().reserve_ranks(batch.scratch_len);
         let blocks = cache.blocks();
@@ -226,6 +246,7 @@ impl Decoder {
             table,
             width: config.hidden_size,
             tokens: &batch.tokens,
+            scale: config.scale_embedding.then(|| embedding_scale(config.hidden_size, base.layout.dtype)),
         })?;
         let step = Step { decoder: self, base, batch, work, rows };
         for (index, layer) in base.layout.layers.iter().enumerate() {
@@ -243,7 +264,7 @@ impl Decoder {
                     .qk_norm
                     .as_ref()
                     .map(|(q, k)| (base.vector(q), base.vector(k), config.rms_norm_eps)),
-                rotary: Rotary { cos: &work.cos, sin: &work.sin },
+                rotary: step.rotary(index),
                 cache: &blocks,
                 layer: index,
                 queries: &batch.queries,
@@ -257,16 +278,27 @@ impl Decoder {
                     layer: index,
                     queries: &batch.queries,
                     tables: &batch.tables,
+                    scoring: Scoring {
+                        scale: config.attention_scale,
+                        soft_cap: config.attention_soft_cap,
+                        window: config.window(index),
+                    },
                 },
             )?;
-            step.project(&work.hidden, &work.attended, (&layer.o, &layer.o_bias), (index, Site::O), true)?;
+            let o = (&layer.o, &layer.o_bias);
+            step.add(&work.attended, o, (index, Site::O), &layer.post_attention_norm)?;
             step.norm(&work.normed, &work.hidden, &layer.mlp_norm)?;
             let gate_up = (&layer.gate_up, &layer.gate_up_bias);
             step.project(&work.gate_up, &work.normed, gate_up, (index, Site::GateUp), false)?;
-            let silu = SiluMul { pool: &self.pool, width: config.intermediate_size, rows };
-            work.activated.inplace_op2(&work.gate_up, &silu)?;
+            let activate = ActivateMul {
+                pool: &self.pool,
+                activation: config.activation,
+                width: config.intermediate_size,
+                rows,
+            };
+            work.activated.inplace_op2(&work.gate_up, &activate)?;
             let down = (&layer.down, &layer.down_bias);
-            step.project(&work.hidden, &work.activated, down, (index, Site::Down), true)?;
+            step.add(&work.activated, down, (index, Site::Down), &layer.post_mlp_norm)?;
             self.heartbeat.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -295,14 +327,34 @@ impl Decoder {
                 eps: layout.config.rms_norm_eps,
                 rows,
                 sources: Some(&batch.outputs[outputs]),
+                accumulate: false,
             },
         )?;
         let step = Step { decoder: self, base, batch, work, rows };
         step.multiply(&work.logits, &work.outputs, (&layout.head, &None), &NoDeltas, false)?;
+        if let Some(cap) = layout.config.final_soft_cap {
+            work.logits.inplace_op1(&SoftCap {
+                pool: &self.pool,
+                cap,
+                width: layout.config.vocab_size,
+                rows,
+            })?;
+        }
         let (hidden, vocab) = (layout.config.hidden_size, layout.config.vocab_size);
         with_numbers(&work.outputs, |outputs| {
             with_numbers(&work.logits, |logits| read(&outputs[..rows * hidden], &logits[..rows * vocab]))
         })?
+    }
+}
+
+/// The square root of the width, rounded to the dtype of the weights as transformers rounds it
+/// (<https://github.com/huggingface/transformers/pull/29402>).
+fn embedding_scale(width: usize, dtype: Dtype) -> f32 {
+    let scale = (width as f64).sqrt() as f32;
+    match dtype {
+        Dtype::F32 => scale,
+        Dtype::BF16 => half::bf16::from_f32(scale).to_f32(),
+        Dtype::F16 => half::f16::from_f32(scale).to_f32(),
     }
 }
 
@@ -317,9 +369,36 @@ struct Step<'a> {
 
 impl Step<'_> {
     fn norm(&self, to: &Tensor, from: &Tensor, weight: &Vector) -> Result<()> {
+        to.inplace_op2(from, &self.rms_norm(weight, false))
+    }
+
+    fn rms_norm(&self, weight: &Vector, accumulate: bool) -> RmsNorm<'_> {
         let (weight, eps) = (self.base.vector(weight), self.base.layout.config.rms_norm_eps);
-        let norm = RmsNorm { pool: &self.decoder.pool, weight, eps, rows: self.rows, sources: None };
-        to.inplace_op2(from, &norm)
+        RmsNorm { pool: &self.decoder.pool, weight, eps, rows: self.rows, sources: None, accumulate }
+    }
+
+    /// The angles of a layer's rotation.
+    fn rotary(&self, layer: usize) -> Rotary<'_> {
+        let config = &self.base.layout.config;
+        let (rope, angles) = match (&config.sliding_rope, config.layer_kinds[layer]) {
+            (Some(rope), LayerKind::Sliding) => (rope, &self.work.angles[1]),
+            _ => (&config.rope, &self.work.angles[0]),
+        };
+        Rotary { dim: rope.rotary_dim, cos: &angles.cos, sin: &angles.sin }
+    }
+
+    /// Adds a projection to the residual stream, through a norm where the architecture has one.
+    fn add(
+        &self,
+        from: &Tensor,
+        weights: (&PackedMatrix, &Option<Vector>),
+        site: (usize, Site),
+        norm: &Option<Vector>,
+    ) -> Result<()> {
+        let work = self.work;
+        let Some(norm) = norm else { return self.project(&work.hidden, from, weights, site, true) };
+        self.project(&work.normed, from, weights, site, false)?;
+        work.hidden.inplace_op2(&work.normed, &self.rms_norm(norm, true))
     }
 
     fn project(

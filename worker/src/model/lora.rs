@@ -45,18 +45,24 @@ pub struct Module {
 }
 
 /// The linear maps of every block of a base, in the order in which they lie in the fused matrices.
-pub fn modules(config: &ModelConfig) -> [Module; 7] {
+pub fn modules(config: &ModelConfig) -> Vec<Module> {
     let (d, q, kv, i) = (config.hidden_size, config.q_size(), config.kv_size(), config.intermediate_size);
     let module =
         |name, site, output_start, outputs, inputs| Module { name, site, output_start, outputs, inputs };
-    [
+    let (o, down) =
+        (module("self_attn.o_proj", Site::O, 0, d, q), module("mlp.down_proj", Site::Down, 0, d, i));
+    if config.fused_projections {
+        let qkv = module("self_attn.qkv_proj", Site::Qkv, 0, q + 2 * kv, d);
+        return vec![qkv, o, module("mlp.gate_up_proj", Site::GateUp, 0, 2 * i, d), down];
+    }
+    vec![
         module("self_attn.q_proj", Site::Qkv, 0, q, d),
         module("self_attn.k_proj", Site::Qkv, q, kv, d),
         module("self_attn.v_proj", Site::Qkv, q + kv, kv, d),
-        module("self_attn.o_proj", Site::O, 0, d, q),
+        o,
         module("mlp.gate_proj", Site::GateUp, 0, i, d),
         module("mlp.up_proj", Site::GateUp, i, i, d),
-        module("mlp.down_proj", Site::Down, 0, d, i),
+        down,
     ]
 }
 

@@ -8,5 +8,6 @@ pub mod lora;
 pub mod rope;
 pub mod single;
 pub mod tensor_file;
+mod tensor_names;
 pub mod tokenizer;
 pub mod weights;

@@ -97,7 +97,14 @@ impl SingleRow {
         let mut blocks: Vec<u32> = (0..blocks_for(tokens.len() as u32)).collect();
         blocks.reverse();
         let mut batch = Batch::default();
-        let outputs = batch.push(Chunk { tokens, start: 0, blocks: &blocks, lenses, outputs_from: 0 });
+        let outputs = batch.push(Chunk {
+            tokens,
+            start: 0,
+            length: tokens.len() as u32,
+            blocks: &blocks,
+            lenses,
+            outputs_from: 0,
+        });
         let mut hidden = Vec::new();
         let mut observe = |_: usize, stream: &[f32]| hidden.push(stream.to_vec());
         self.decoder.forward(&self.base, &mut self.cache, &batch, &mut self.workspace, Some(&mut observe))?;

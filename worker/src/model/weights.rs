@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::config::{ConfigError, ModelConfig};
+use super::lora::{Site, modules};
 use super::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
+use super::tensor_names::own_name;
 use crate::engine::arena::Region;
 use crate::kernels::matmul::{Packed, PackedShape, Weight};
 use crate::kernels::ops::Table;
@@ -147,6 +149,8 @@ pub struct Layer {
     pub o: PackedMatrix,
     /// Its bias.
     pub o_bias: Option<Vector>,
+    /// Norm on what attention adds to the residual stream.
+    pub post_attention_norm: Option<Vector>,
     /// Norm before the feed-forward block.
     pub mlp_norm: Vector,
     /// gate and up below each other.
@@ -157,6 +161,8 @@ pub struct Layer {
     pub down: PackedMatrix,
     /// Its bias.
     pub down_bias: Option<Vector>,
+    /// Norm on what the feed-forward block adds to the residual stream.
+    pub post_mlp_norm: Option<Vector>,
 }
 
 /// Where everything of a base is, and how many bytes that takes.
@@ -183,6 +189,8 @@ struct Move {
     tensor: String,
     shape: Vec<usize>,
     dtype: Dtype,
+    /// One is added to every number.
+    plus_one: bool,
     place: Place,
 }
 
@@ -200,6 +208,7 @@ const ALIGNMENT: usize = 64;
 /// Lays tensors out one after the other.
 struct Planner {
     dtype: Dtype,
+    norm_plus_one: bool,
     end: usize,
     moves: Vec<Move>,
 }
@@ -212,7 +221,7 @@ impl Planner {
 
     fn push(&mut self, tensor: String, shape: Vec<usize>, dtype: Dtype) {
         let bytes = shape.iter().product::<usize>() * dtype.bytes();
-        self.moves.push(Move { tensor, shape, dtype, place: Place::Plain(self.end) });
+        self.moves.push(Move { tensor, shape, dtype, place: Place::Plain(self.end), plus_one: false });
         self.end += bytes;
     }
 
@@ -233,6 +242,7 @@ impl Planner {
                 shape: vec![*outputs, inputs],
                 dtype: self.dtype,
                 place: Place::Panels(matrix, first_output),
+                plus_one: false,
             });
             first_output += outputs;
         }
@@ -253,19 +263,19 @@ impl Planner {
     fn norm(&mut self, prefix: String, len: usize) -> Vector {
         let offset = self.start();
         self.push(format!("{prefix}.weight"), vec![len], Dtype::F32);
+        self.moves.last_mut().expect("pushed above").plus_one = self.norm_plus_one;
         Vector { offset, len }
     }
 
     fn layer(&mut self, c: &ModelConfig, index: usize) -> Layer {
         let at = |name: &str| format!("model.layers.{index}.{name}");
-        let qkv = [
-            (at("self_attn.q_proj"), c.q_size()),
-            (at("self_attn.k_proj"), c.kv_size()),
-            (at("self_attn.v_proj"), c.kv_size()),
-        ];
-        let o = [(at("self_attn.o_proj"), c.hidden_size)];
-        let gate_up = [(at("mlp.gate_proj"), c.intermediate_size), (at("mlp.up_proj"), c.intermediate_size)];
-        let down = [(at("mlp.down_proj"), c.hidden_size)];
+        let parts = |site| -> Vec<(String, usize)> {
+            modules(c).iter().filter(|m| m.site == site).map(|m| (at(m.name), m.outputs)).collect()
+        };
+        let [qkv, o, gate_up, down] = Site::ALL.map(parts);
+        let sandwich = c.sandwich_norms;
+        // Architectures without the outer norms call the inner one by where it comes after.
+        let mlp_norm = if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         Layer {
             attention_norm: self.norm(at("input_layernorm"), c.hidden_size),
             qkv: self.matrix(&qkv, c.hidden_size),
@@ -275,11 +285,13 @@ impl Planner {
             }),
             o: self.matrix(&o, c.q_size()),
             o_bias: self.bias(c.o_bias, &o),
-            mlp_norm: self.norm(at("post_attention_layernorm"), c.hidden_size),
+            post_attention_norm: sandwich.then(|| self.norm(at("post_attention_layernorm"), c.hidden_size)),
+            mlp_norm: self.norm(at(mlp_norm), c.hidden_size),
             gate_up: self.matrix(&gate_up, c.hidden_size),
             gate_up_bias: self.bias(c.mlp_bias, &gate_up),
             down: self.matrix(&down, c.intermediate_size),
             down_bias: self.bias(c.mlp_bias, &down),
+            post_mlp_norm: sandwich.then(|| self.norm(at("post_feedforward_layernorm"), c.hidden_size)),
         }
     }
 }
@@ -291,7 +303,7 @@ impl BaseLayout {
     }
 
     fn plan(config: &Arc<ModelConfig>, dtype: Dtype) -> (Self, Vec<Move>) {
-        let mut planner = Planner { dtype, end: 0, moves: Vec::new() };
+        let mut planner = Planner { dtype, norm_plus_one: config.norm_plus_one, end: 0, moves: Vec::new() };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = match config.tie_word_embeddings {
             true => Embedding::Tied(planner.matrix(&[("model.embed_tokens".into(), vocab)], hidden)),
@@ -313,8 +325,8 @@ impl BaseLayout {
 pub struct BaseFolder {
     layout: BaseLayout,
     files: Vec<TensorFile>,
-    /// Tensor name to its file.
-    tensors: HashMap<String, usize>,
+    /// Tensor name, as this architecture calls it, to its file and its name there.
+    tensors: HashMap<String, (usize, String)>,
     moves: Vec<Move>,
 }
 
@@ -400,8 +412,9 @@ impl BaseFolder {
         for name in shard_names(folder)? {
             let file = TensorFile::open(&folder.join(name))?;
             for tensor in file.names() {
-                if let Some(other) = tensors.insert(tensor.clone(), files.len()) {
-                    let other: &TensorFile = &files[other];
+                let Some(name) = own_name(config.architecture, &tensor) else { continue };
+                if let Some((other, _)) = tensors.insert(name, (files.len(), tensor.clone())) {
+                    let other: &TensorFile = files.get(other).unwrap_or(&file);
                     let what = format!("tensor `{tensor}` is also in `{}`", other.path().display());
                     return Err(BaseError::Index { path: file.path().into(), what });
                 }
@@ -415,17 +428,18 @@ impl BaseFolder {
         let (layout, moves) = BaseLayout::plan(&config, dtype);
         let mut known = BTreeMap::new();
         for wanted in &moves {
-            let &file =
+            let (file, name) =
                 tensors.get(&wanted.tensor).ok_or_else(|| BaseError::MissingTensor(wanted.tensor.clone()))?;
-            let found = files[file].shape(&wanted.tensor).expect("the map was made from this file's names");
+            let file = &files[*file];
+            let found = file.shape(name).expect("the map was made from this file's names");
             if found != wanted.shape {
                 return Err(BaseError::Shape {
-                    tensor: wanted.tensor.clone(),
+                    tensor: name.clone(),
                     found: found.to_vec(),
                     expected: wanted.shape.clone(),
                 });
             }
-            files[file].dtype(&wanted.tensor)?;
+            file.dtype(name)?;
             known.insert(wanted.tensor.as_str(), ());
         }
         let mut extra: Vec<_> =
@@ -453,7 +467,8 @@ impl BaseFolder {
         let total_bytes = self.layout.bytes;
         let mut done_bytes = 0;
         for wanted in &self.moves {
-            let file = &self.files[self.tensors[&wanted.tensor]];
+            let (file, name) = &self.tensors[&wanted.tensor];
+            let file = &self.files[*file];
             let mut written = |bytes| {
                 done_bytes += bytes;
                 on_progress(Progress { done_bytes, total_bytes })
@@ -462,12 +477,16 @@ impl BaseFolder {
                 Place::Plain(offset) => {
                     let bytes = wanted.shape.iter().product::<usize>() * wanted.dtype.bytes();
                     let to = &mut region.bytes_mut()[offset..offset + bytes];
-                    file.read(&wanted.tensor, wanted.dtype, to, &mut written)?;
+                    file.read(name, wanted.dtype, to, &mut written)?;
+                    if wanted.plus_one {
+                        let weights: &mut [f32] = bytemuck::cast_slice_mut(to);
+                        weights.iter_mut().for_each(|weight| *weight += 1.0);
+                    }
                 }
                 Place::Panels(matrix, mut output) => {
                     let to = &mut region.bytes_mut()[matrix.offset..][..matrix.shape.bytes()];
                     let row_bytes = matrix.shape.inputs * wanted.dtype.bytes();
-                    file.read_rows(&wanted.tensor, wanted.dtype, matrix.shape.inputs, &mut |rows| {
+                    file.read_rows(name, wanted.dtype, matrix.shape.inputs, &mut |rows| {
                         matrix.shape.pack(output, rows, to);
                         output += rows.len() / row_bytes;
                         written(rows.len() as u64)
@@ -485,13 +504,17 @@ fn is_ignorable(tensor: &str) -> bool {
     tensor == "lm_head.weight" || tensor.ends_with(".rotary_emb.inv_freq")
 }
 
-fn stored_dtype(files: &[TensorFile], tensors: &HashMap<String, usize>) -> Result<Dtype, BaseError> {
+fn stored_dtype(
+    files: &[TensorFile],
+    tensors: &HashMap<String, (usize, String)>,
+) -> Result<Dtype, BaseError> {
     let mut all = None;
-    for (tensor, &file) in tensors {
-        if files[file].shape(tensor).is_none_or(|shape| shape.len() < 2) {
+    for (file, tensor) in tensors.values() {
+        let file = &files[*file];
+        if file.shape(tensor).is_none_or(|shape| shape.len() < 2) {
             continue;
         }
-        let dtype = files[file].dtype(tensor)?;
+        let dtype = file.dtype(tensor)?;
         all = match all {
             None => Some(dtype),
             Some(other) if other == dtype => all,
