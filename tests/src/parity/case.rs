@@ -11,7 +11,7 @@ use turret_worker::model::single::SingleRow;
 use turret_worker::model::weights::{BaseFolder, Dtype};
 
 use super::engine::{greedy, load_base, load_lens, start};
-use super::{Line, Outcome};
+use super::{Line, Outcome, activations};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -143,8 +143,12 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
         lines.push(Line::close(subject, "prompt logprobs", &logprobs, &row.prompt_logprobs));
     }
 
+    let (more, checked) =
+        activations::check(&case, folder, (&engine, &mut base), &mut single, &numbers).await?;
+    lines.extend(more);
+
     for name in lens_folders(folder)? {
-        if !rows.contains_key(&name) {
+        if !rows.contains_key(&name) && !checked.contains(&name.as_str()) {
             let why = "no numbers of a plain LoRA are recorded for it".into();
             let subject = format!("{case}:{name}");
             lines.push(Line { subject, what: "load".into(), outcome: Outcome::Unsupported(why) });

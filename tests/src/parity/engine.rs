@@ -10,6 +10,7 @@ use turret_worker::engine::Engine;
 use turret_worker::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
 use turret_worker::engine::row::{FinishReason, RowEvent, RowLens, RowRequest, Sampling, TokenLogprobs};
 use turret_worker::lens::lora::LoraFolder;
+use turret_worker::lens::tap::{Activations, Tapped};
 use turret_worker::model::config::ModelConfig;
 use turret_worker::model::tokenizer::Tokenizer;
 use turret_worker::model::weights::{BaseFolder, Dtype};
@@ -35,6 +36,8 @@ pub struct Answer {
     pub pieces: Vec<String>,
     /// Log-probabilities of the prompt.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// What its taps read.
+    pub tapped: Vec<Tapped>,
 }
 
 /// Starts an engine for the tiny models of the fixtures.
@@ -77,6 +80,18 @@ pub async fn greedy(
     prompt: &[u32],
     (stop, new_tokens): (&[u32], u32),
 ) -> Result<Answer> {
+    greedy_with(engine, base, lens, prompt, (stop, new_tokens), Activations::default()).await
+}
+
+/// The same, reading from and writing into the residual stream.
+pub async fn greedy_with(
+    engine: &EngineHandle,
+    base: &Loaded,
+    lens: Option<&str>,
+    prompt: &[u32],
+    (stop, new_tokens): (&[u32], u32),
+    activations: Activations,
+) -> Result<Answer> {
     let lenses = match lens {
         Some(name) => vec![RowLens { lens: *base.lenses.get(name).context("no such lens")?, scale: 1.0 }],
         None => Vec::new(),
@@ -89,7 +104,8 @@ pub async fn greedy(
         stop_token_ids: stop.to_vec(),
         max_new_tokens: new_tokens,
         logprobs: None,
-        prompt_logprobs: Some(0),
+        prompt_logprobs: activations.stop_layer.is_none().then_some(0),
+        activations,
     };
     let mut stream = engine.submit(request).await?;
     let mut answer = Answer::default();
@@ -97,6 +113,7 @@ pub async fn greedy(
     while let Some(event) = stream.next().await {
         match event {
             RowEvent::Prompt(logprobs) => answer.prompt_logprobs = logprobs,
+            RowEvent::Tapped(tapped) => answer.tapped = tapped,
             RowEvent::Token { id, .. } => {
                 answer.ids.push(id);
                 answer.pieces.push(text.push(id)?);

@@ -9,6 +9,7 @@
 //! them, so the bound is what transformers does itself: where a case has `bf16.json`, the logits in bf16 may be no
 //! further from the f32 ones (root of the mean square) than those of transformers in bf16 are.
 
+pub mod activations;
 pub mod case;
 pub mod demo;
 pub mod engine;

@@ -161,6 +161,7 @@ impl From<SubmitError> for ApiError {
                 Self::invalid(Some("prompt"), message)
             }
             SubmitError::OutOfRange { field, .. } => Self::invalid(Some(field), message),
+            SubmitError::Activations(_) => Self::invalid(Some("activations"), message),
             SubmitError::QueueFull { .. } => {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", message);
                 Self { retry_after: Some(Duration::from_secs(1)), ..error }

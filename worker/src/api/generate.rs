@@ -15,6 +15,7 @@ use crate::engine::handle::{EngineHandle, SubmitError};
 use crate::engine::row::{
     FinishReason, RowEvent, RowLens, RowRequest, RowStream, Sampling, TokenLogprobs, Usage,
 };
+use crate::lens::tap::Activations;
 use crate::metrics::Metrics;
 use crate::model::tokenizer::Tokenizer;
 use crate::residency::Lease;
@@ -64,6 +65,7 @@ pub(super) async fn start(
         max_new_tokens: job.max_new_tokens,
         logprobs: job.logprobs,
         prompt_logprobs: None,
+        activations: Activations::default(),
     };
     let stream = engine.submit(row).await?;
     let (sender, receiver) = mpsc::unbounded_channel();
@@ -93,7 +95,7 @@ async fn follow(
         };
         let last = match event {
             None => return,
-            Some(RowEvent::Prompt(_)) => continue,
+            Some(RowEvent::Prompt(_) | RowEvent::Tapped(_)) => continue,
             Some(RowEvent::Failed(failure)) => Piece::Failed(failure.into()),
             Some(RowEvent::Token { id, logprobs }) => {
                 generated += 1;

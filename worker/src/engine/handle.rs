@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::arena::{ArenaUse, Region};
 use super::row::{RowRequest, RowStream};
+use crate::lens::tap::ActivationError;
 use crate::lens::{FilledLens, LensLayout};
 use crate::model::weights::{BaseLayout, FilledBase};
 
@@ -203,6 +204,9 @@ pub enum SubmitError {
         /// What it may be.
         range: &'static str,
     },
+    /// What the row would read or write does not fit it.
+    #[error(transparent)]
+    Activations(#[from] ActivationError),
     /// The engine is shutting down.
     #[error("the engine is shutting down")]
     ShuttingDown,

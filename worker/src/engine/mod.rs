@@ -35,6 +35,7 @@ use step::Active;
 
 use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::FilledLens;
+use crate::lens::tap::RowShape;
 use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseLayout, FilledBase};
 
@@ -426,7 +427,8 @@ impl Core {
         active.workspace.reserve_ranks(ranks);
         let (sender, stream) = row_channel(row.max_new_tokens);
         let blocks = active.needs.min_blocks as usize;
-        self.waiting.push(Sequence::new(row, lenses, blocks, sender));
+        let width = self.bases[&row.base].layout.config.hidden_size;
+        self.waiting.push(Sequence::new(row, lenses, (blocks, width), sender));
         Ok(stream)
     }
 
@@ -510,7 +512,15 @@ fn check_row(row: &RowRequest, limit: u32, base: &FilledBase) -> Result<(), Subm
     if prompt.saturating_add(row.max_new_tokens) > limit {
         return Err(SubmitError::ContextOverflow { prompt, new: row.max_new_tokens, limit });
     }
-    let vocab = base.layout.config.vocab_size as u32;
+    let config = &base.layout.config;
+    row.activations.check(RowShape {
+        layers: config.layers as u32,
+        width: config.hidden_size,
+        prompt,
+        new: row.max_new_tokens,
+        scores_prompt: row.prompt_logprobs.is_some(),
+    })?;
+    let vocab = config.vocab_size as u32;
     if let Some((position, &id)) = row.prompt.iter().enumerate().find(|(_, id)| **id >= vocab) {
         return Err(SubmitError::UnknownToken { id, position, vocab });
     }

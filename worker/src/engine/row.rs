@@ -15,6 +15,7 @@ use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 
 use super::handle::{BaseId, LensId};
+use crate::lens::tap::{Activations, Tapped};
 
 /// One row to compute.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +39,8 @@ pub struct RowRequest {
     pub logprobs: Option<u8>,
     /// Report the same for every token of the prompt but the first, before the first token.
     pub prompt_logprobs: Option<u8>,
+    /// What the row reads from and writes into the residual stream.
+    pub activations: Activations,
 }
 
 /// A lens on a row.
@@ -81,6 +84,8 @@ pub enum RowEvent {
         /// Its log-probabilities, when asked for.
         logprobs: Option<TokenLogprobs>,
     },
+    /// What the row's taps read, in their order. Only with taps; once, before `Finished`.
+    Tapped(Vec<Tapped>),
     /// The row is done. The last event.
     Finished {
         /// Why it ended.
@@ -167,7 +172,7 @@ pub struct RowStream {
 
 /// The two ends of a row's events, with room for `max_new_tokens`.
 pub(crate) fn row_channel(max_new_tokens: u32) -> (RowSender, RowStream) {
-    let events = VecDeque::with_capacity(max_new_tokens as usize + 2);
+    let events = VecDeque::with_capacity(max_new_tokens as usize + 3);
     let shared = Arc::new(Shared {
         ring: Mutex::new(Ring { events, closed: false }),
         waker: AtomicWaker::new(),

@@ -11,6 +11,7 @@ use super::row::{FinishReason, RowEvent, RowFailure, RowRequest, RowSender, Toke
 use super::sampler::Sampler;
 use super::schedule::RowState;
 use crate::lens::FilledLens;
+use crate::lens::tap::{Activations, Tap, Tapped};
 
 /// A row in flight. It holds its lenses, so they live as long as it does.
 pub(crate) struct Sequence {
@@ -19,6 +20,10 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) computed: u32,
     pub(crate) blocks: Vec<u32>,
+    /// What it reads and writes, when it does.
+    activations: Option<Arc<Activations>>,
+    /// Per tap: the vectors it has read, with room for all.
+    tapped: Vec<Vec<f32>>,
     /// Its last event was sent; it leaves the batch at the end of the step.
     pub(crate) ended: bool,
     request: RowRequest,
@@ -39,10 +44,14 @@ impl Sequence {
     pub(crate) fn new(
         mut request: RowRequest,
         lenses: Vec<(Arc<FilledLens>, f32)>,
-        block_capacity: usize,
+        (block_capacity, width): (usize, usize),
         sender: RowSender,
     ) -> Self {
         let prompt_len = request.prompt.len() as u32;
+        let activations = std::mem::take(&mut request.activations);
+        let length = prompt_len + request.max_new_tokens;
+        let room = |tap: &Tap| vec![0.0; tap.positions.count(length) * width];
+        let tapped = activations.taps.iter().map(room).collect();
         let mut tokens = std::mem::take(&mut request.prompt);
         tokens.reserve_exact(request.max_new_tokens as usize);
         Self {
@@ -51,12 +60,29 @@ impl Sequence {
             tokens,
             computed: 0,
             blocks: Vec::with_capacity(block_capacity),
+            activations: (!activations.is_empty()).then(|| Arc::new(activations)),
+            tapped,
             ended: false,
             prompt_len,
             prompt_logprobs: request.prompt_logprobs.map(|_| Vec::with_capacity(prompt_len as usize)),
             request,
             sender,
         }
+    }
+
+    /// What it reads and writes, with the length of its prompt.
+    pub(crate) fn activations(&self) -> Option<(&Arc<Activations>, u32)> {
+        Some((self.activations.as_ref()?, self.prompt_len))
+    }
+
+    /// Before which block it leaves the batch.
+    pub(crate) fn stop_layer(&self) -> Option<u32> {
+        self.activations.as_ref()?.stop_layer
+    }
+
+    /// Keeps a vector that a tap read.
+    pub(crate) fn keep_tapped(&mut self, tap: usize, index: usize, vector: &[f32]) {
+        self.tapped[tap][index * vector.len()..][..vector.len()].copy_from_slice(vector);
     }
 
     pub(crate) fn state(&self) -> RowState {
@@ -153,6 +179,19 @@ impl Sequence {
     }
 
     fn finish(&mut self, reason: FinishReason) -> Life {
+        if let Some(activations) = self.activations.clone().filter(|a| !a.taps.is_empty()) {
+            let (length, computed) = (self.most_tokens(), self.computed);
+            let read = |(tap, mut vectors): (&Tap, Vec<f32>)| {
+                let all = tap.positions.count(length);
+                // The last token is never computed, nor is what could have come after it.
+                let positions = tap.positions.up_to(computed);
+                vectors.truncate(vectors.len() / all.max(1) * positions.len());
+                Tapped { positions, vectors }
+            };
+            let vectors = std::mem::take(&mut self.tapped);
+            let tapped = activations.taps.iter().zip(vectors).map(read).collect();
+            self.sender.send(RowEvent::Tapped(tapped));
+        }
         let usage = Usage { prompt_tokens: self.prompt_len, generated_tokens: self.generated() };
         self.sender.send(RowEvent::Finished { reason, usage });
         Life::Ended

@@ -1,5 +1,6 @@
 //! One step of the active base: plan, take blocks, compute, hand out logits.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -32,6 +33,8 @@ pub(super) struct Active {
     waiting_states: Vec<RowState>,
     /// Per share of the plan: where its outputs start in the batch, and the position of the first.
     outputs: Vec<RowOutputs>,
+    /// Shares in the order in which their rows are in the batch: those that leave it in mid-step last.
+    order: Vec<usize>,
     sampler: Sampler,
 }
 
@@ -66,6 +69,7 @@ impl Active {
             running_states: Vec::with_capacity(rows),
             waiting_states: Vec::with_capacity(limits.max_waiting_rows as usize),
             outputs: Vec::with_capacity(rows),
+            order: Vec::with_capacity(rows),
             sampler: Sampler::with_vocabulary(config.vocab_size),
         })
     }
@@ -143,7 +147,12 @@ impl Active {
     fn compute(&mut self, base: &FilledBase, running: &mut [Sequence]) -> Result<Counts> {
         self.outputs.clear();
         let mut counts = Counts::default();
-        for share in &self.plan.shares {
+        self.order.clear();
+        self.order.extend(0..self.plan.shares.len());
+        let leaves = |share: usize| running[self.plan.shares[share].row].stop_layer().unwrap_or(u32::MAX);
+        self.order.sort_unstable_by_key(|&share| (Reverse(leaves(share)), share));
+        for &share in &self.order {
+            let share = &self.plan.shares[share];
             let row = &mut running[share.row];
             for _ in 0..share.new_blocks {
                 row.blocks.push(self.cache.take().expect("the plan counted the free blocks"));
@@ -156,6 +165,7 @@ impl Active {
                 length: row.tokens.len() as u32,
                 blocks: &row.blocks,
                 lenses: &row.lenses,
+                activations: row.activations(),
                 outputs_from: from,
             });
             let position = start + from as u32;
@@ -167,10 +177,21 @@ impl Active {
             });
             counts.prompt_tokens += u64::from(row.prompt_tokens_in(tokens));
         }
+        let width = base.layout.config.hidden_size;
         self.decoder.forward(base, &mut self.cache, &self.batch, &mut self.workspace, None)?;
         for (share, _) in self.plan.shares.iter().zip(&self.outputs) {
             running[share.row].computed += share.tokens;
         }
+        self.workspace.with_captured(|captured| {
+            let mut active = self.batch.active().iter();
+            for at in &self.outputs {
+                let row = &mut running[at.row];
+                if row.activations().is_some() {
+                    let read = active.next().expect("the batch has every row that reads");
+                    read.captured(captured, width, |tap, index, vector| row.keep_tapped(tap, index, vector));
+                }
+            }
+        });
 
         let (vocab, long_from) = (base.layout.config.vocab_size, base.layout.config.long_rope_from());
         let group = self.workspace.size().outputs;

@@ -13,12 +13,15 @@ use serde_json::json;
 use super::handle::*;
 use super::row::*;
 use super::{Engine, memory};
+use crate::lens::inject::{Injection, Operation};
 use crate::lens::lora::LoraFolder;
+use crate::lens::tap::{ActivationError, Activations, Positions, Site, Tap, Tapped};
 use crate::model::config::ModelConfig;
 use crate::model::tensor_file::tests::write;
 use crate::model::weights::{BaseLayout, Dtype, FilledBase};
 
 const VOCAB: u32 = 67;
+const WIDTH: usize = 36;
 
 /// A small architecture whose widths fit no vector, with everything that the published ones have. Windows and long
 /// contexts begin inside of what the rows below reach.
@@ -137,10 +140,57 @@ struct Ask {
     new: u32,
     temperature: f32,
     seed: u64,
+    touch: Touch,
+}
+
+/// What a row does to the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Touch {
+    Nothing,
+    Reads,
+    Writes(Operation),
+    /// Reads after one of the two blocks and leaves.
+    Leaves,
+}
+
+impl Touch {
+    fn activations(self, prompt: usize, seed: u64) -> Activations {
+        let some = Positions::At((0..prompt as u32).step_by(3).collect());
+        let tap = |site, positions| Tap { site, positions };
+        let taps = vec![tap(Site::In(0), Positions::ALL), tap(Site::Out(0), some.clone())];
+        match self {
+            Self::Nothing => Activations::default(),
+            Self::Reads => {
+                let last = tap(Site::Out(1), Positions::From(prompt as u32 / 2));
+                Activations { taps: [taps, vec![last]].concat(), ..Activations::default() }
+            }
+            Self::Writes(operation) => {
+                let mut noise = Noise(seed);
+                let mut vectors = |count: usize| (0..count * WIDTH).map(|_| noise.next()).collect::<Vec<_>>();
+                let injection = |site, positions, vectors, prefill_only| Injection {
+                    site,
+                    positions,
+                    operation,
+                    vectors,
+                    prefill_only,
+                };
+                let each = vectors(prompt.div_ceil(3));
+                let injections = vec![
+                    injection(Site::In(0), Positions::ALL, vectors(1), true),
+                    injection(Site::Out(0), some, each, false),
+                    injection(Site::Out(1), Positions::From(prompt as u32 - 1), vectors(1), false),
+                ];
+                Activations { taps, injections, stop_layer: None }
+            }
+            Self::Leaves => Activations { taps, injections: vec![], stop_layer: Some(1) },
+        }
+    }
 }
 
 impl Ask {
     fn request(&self, base: BaseId, lenses: &[LensId]) -> RowRequest {
+        // A row that leaves has no logits.
+        let leaves = self.touch == Touch::Leaves;
         RowRequest {
             base,
             prompt: self.prompt.clone(),
@@ -152,9 +202,10 @@ impl Ask {
                 ..Sampling::GREEDY
             },
             stop_token_ids: vec![5],
-            max_new_tokens: self.new,
+            max_new_tokens: if leaves { 0 } else { self.new },
             logprobs: Some(2),
-            prompt_logprobs: Some(1),
+            prompt_logprobs: (!leaves).then_some(1),
+            activations: self.touch.activations(self.prompt.len(), self.seed),
         }
     }
 }
@@ -163,8 +214,27 @@ fn ask() -> impl Strategy<Value = Ask> {
     let lenses =
         prop::sample::select(vec![vec![], vec![(0, 1.0)], vec![(1, 0.5)], vec![(0, -0.75), (1, 1.0)]]);
     let prompt = prop::collection::vec(0..VOCAB, 1..70);
-    (prompt, lenses, 0u32..40, prop::sample::select(vec![0.0, 0.9]), any::<u64>())
-        .prop_map(|(prompt, lenses, new, temperature, seed)| Ask { prompt, lenses, new, temperature, seed })
+    let touches = vec![
+        Touch::Nothing,
+        Touch::Nothing,
+        Touch::Reads,
+        Touch::Leaves,
+        Touch::Writes(Operation::Replace),
+        Touch::Writes(Operation::Add { scale: 0.7 }),
+        Touch::Writes(Operation::AddNormMatched { scale: -0.5 }),
+        Touch::Writes(Operation::AddKeepingNorm { scale: 2.0 }),
+    ];
+    let touch = prop::sample::select(touches);
+    (prompt, lenses, 0u32..40, prop::sample::select(vec![0.0, 0.9]), any::<u64>(), touch).prop_map(
+        |(prompt, lenses, new, temperature, seed, touch)| Ask {
+            prompt,
+            lenses,
+            new,
+            temperature,
+            seed,
+            touch,
+        },
+    )
 }
 
 /// Everything a row reported. Its f32 numbers are compared as they are: equal means equal bits here, as none is zero or NaN.
@@ -304,7 +374,103 @@ fn token(event: &RowEvent) -> Option<u32> {
 fn some_ask(seed: u64, lenses: Vec<(usize, f32)>, new: u32) -> Ask {
     let mut noise = Noise(seed);
     let prompt = (0..20).map(|_| ((noise.next() + 1.0) * 30.0) as u32 + 6).collect();
-    Ask { prompt, lenses, new, temperature: 0.0, seed }
+    Ask { prompt, lenses, new, temperature: 0.0, seed, touch: Touch::Nothing }
+}
+
+fn tapped(events: &[RowEvent]) -> &[Tapped] {
+    events
+        .iter()
+        .find_map(|event| if let RowEvent::Tapped(tapped) = event { Some(&tapped[..]) } else { None })
+        .unwrap()
+}
+
+#[test]
+fn what_was_read_and_is_written_back_changes_nothing() {
+    let layout = BaseLayout::of(&config("Gemma2ForCausalLM"), Dtype::BF16);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 7, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let lens = load_lens(&engine, base, &layout.config, 3).await;
+        let mut plain = some_ask(9, vec![(0, 1.0)], 20).request(base, &[lens]);
+        plain.stop_token_ids.clear();
+        let sites = [Site::In(0), Site::Out(0), Site::Out(1)];
+        let taps: Vec<Tap> = sites.map(|site| Tap { site, positions: Positions::ALL }).to_vec();
+        let reads =
+            RowRequest { activations: Activations { taps, ..Activations::default() }, ..plain.clone() };
+        let before = run(&engine, plain.clone()).await;
+        let mut read = run(&engine, reads).await;
+        let vectors = tapped(&read).to_vec();
+        read.retain(|event| !matches!(event, RowEvent::Tapped(_)));
+        assert_eq!(read, before, "reading changes nothing");
+        // Twenty tokens of the prompt and nineteen generated ones were computed.
+        assert!(
+            vectors
+                .iter()
+                .all(|t| t.positions == (0..39).collect::<Vec<_>>() && t.vectors.len() == 39 * WIDTH)
+        );
+
+        let back = |positions: std::ops::Range<u32>, change: f32| {
+            let injections = sites.into_iter().zip(&vectors).map(|(site, read)| Injection {
+                site,
+                positions: Positions::At(positions.clone().collect()),
+                operation: Operation::Replace,
+                vectors: read.vectors[positions.start as usize * WIDTH..positions.end as usize * WIDTH]
+                    .iter()
+                    .map(|x| x + change)
+                    .collect(),
+                prefill_only: false,
+            });
+            Activations { injections: injections.collect(), ..Activations::default() }
+        };
+        for positions in [0..39, 3..5, 38..39] {
+            let same = RowRequest { activations: back(positions.clone(), 0.0), ..plain.clone() };
+            assert_eq!(run(&engine, same).await, before, "{positions:?}");
+            let other = RowRequest { activations: back(positions.clone(), 0.5), ..plain.clone() };
+            assert_ne!(run(&engine, other).await, before, "{positions:?}");
+        }
+        // Embeddings as input: which tokens stand in their places says nothing.
+        let mut embedded = RowRequest { activations: back(0..20, 0.0), ..plain.clone() };
+        embedded.activations.injections.truncate(1);
+        embedded.prompt = vec![1; 20];
+        embedded.prompt_logprobs = None;
+        let answer: Vec<_> = run(&engine, embedded).await.iter().filter_map(token).collect();
+        assert_eq!(answer, before.iter().filter_map(token).collect::<Vec<_>>());
+        engine.shutdown().await;
+    });
+}
+
+#[test]
+fn a_row_that_leaves_early_has_read_what_it_would_have_read() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 64, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let taps = vec![Tap { site: Site::Out(0), positions: Positions::At(vec![2, 19]) }];
+        let whole = RowRequest {
+            max_new_tokens: 0,
+            prompt_logprobs: None,
+            activations: Activations { taps, ..Activations::default() },
+            ..some_ask(5, vec![], 0).request(base, &[])
+        };
+        let mut early = whole.clone();
+        early.activations.stop_layer = Some(1);
+        let beside = some_ask(6, vec![], 5).request(base, &[]);
+        let heartbeat = engine.heartbeat();
+        let alone = run(&engine, early.clone()).await;
+        assert!(engine.heartbeat() - heartbeat < 2 + 4, "one block and the commands");
+        let mixed = join_all([&early, &beside, &whole, &early].map(|row| run(&engine, row.clone()))).await;
+        assert_eq!((&mixed[0], &mixed[3]), (&alone, &alone));
+        assert_eq!(tapped(&mixed[2]), tapped(&alone));
+        assert_eq!(mixed[1], run(&engine, beside.clone()).await);
+        assert_eq!(tapped(&alone)[0].positions, [2, 19]);
+
+        early.max_new_tokens = 1;
+        let refused = engine.submit(early).await.unwrap_err();
+        assert_eq!(refused, SubmitError::Activations(ActivationError::NoLogits));
+        engine.shutdown().await;
+    });
 }
 
 #[test]

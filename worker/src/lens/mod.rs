@@ -3,7 +3,9 @@
 //! One file per kind. Opening a lens reads headers only and checks everything against the base; what cannot be honoured
 //! exactly is refused with the name of the tensor or key, so a lens is never half loaded.
 
+pub mod inject;
 pub mod lora;
+pub mod tap;
 
 use std::path::PathBuf;
 use std::sync::Arc;

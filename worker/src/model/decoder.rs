@@ -13,6 +13,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use super::config::{LayerKind, ModelConfig};
 use super::kv_cache::KvCache;
 use super::lora::{LensUse, Site, SiteDeltas};
+use super::residual::{ActiveRow, Touch};
 use super::rope::Frequencies;
 use super::weights::{Dtype, FilledBase, PackedMatrix, Vector};
 use crate::kernels::attention::{Query, Scoring};
@@ -20,6 +21,7 @@ use crate::kernels::matmul::{Deltas, Linear, NoDeltas, Scratch};
 use crate::kernels::ops::{ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, SoftCap};
 use crate::kernels::threads::Pool;
 use crate::lens::FilledLens;
+use crate::lens::tap::Activations;
 
 /// Tokens of one row to compute in a step.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +36,8 @@ pub struct Chunk<'a> {
     pub blocks: &'a [u32],
     /// Lenses on this row, with the row's own scales.
     pub lenses: &'a [(Arc<FilledLens>, f32)],
+    /// What the row reads from and writes into the residual stream, and how many tokens its prompt has.
+    pub activations: Option<(&'a Arc<Activations>, u32)>,
     /// From which token of the chunk on logits are wanted; `tokens.len()` for none.
     pub outputs_from: usize,
 }
@@ -49,6 +53,13 @@ pub struct Batch {
     uses: Vec<LensUse>,
     scratch_len: usize,
     outputs: Vec<u32>,
+    active: Vec<ActiveRow>,
+    /// Vectors that taps read.
+    captures: usize,
+    /// Tokens of rows that go through all blocks; they come first.
+    whole: usize,
+    /// Before which block rows leave, and where the tokens of the last one that leaves there end. Latest first.
+    leaving: Vec<(u32, usize)>,
 }
 
 impl Batch {
@@ -62,6 +73,7 @@ impl Batch {
             uses: Vec::with_capacity(lenses),
             scratch_len: 0,
             outputs: Vec::with_capacity(tokens),
+            ..Self::default()
         }
     }
 
@@ -74,9 +86,14 @@ impl Batch {
         self.uses.clear();
         self.scratch_len = 0;
         self.outputs.clear();
+        self.active.clear();
+        self.captures = 0;
+        self.whole = 0;
+        self.leaving.clear();
     }
 
-    /// Adds a row and says which of the step's outputs are its own.
+    /// Adds a row and says which of the step's outputs are its own. Rows that leave in mid-step come last, those that
+    /// leave first at the end.
     pub fn push(&mut self, chunk: Chunk<'_>) -> Range<usize> {
         let token_start = self.tokens.len();
         let table_start = self.tables.len() as u32;
@@ -90,9 +107,43 @@ impl Batch {
             self.scratch_len += tokens * lens.layout.deltas.max_ranks();
             self.uses.push(LensUse { token_start, tokens, lens: lens.clone(), scale: *scale, scratch_start });
         }
+        if let Some((activations, prompt)) = chunk.activations {
+            let row = ActiveRow {
+                token_start,
+                tokens: chunk.tokens.len(),
+                position: chunk.start,
+                prompt,
+                activations: activations.clone(),
+                captured_start: self.captures,
+            };
+            self.captures += row.captures();
+            self.active.push(row);
+        }
+        match chunk.activations.and_then(|(activations, _)| activations.stop_layer) {
+            Some(layer) => {
+                let later = self.leaving.last().is_none_or(|(last, _)| layer <= *last);
+                assert!(later, "rows that leave first are at the end");
+                self.leaving.push((layer, self.tokens.len()));
+            }
+            None => {
+                assert!(self.leaving.is_empty(), "rows that leave are at the end");
+                self.whole = self.tokens.len();
+            }
+        }
         let outputs = self.outputs.len();
         self.outputs.extend((chunk.outputs_from..chunk.tokens.len()).map(|i| (token_start + i) as u32));
         outputs..self.outputs.len()
+    }
+
+    /// Rows that read or write.
+    pub fn active(&self) -> &[ActiveRow] {
+        &self.active
+    }
+
+    /// Tokens that go through a block.
+    fn tokens_at(&self, layer: usize) -> usize {
+        let stay = self.leaving.iter().take_while(|(leaves, _)| *leaves as usize > layer);
+        stay.last().map_or(self.whole, |(_, end)| *end)
     }
 
     /// Tokens in the step.
@@ -133,6 +184,8 @@ pub struct Workspace {
     outputs: Tensor,
     logits: Tensor,
     angles: [Angles; 2],
+    /// What taps read, `[vectors, hidden]`. Empty until a row has some.
+    captured: RefCell<Vec<f32>>,
     scratch: RefCell<Scratch>,
 }
 
@@ -174,6 +227,7 @@ impl Workspace {
                 let len = size.tokens * rope.map_or(0, |rope| rope.rotary_dim / 2);
                 Angles { cos: Vec::with_capacity(len), sin: Vec::with_capacity(len) }
             }),
+            captured: RefCell::default(),
             scratch: RefCell::new(Scratch::for_inputs(size.tokens.max(size.outputs), Self::widest_input(c))),
         })
     }
@@ -181,6 +235,11 @@ impl Workspace {
     /// What it was made for.
     pub fn size(&self) -> StepSize {
         self.size
+    }
+
+    /// Reads what the taps of the last step read.
+    pub fn with_captured<T>(&self, read: impl FnOnce(&[f32]) -> T) -> T {
+        read(&self.captured.borrow())
     }
 
     /// Makes room for rows whose lenses have this many ranks together.
@@ -248,8 +307,19 @@ impl Decoder {
             tokens: &batch.tokens,
             scale: config.scale_embedding.then(|| embedding_scale(config.hidden_size, base.layout.dtype)),
         })?;
-        let step = Step { decoder: self, base, batch, work, rows };
+        let captured = work.captured.get_mut();
+        if captured.len() < batch.captures * config.hidden_size {
+            captured.resize(batch.captures * config.hidden_size, 0.0);
+        }
+        let mut step = Step { decoder: self, base, batch, work, rows };
         for (index, layer) in base.layout.layers.iter().enumerate() {
+            step.touch(index)?;
+            step.rows = batch.tokens_at(index);
+            let rows = step.rows;
+            if rows == 0 {
+                return Ok(());
+            }
+            let queries = &batch.queries[..rows];
             if let Some(observe) = &mut observe {
                 with_numbers(&work.hidden, |x| observe(index, &x[..rows * config.hidden_size]))?;
             }
@@ -267,7 +337,7 @@ impl Decoder {
                 rotary: step.rotary(index),
                 cache: &blocks,
                 layer: index,
-                queries: &batch.queries,
+                queries,
                 tables: &batch.tables,
             })?;
             work.attended.inplace_op2(
@@ -276,7 +346,7 @@ impl Decoder {
                     pool: &self.pool,
                     cache: &blocks,
                     layer: index,
-                    queries: &batch.queries,
+                    queries,
                     tables: &batch.tables,
                     scoring: Scoring {
                         scale: config.attention_scale,
@@ -301,7 +371,7 @@ impl Decoder {
             step.add(&work.activated, down, (index, Site::Down), &layer.post_mlp_norm)?;
             self.heartbeat.fetch_add(1, Ordering::Relaxed);
         }
-        Ok(())
+        step.touch(base.layout.layers.len())
     }
 
     /// Computes the final norm and the logits of some outputs of the batch of the last [`Self::forward`], at most as
@@ -368,6 +438,19 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
+    /// Lets rows write and read after this many blocks.
+    fn touch(&self, boundary: usize) -> Result<()> {
+        if self.batch.active.is_empty() {
+            return Ok(());
+        }
+        self.work.hidden.inplace_op1(&Touch {
+            rows: &self.batch.active,
+            boundary: boundary as u32,
+            width: self.base.layout.config.hidden_size,
+            captured: &self.work.captured,
+        })
+    }
+
     fn norm(&self, to: &Tensor, from: &Tensor, weight: &Vector) -> Result<()> {
         to.inplace_op2(from, &self.rms_norm(weight, false))
     }
@@ -409,7 +492,9 @@ impl Step<'_> {
         (layer, site): (usize, Site),
         accumulate: bool,
     ) -> Result<()> {
-        let deltas = SiteDeltas { uses: &self.batch.uses, layer, site };
+        // Rows that left the batch took their lenses along.
+        let uses = self.batch.uses.partition_point(|one| one.token_start < self.rows);
+        let deltas = SiteDeltas { uses: &self.batch.uses[..uses], layer, site };
         self.multiply(to, from, weights, &deltas, accumulate)
     }
 

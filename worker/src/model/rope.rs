@@ -119,10 +119,10 @@ mod tests {
         let llama = |theta: f64, scaling: Value| {
             rope("LlamaForCausalLM", json!({"rope_theta": theta, "rope_scaling": scaling}))
         };
-        let close = |got: &[f32], want: &[f32]| {
+        let close = |got: &[f32], want: &[f64]| {
             assert_eq!(got.len(), want.len());
             for (got, want) in got.iter().zip(want) {
-                assert!((got - want).abs() <= 2e-7 * want, "{got}, expected {want}");
+                assert!((f64::from(*got) - want).abs() <= 2e-7 * want, "{got}, expected {want}");
             }
         };
         let linear = llama(1e4, json!({"rope_type": "linear", "factor": 8.0}));

@@ -13,6 +13,7 @@ use super::weights::{BaseError, BaseFolder, Dtype, FilledBase};
 use crate::engine::arena::{Arena, ArenaError, Part};
 use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::lora::LoraFolder;
+use crate::lens::tap::Activations;
 use crate::lens::{FilledLens, LensError};
 
 /// Why a sequence cannot be computed.
@@ -93,6 +94,18 @@ impl SingleRow {
         tokens: &[u32],
         lenses: &[(Arc<FilledLens>, f32)],
     ) -> Result<Trace, SingleError> {
+        self.compute_with(tokens, lenses, &Activations::default())
+    }
+
+    /// The same, with writing into the residual stream. Taps are not needed: everything is visible. All tokens are of the
+    /// prompt.
+    pub fn compute_with(
+        &mut self,
+        tokens: &[u32],
+        lenses: &[(Arc<FilledLens>, f32)],
+        activations: &Activations,
+    ) -> Result<Trace, SingleError> {
+        let activations = Arc::new(activations.clone());
         assert!(tokens.len() <= self.context_tokens as usize, "the sequence is longer than the context");
         let mut blocks: Vec<u32> = (0..blocks_for(tokens.len() as u32)).collect();
         blocks.reverse();
@@ -103,6 +116,7 @@ impl SingleRow {
             length: tokens.len() as u32,
             blocks: &blocks,
             lenses,
+            activations: Some((&activations, tokens.len() as u32)),
             outputs_from: 0,
         });
         let mut hidden = Vec::new();
