@@ -23,6 +23,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve model groups over HTTP.
     Serve(Box<ServeArgs>),
+    /// Measure the engine on this machine, beside the bandwidth of its memory.
+    Bench(crate::bench::BenchArgs),
     /// Print what a folder holds: kind, shapes, bytes in memory, files read and their digest.
     Inspect(crate::inspect::InspectArgs),
     /// Write a base with made-up weights, and lenses over it, to measure with.

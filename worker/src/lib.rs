@@ -9,6 +9,7 @@
 //! - [`document`]: what the worker is told to serve; [`config`]: how it was started.
 
 pub mod api;
+pub mod bench;
 pub mod config;
 pub mod device;
 pub mod document;

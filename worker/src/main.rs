@@ -7,11 +7,12 @@ use turret_crds::label;
 use turret_worker::config::{Cli, Command, ServeArgs};
 use turret_worker::serve::{ServeError, serve};
 use turret_worker::telemetry::{self, chain};
-use turret_worker::{inspect, synth};
+use turret_worker::{bench, inspect, synth};
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => run(*args),
+        Command::Bench(args) => said(bench::run(&args)),
         Command::Inspect(args) => said(inspect::run(&args)),
         Command::Synth(args) => said(synth::run(&args)),
     }

@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything that is done with this repository, one command each.
 
+mod bench;
 mod cluster;
 mod demo;
 mod folders;
@@ -27,6 +28,9 @@ enum Command {
     Demo(demo::Args),
     /// Run the tests: lint, unit, parity, api, cluster
     Test(test::TestArguments),
+    /// Measure, beside peers: engine
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// A local Kubernetes, built from source: up, down, status, kubeconfig
     #[command(subcommand)]
     Cluster(cluster::command::ClusterCommand),
@@ -51,6 +55,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Bench(command) => bench::run(&command),
         Command::Cluster(command) => cluster::command::run(command),
         Command::Image(arguments) => image::command::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments),

@@ -1,10 +1,10 @@
-//! The hot loops, as portable code over sixteen lanes with three ways to run it.
+//! The hot loops, as portable code over sixteen lanes with four ways to run it.
 //!
 //! # Batch means nothing
-//! A number of the result depends on its own row only: every dot product runs over k in the same order with the same
-//! sixteen partial sums, however many rows share the step, however the outputs are split over threads, and
-//! whichever tile the row falls into. So a row gives the same bits alone and in any batch. What does change the last
-//! bits is the instruction set (fused or separate multiply and add), and a process uses exactly one.
+//! A number of the result depends on its own row only: every dot product adds its products in the same order,
+//! however many rows share the step, however the outputs are split over threads, and whichever tile the row
+//! falls into. So a row gives the same bits alone and in any batch. What does change the last bits is the instruction set
+//! (fused or separate multiply and add), and a process uses exactly one.
 //!
 //! # Where what is
 //! - [`simd`]: sixteen lanes, per instruction set; [`simd::launch`] is the one place that chooses.

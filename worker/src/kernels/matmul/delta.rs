@@ -98,6 +98,43 @@ pub(in crate::kernels) fn up_part(
     });
 }
 
+/// Asks memory for the numbers of B that [`up`] will read: short pieces far from each other, which the hardware does not
+/// foresee.
+pub(super) fn ask(range: &Range<'_>, deltas: &dyn Deltas) {
+    for index in 0..deltas.count() {
+        for part in 0..deltas.parts(index) {
+            let part = deltas.part(index, part);
+            if let Some((first, last)) = range.overlap(&part) {
+                launch(Ask { part: &part, first: first - part.output_start, last: last - part.output_start });
+            }
+        }
+    }
+}
+
+struct Ask<'a> {
+    part: &'a DeltaOutputs<'a>,
+    first: usize,
+    last: usize,
+}
+
+impl Kernel for Ask<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (b, size) = match self.part.b {
+            Weight::F32(b) => (b.as_ptr().cast::<u8>(), 4),
+            Weight::BF16(b) => (b.as_ptr().cast(), 2),
+            Weight::F16(b) => (b.as_ptr().cast(), 2),
+        };
+        for rank in 0..self.part.ranks {
+            let row = rank * self.part.outputs;
+            for at in ((row + self.first) * size..(row + self.last) * size).step_by(64) {
+                // SAFETY: a hint; it reads nothing.
+                unsafe { S::prefetch(b.wrapping_add(at)) };
+            }
+        }
+    }
+}
+
 /// Ranks `first..last` of `A x` for some rows.
 struct Dots<'a> {
     x: *const f32,

@@ -147,6 +147,10 @@ impl Deltas for NoDeltas {
 /// Products below which a loop is not worth waking other threads.
 const WORTH_SHARING: usize = 1 << 15;
 
+/// Panels after which deltas are added: few, so that what they add to is still in the cache and their own numbers arrive
+/// while the panels are computed.
+const DELTA_PANELS: usize = 8;
+
 /// A slice that several threads write disjoint parts of.
 struct Shared<T>(*mut T);
 // SAFETY: every task writes its own numbers only.
@@ -217,11 +221,15 @@ pub fn linear(
     };
     let Some(finish_start) = deltas.finish_start() else {
         let ranks = &*scratch.ranks;
+        let stretch = if deltas.count() == 0 { panels } else { DELTA_PANELS };
         share(&|panels| {
-            let (first, last) = outputs(panels);
-            let range = Range { inputs: packed.get(), y: to.get(), rows, linear: &linear, first, last };
-            launch(range);
-            up(&range, 0..deltas.count(), deltas, ranks);
+            for start in panels.clone().step_by(stretch) {
+                let (first, last) = outputs(start..panels.end.min(start + stretch));
+                let range = Range { inputs: packed.get(), y: to.get(), rows, linear: &linear, first, last };
+                delta::ask(&range, deltas);
+                launch(range);
+                up(&range, 0..deltas.count(), deltas, ranks);
+            }
         });
         return;
     };

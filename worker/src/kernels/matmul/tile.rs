@@ -321,14 +321,10 @@ impl<E: Operand> Stretch<E> {
         // SAFETY: the vectors are inside of the panel.
         unsafe {
             if self.width == PANEL && 2 * M <= S::TILE_VECTORS {
-                // Below three rows the hardware's own prefetching is as good.
-                match M > 2 && self.step > 0 {
-                    true => S::call(Tile::<E, M, 2, true> { stretch: self, column: 0 }),
-                    false => S::call(Tile::<E, M, 2, false> { stretch: self, column: 0 }),
-                }
+                S::call(Tile::<E, M, 2> { stretch: self, column: 0 });
             } else {
                 for column in (0..self.width).step_by(LANES) {
-                    S::call(Tile::<E, M, 1, false> { stretch: self, column });
+                    S::call(Tile::<E, M, 1> { stretch: self, column });
                 }
             }
         }
@@ -336,15 +332,13 @@ impl<E: Operand> Stretch<E> {
 }
 
 /// M rows by N vectors.
-struct Tile<'a, E, const M: usize, const N: usize, const PREFETCH: bool> {
+struct Tile<'a, E, const M: usize, const N: usize> {
     stretch: &'a Stretch<E>,
     /// First output.
     column: usize,
 }
 
-impl<E: Operand, const M: usize, const N: usize, const PREFETCH: bool> Kernel
-    for Tile<'_, E, M, N, PREFETCH>
-{
+impl<E: Operand, const M: usize, const N: usize> Kernel for Tile<'_, E, M, N> {
     #[inline(always)]
     #[allow(clippy::needless_range_loop, reason = "counted loops are what unrolls under target features")]
     unsafe fn run<S: Simd>(self) {
@@ -362,7 +356,8 @@ impl<E: Operand, const M: usize, const N: usize, const PREFETCH: bool> Kernel
                 }
             }
             for _ in 0..groups {
-                if PREFETCH {
+                // Below three rows the hardware's own prefetching is as good.
+                if M > 2 && N == 2 {
                     S::prefetch(ahead);
                     S::prefetch(ahead.wrapping_add(64));
                     ahead = ahead.wrapping_add(step);
