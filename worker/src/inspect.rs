@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::lens::LensError;
-use crate::lens::lora::{LORA_FILES, LoraFolder};
+use crate::lens::lora::{LoraFolder, lora_files};
 use crate::model::config::ModelConfig;
 use crate::model::weights::{BaseError, BaseFolder, BaseLayout, Dtype, base_files};
 use crate::residency::resolve::{HashedFile, digest_of};
@@ -59,7 +59,7 @@ pub fn run(args: &InspectArgs) -> Result<(), InspectError> {
     let path = &args.folder;
     let names = if path.join("adapter_config.json").exists() {
         inspect_lens(path, args.base.as_deref())?;
-        LORA_FILES.map(str::to_owned).to_vec()
+        lora_files(path)
     } else if path.join("config.json").exists() {
         inspect_base(path)?;
         base_files(path).map_err(|source| InspectError::Base { path: path.clone(), source })?
@@ -114,7 +114,7 @@ fn inspect_lens(path: &Path, base: Option<&Path>) -> Result<(), InspectError> {
         return Ok(());
     };
     let base = open_base(base)?;
-    let lens = LoraFolder::open(path, base.config())
+    let lens = LoraFolder::open(path, base.layout())
         .map_err(|source| InspectError::Lens { path: path.into(), source })?;
     println!("fits the base: yes");
     println!("bytes in memory: {}", lens.layout().bytes);

@@ -50,7 +50,14 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
     }
     let text = std::fs::read_to_string(folder.join("expected.json"))?;
     let mut expected: Expected = serde_json::from_str(&text)?;
-    let chat: Chat = serde_json::from_value(expected.cases.remove("chat").context("no chat")?)?;
+    let mut chats = BTreeMap::new();
+    for name in expected.cases.keys().cloned().collect::<Vec<_>>() {
+        if let Some(lens) = name.strip_suffix("chat") {
+            let chat: Chat = serde_json::from_value(expected.cases.remove(&name).context("just seen")?)?;
+            chats.insert(lens.trim_end_matches('.').to_owned(), chat);
+        }
+    }
+    anyhow::ensure!(chats.contains_key(""), "no chat");
     let rows: BTreeMap<String, Vec<Row>> = expected
         .cases
         .into_iter()
@@ -67,17 +74,6 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
     let engine = start()?;
     let mut base = load_base(&engine, &model, Some(Dtype::F32)).await?;
     engine.activate(base.id).await?;
-
-    let input = ChatInput {
-        messages: serde_json::from_str(&chat.messages.to_string())?,
-        tools: None,
-        add_generation_prompt: true,
-        variables: BTreeMap::new(),
-        now: "2025-01-01T00:00:00[UTC]".parse()?,
-    };
-    let rendered = base.tokenizer.render_chat(&input)?;
-    lines.push(Line::same(&case, "chat rendering", &rendered, &chat.rendered));
-    lines.push(Line::same(&case, "chat ids", &base.tokenizer.encode(&rendered, false)?, &chat.input_ids));
 
     let bounds: BTreeMap<String, Bound> = match std::fs::read_to_string(folder.join("bf16.json")) {
         Ok(text) => serde_json::from_str(&text)?,
@@ -101,7 +97,8 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
             load_lens(&engine, &mut base, name, &folder).await?;
         }
         for (index, row) in rows.iter().enumerate() {
-            let ids = base.tokenizer.encode(&row.prompt, false)?;
+            let lens = (name != "base").then_some(name.as_str());
+            let ids = base.tokenizer(lens).encode(&row.prompt, false)?;
             lines.push(Line::same(&subject, "token ids", &ids, &row.input_ids[1..].to_vec()));
             let trace = single.compute(&row.input_ids, &lenses)?;
             if let Some(want) = tensor(&format!("{name}.{index}.logits")) {
@@ -130,13 +127,34 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
         lines.push(Line::same(&case, "recorded tensors compared", &compared, &recorded));
     }
 
+    for (lens, chat) in &chats {
+        let (subject, lens) = match lens.as_str() {
+            "" => (case.clone(), None),
+            lens => (format!("{case}:{lens}"), Some(lens)),
+        };
+        let input = ChatInput {
+            messages: serde_json::from_str(&chat.messages.to_string())?,
+            tools: None,
+            add_generation_prompt: true,
+            variables: BTreeMap::new(),
+            now: "2025-01-01T00:00:00[UTC]".parse()?,
+        };
+        let tokenizer = base.tokenizer(lens);
+        let rendered = tokenizer.render_chat(&input)?;
+        lines.push(Line::same(&subject, "chat rendering", &rendered, &chat.rendered));
+        lines.push(Line::same(&subject, "chat ids", &tokenizer.encode(&rendered, false)?, &chat.input_ids));
+    }
+
     // All rows of the case at once, bare and through every lens.
     let all = served.iter().map(|(name, _, row)| {
         let lens = (name.as_str() != "base").then_some(name.as_str());
         greedy(&engine, &base, lens, &row.input_ids, (&[], row.greedy_ids.len() as u32))
     });
-    for ((_, subject, row), answer) in served.iter().zip(futures::future::join_all(all).await) {
+    for ((name, subject, row), answer) in served.iter().zip(futures::future::join_all(all).await) {
         let answer = answer?;
+        let lens = (name.as_str() != "base").then_some(name.as_str());
+        let alone = greedy(&engine, &base, lens, &row.input_ids, (&[], row.greedy_ids.len() as u32)).await?;
+        lines.push(Line::same(subject, "alone and in the batch", &alone, &answer));
         lines.push(Line::same(subject, "greedy ids", &answer.ids, &row.greedy_ids));
         lines.push(Line::same(subject, "streamed text", &answer.pieces.concat(), &row.greedy_text));
         let logprobs: Vec<f32> = answer.prompt_logprobs.iter().map(|l| l.logprob).collect();

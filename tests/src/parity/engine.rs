@@ -25,6 +25,15 @@ pub struct Loaded {
     pub tokenizer: Tokenizer,
     /// Lenses over it, by name.
     pub lenses: BTreeMap<String, LensId>,
+    /// Tokenizers that lenses bring.
+    pub tokenizers: BTreeMap<String, Tokenizer>,
+}
+
+impl Loaded {
+    /// What a row with this lens is spoken to through.
+    pub fn tokenizer(&self, lens: Option<&str>) -> &Tokenizer {
+        lens.and_then(|lens| self.tokenizers.get(lens)).unwrap_or(&self.tokenizer)
+    }
 }
 
 /// What a row gave.
@@ -60,14 +69,25 @@ pub async fn load_base(engine: &EngineHandle, folder: &Path, dtype: Option<Dtype
     let region = engine.reserve_base(files.layout()).await?;
     let filled = files.fill(region, &mut |_| ControlFlow::Continue(()))?;
     let id = engine.install_base(filled).await?;
-    Ok(Loaded { id, config: files.config().clone(), tokenizer, lenses: BTreeMap::new() })
+    Ok(Loaded {
+        id,
+        config: files.config().clone(),
+        tokenizer,
+        lenses: BTreeMap::new(),
+        tokenizers: BTreeMap::new(),
+    })
 }
 
 /// Loads a LoRA lens over a base.
 pub async fn load_lens(engine: &EngineHandle, base: &mut Loaded, name: &str, folder: &Path) -> Result<()> {
-    let files = LoraFolder::open(folder, &base.config).with_context(|| format!("lens {name}"))?;
+    let lent = engine.lend_base(base.id).await?;
+    let files = LoraFolder::open(folder, lent.layout()).with_context(|| format!("lens {name}"))?;
     let region = engine.reserve_lens(files.layout()).await?;
-    let filled = files.fill(region, &mut |_| ControlFlow::Continue(()))?;
+    if let Some(own) = files.tokenizer(&base.tokenizer)? {
+        base.tokenizers.insert(name.into(), own);
+    }
+    let filled = files.fill(region, &lent, &mut |_| ControlFlow::Continue(()))?;
+    drop(lent);
     base.lenses.insert(name.into(), engine.install_lens(base.id, filled).await?);
     Ok(())
 }
@@ -109,7 +129,7 @@ pub async fn greedy_with(
     };
     let mut stream = engine.submit(request).await?;
     let mut answer = Answer::default();
-    let mut text = base.tokenizer.text_stream(!stop.is_empty());
+    let mut text = base.tokenizer(lens).text_stream(!stop.is_empty());
     while let Some(event) = stream.next().await {
         match event {
             RowEvent::Prompt(logprobs) => answer.prompt_logprobs = logprobs,

@@ -160,6 +160,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => {
                 Self::invalid(Some("prompt"), message)
             }
+            SubmitError::LensesConflict { .. } => Self::invalid(Some("lenses"), message),
             SubmitError::OutOfRange { field, .. } => Self::invalid(Some(field), message),
             SubmitError::Activations(_) => Self::invalid(Some("activations"), message),
             SubmitError::QueueFull { .. } => {
@@ -170,7 +171,9 @@ impl From<SubmitError> for ApiError {
                 Self::unavailable("unavailable", message, Duration::from_secs(1))
             }
             // A lease promises that both are there.
-            SubmitError::UnknownLens(_) | SubmitError::LensOfOtherBase(_) => Self::internal(message),
+            SubmitError::UnknownLens(_) | SubmitError::LensOfOtherBase(_) | SubmitError::System(_) => {
+                Self::internal(message)
+            }
         }
     }
 }

@@ -118,14 +118,19 @@ async fn answer(
     answered_as: String,
     ended: &mut Ended,
 ) -> Result<Reply, ApiError> {
-    let base = prepared(app, &model).await?;
-    let prompt = prompt(&request.input, &base.tokenizer)?;
-    let context = context_tokens(&app.residency.view(), &base);
-    let max_new_tokens = new_tokens(api, &request, prompt.len(), context)?;
-    let sampling = request.sampling(base.tokenizer.defaults(), rand::random());
     let mut turn = 1;
-    let (mut pieces, head, answer) = loop {
+    let (mut pieces, head, answer, tokenizer) = loop {
+        let Spoken { base, lens_digest, tokenizer } = prepared(app, &model).await?;
+        let prompt = prompt(&request.input, &tokenizer)?;
+        let context = context_tokens(&app.residency.view(), &base);
+        let max_new_tokens = new_tokens(api, &request, prompt.len(), context)?;
+        let sampling = request.sampling(base.tokenizer.defaults(), rand::random());
         let lease = app.residency.acquire(model.clone()).await?;
+        // Another lens came under this name meanwhile, perhaps with another tokenizer.
+        if lease.lens.as_ref().map(|lens| &lens.digest) != lens_digest.as_ref() && turn < TURNS {
+            turn += 1;
+            continue;
+        }
         let waited = (lease.loaded_in, lease.switched_in);
         let head = headers(&lease);
         let answer = Answer {
@@ -140,27 +145,28 @@ async fn answer(
             fingerprint: fingerprint(&lease),
         };
         let job = Job {
-            prompt: prompt.clone(),
+            prompt,
             sampling,
             max_new_tokens,
             stop: request.stop.clone(),
             logprobs: request.logprobs,
-            tokenizer: base.tokenizer.clone(),
+            tokenizer: tokenizer.clone(),
             since: ended.since,
         };
+        let prompt_tokens = job.prompt.len();
         match generate::start(&app.engine, app.metrics.clone(), lease, job).await {
             Ok(pieces) => {
                 app.metrics.waited(waited.0, waited.1);
                 tracing::info!(
                     model = %model,
                     request = answer.id,
-                    prompt_tokens = prompt.len(),
+                    prompt_tokens,
                     waited_ms = ended.since.elapsed().as_millis() as u64,
                     load_ms = waited.0.map(|d| d.as_millis() as u64),
                     switch_ms = waited.1.map(|d| d.as_millis() as u64),
                     "row started"
                 );
-                break (pieces, head, answer);
+                break (pieces, head, answer, tokenizer);
             }
             // Overtaken by a switch that ended the drain: back into the queue.
             Err(SubmitError::BaseNotActive) if turn < TURNS => turn += 1,
@@ -173,7 +179,6 @@ async fn answer(
         Some(piece) => piece,
         None => return Err(ApiError::internal("the row ended without a word")),
     };
-    let tokenizer = base.tokenizer.clone();
     let wants_logprobs = request.logprobs.is_some();
     if request.stream {
         let mut head = head;
@@ -284,8 +289,15 @@ fn headers(lease: &Lease) -> HeaderMap {
     headers
 }
 
-/// The base of a model, once its files were found good: its tokenizer is needed before there is a lease.
-async fn prepared(app: &App, model: &ModelName) -> Result<Arc<ResolvedBase>, ApiError> {
+/// What a model is spoken to through: needed before there is a lease.
+struct Spoken {
+    base: Arc<ResolvedBase>,
+    lens_digest: Option<String>,
+    tokenizer: Tokenizer,
+}
+
+/// The base of a model and the tokenizer of its lens, once their files were found good.
+async fn prepared(app: &App, model: &ModelName) -> Result<Spoken, ApiError> {
     let mut view = app.residency.watch();
     loop {
         {
@@ -294,8 +306,18 @@ async fn prepared(app: &App, model: &ModelName) -> Result<Arc<ResolvedBase>, Api
             let Some(group) = group else {
                 return Err(ApiError::unknown_model(format!("the model `{model}` does not exist any more")));
             };
-            if let Some(base) = now.bases.get(&group.base.key) {
-                return Ok(base.clone());
+            let lens = model.lens.as_ref().map(|lens| now.lenses.get(&(model.group.clone(), lens.clone())));
+            match (now.bases.get(&group.base.key), lens) {
+                (Some(base), None) => {
+                    let tokenizer = base.tokenizer.clone();
+                    return Ok(Spoken { base: base.clone(), lens_digest: None, tokenizer });
+                }
+                (Some(base), Some(Some(lens))) => {
+                    let tokenizer = lens.tokenizer.as_ref().unwrap_or(&base.tokenizer).clone();
+                    let lens_digest = Some(lens.digest.clone());
+                    return Ok(Spoken { base: base.clone(), lens_digest, tokenizer });
+                }
+                _ => {}
             }
         }
         // The queue knows how long one may wait, and why a base cannot be served.
@@ -303,11 +325,14 @@ async fn prepared(app: &App, model: &ModelName) -> Result<Arc<ResolvedBase>, Api
             changed = view.changed() => if changed.is_err() {
                 return Err(ApiError::internal("the worker ended"));
             },
-            refused = app.residency.acquire(model.clone()) => {
-                if let Err(refusal) = refused {
-                    return Err(refusal.into());
+            refused = app.residency.acquire(model.clone()) => match refused {
+                Err(refusal) => return Err(refusal.into()),
+                // It can be served, so the view is about to say so.
+                Ok(lease) => {
+                    drop(lease);
+                    let _ = tokio::time::timeout(Duration::from_millis(100), view.changed()).await;
                 }
-            }
+            },
         }
     }
 }

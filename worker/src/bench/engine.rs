@@ -47,7 +47,8 @@ impl Loaded {
         let folder = BaseFolder::open(&args.base, None)?;
         let config = folder.config().clone();
         let lens_folder = |path: &std::path::PathBuf| {
-            LoraFolder::open(path, &config).map_err(|source| BenchError::Lens { path: path.clone(), source })
+            LoraFolder::open(path, folder.layout())
+                .map_err(|source| BenchError::Lens { path: path.clone(), source })
         };
         let lens_folders = args.lenses.iter().map(lens_folder).collect::<Result<Vec<_>, _>>()?;
         let lens_bytes: Vec<u64> = lens_folders.iter().map(|lens| lens.layout().bytes).collect();
@@ -68,8 +69,11 @@ impl Loaded {
         let mut lenses = Vec::new();
         for (lens, path) in lens_folders.iter().zip(&args.lenses) {
             let region = engine.reserve_lens(lens.layout()).await?;
-            let filled =
-                lens.fill(region, go_on).map_err(|source| BenchError::Lens { path: path.clone(), source })?;
+            let lent = engine.lend_base(base).await?;
+            let filled = lens
+                .fill(region, &lent, go_on)
+                .map_err(|source| BenchError::Lens { path: path.clone(), source })?;
+            drop(lent);
             lenses.push(engine.install_lens(base, filled).await?);
         }
         // An embedding of its own is looked up, not read.

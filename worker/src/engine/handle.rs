@@ -10,7 +10,8 @@
 //! 2. [`EngineHandle::reserve_base`] / [`EngineHandle::reserve_lens`] give a [`Region`] of exactly that many bytes, or
 //!    say how many bytes are missing. Reserving a base may shrink the KV cache down to what running rows
 //!    and one longest sequence need.
-//! 3. The loader thread fills the region while the engine keeps stepping. Dropping it gives the memory back.
+//! 3. The loader thread fills the region while the engine keeps stepping. Dropping it gives the memory back. What a lens
+//!    needs of its base's weights (DoRA's norms) it reads from the base itself, which [`EngineHandle::lend_base`] shares.
 //! 4. [`EngineHandle::install_base`] / [`EngineHandle::install_lens`] make it usable; [`EngineHandle::activate`] chooses the base.
 //! 5. [`EngineHandle::submit`] starts a row.
 //!
@@ -169,6 +170,17 @@ pub enum SubmitError {
     /// The row names a lens over another base.
     #[error("lens {} of this row belongs to another base", .0.0)]
     LensOfOtherBase(LensId),
+    /// Two lenses of the row bring the same module whole, so that one would undo the other.
+    #[error("lens {} of this row replaces {what} of the base, and so does a lens before it", .lens.0)]
+    LensesConflict {
+        /// The later one.
+        lens: LensId,
+        /// What both replace.
+        what: &'static str,
+    },
+    /// The operating system refused memory.
+    #[error("{0}")]
+    System(String),
     /// The prompt is empty.
     #[error("the prompt has no tokens")]
     EmptyPrompt,
@@ -257,6 +269,7 @@ pub(crate) enum Command {
     ReserveBase { layout: Box<BaseLayout>, reply: Reply<Result<Region, ReserveError>> },
     ReserveLens { bytes: u64, reply: Reply<Result<Region, ReserveError>> },
     InstallBase { base: Box<FilledBase>, reply: Reply<BaseId> },
+    LendBase { base: BaseId, reply: Reply<Option<Arc<FilledBase>>> },
     InstallLens { base: BaseId, lens: Box<FilledLens>, reply: Reply<Result<LensId, ChangeError>> },
     Activate { base: BaseId, reply: Reply<Result<(), ActivateError>> },
     RemoveBase { base: BaseId, reply: Reply<Result<u64, RemoveError>> },
@@ -313,6 +326,13 @@ impl EngineHandle {
     pub async fn install_base(&self, base: FilledBase) -> Result<BaseId, ChangeError> {
         let base = Box::new(base);
         self.ask(|reply| Command::InstallBase { base, reply }).await.ok_or(ChangeError::Stopped)
+    }
+
+    /// Shares an installed base with who fills a lens over it. Until the last copy is dropped the base cannot be removed,
+    /// as if a lens over it were installed.
+    pub async fn lend_base(&self, base: BaseId) -> Result<Arc<FilledBase>, ChangeError> {
+        let lent = self.ask(|reply| Command::LendBase { base, reply }).await.ok_or(ChangeError::Stopped)?;
+        lent.ok_or(ChangeError::UnknownBase)
     }
 
     /// Makes a filled lens usable by rows over `base`.

@@ -34,8 +34,8 @@ use sequence::Sequence;
 use step::Active;
 
 use crate::kernels::threads::{Pool, allowed_threads};
-use crate::lens::FilledLens;
 use crate::lens::tap::RowShape;
+use crate::lens::{Effects, FilledLens};
 use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseLayout, FilledBase};
 
@@ -115,7 +115,8 @@ struct Core {
     config: EngineConfig,
     arena: Arena,
     pool: Arc<Pool>,
-    bases: BTreeMap<BaseId, FilledBase>,
+    /// Shared only with who was lent one, for as long as a lens over it is being filled.
+    bases: BTreeMap<BaseId, Arc<FilledBase>>,
     lenses: BTreeMap<LensId, Lens>,
     active: Option<Active>,
     /// Rows in the batch, oldest first.
@@ -192,10 +193,14 @@ impl Core {
             }
             Command::InstallBase { base, reply } => {
                 let id = BaseId(self.new_id());
-                self.bases.insert(id, *base);
+                self.bases.insert(id, Arc::from(base));
                 if self.answer(reply, id).is_some() {
                     self.bases.remove(&id);
                 }
+            }
+            Command::LendBase { base, reply } => {
+                let base = self.bases.get(&base).cloned();
+                self.answer(reply, base);
             }
             Command::InstallLens { base, lens, reply } => {
                 let installed = self.install_lens(base, *lens);
@@ -347,7 +352,9 @@ impl Core {
     fn remove_base(&mut self, id: BaseId) -> Result<u64, RemoveError> {
         let base = self.bases.get(&id).ok_or(RemoveError::Unknown)?;
         let bytes = base.layout.bytes;
-        match self.lenses.values().filter(|lens| lens.base == id).count() {
+        // Who has been lent it is filling a lens over it.
+        let lent = Arc::strong_count(base) - 1;
+        match self.lenses.values().filter(|lens| lens.base == id).count() + lent {
             0 => {}
             lenses => return Err(RemoveError::HasLenses { lenses: lenses as u32 }),
         }
@@ -412,19 +419,26 @@ impl Core {
         let Some(active) = self.active.as_mut().filter(|active| active.base == row.base) else {
             return Err(SubmitError::BaseNotActive);
         };
-        check_row(&row, active.needs.context_tokens, &self.bases[&row.base])?;
-        let mut lenses = Vec::with_capacity(row.lenses.len());
-        let mut ranks = 0;
+        let mut lenses: Vec<(Arc<FilledLens>, f32)> = Vec::with_capacity(row.lenses.len());
+        let mut effects = Effects::default();
         for wanted in &row.lenses {
             let lens = self.lenses.get(&wanted.lens).filter(|lens| lens.retiring.is_empty());
             let lens = lens.ok_or(SubmitError::UnknownLens(wanted.lens))?;
             if lens.base != row.base {
                 return Err(SubmitError::LensOfOtherBase(wanted.lens));
             }
-            ranks += lens.weights.layout.deltas.max_ranks();
+            if let Some(what) =
+                lenses.iter().find_map(|(other, _)| other.layout.conflict(&lens.weights.layout))
+            {
+                return Err(SubmitError::LensesConflict { lens: wanted.lens, what });
+            }
+            effects = effects.beside(&lens.weights.effects);
             lenses.push((lens.weights.clone(), wanted.scale));
         }
-        active.workspace.reserve_ranks(ranks);
+        let vocab = lenses.iter().find_map(|(lens, _)| lens.layout.replaced.vocab_size());
+        let vocab = vocab.unwrap_or(self.bases[&row.base].layout.config.vocab_size);
+        check_row(&row, active.needs.context_tokens, &self.bases[&row.base], vocab as u32)?;
+        active.reserve(&effects).map_err(|e| SubmitError::System(e.to_string()))?;
         let (sender, stream) = row_channel(row.max_new_tokens);
         let blocks = active.needs.min_blocks as usize;
         let width = self.bases[&row.base].layout.config.hidden_size;
@@ -504,7 +518,7 @@ impl Core {
 }
 
 /// What can be said about a row by itself.
-fn check_row(row: &RowRequest, limit: u32, base: &FilledBase) -> Result<(), SubmitError> {
+fn check_row(row: &RowRequest, limit: u32, base: &FilledBase, vocab: u32) -> Result<(), SubmitError> {
     if row.prompt.is_empty() {
         return Err(SubmitError::EmptyPrompt);
     }
@@ -520,7 +534,6 @@ fn check_row(row: &RowRequest, limit: u32, base: &FilledBase) -> Result<(), Subm
         new: row.max_new_tokens,
         scores_prompt: row.prompt_logprobs.is_some(),
     })?;
-    let vocab = config.vocab_size as u32;
     if let Some((position, &id)) = row.prompt.iter().enumerate().find(|(_, id)| **id >= vocab) {
         return Err(SubmitError::UnknownToken { id, position, vocab });
     }

@@ -23,6 +23,12 @@ impl Sampler {
         Self { weights: Vec::with_capacity(vocab), candidates: Vec::with_capacity(vocab) }
     }
 
+    /// Makes room for a vocabulary of this size.
+    pub fn reserve_vocabulary(&mut self, vocab: usize) {
+        self.weights.reserve(vocab.saturating_sub(self.weights.len()));
+        self.candidates.reserve(vocab.saturating_sub(self.candidates.len()));
+    }
+
     /// Chooses the token that stands at `index` of the row's generated tokens.
     pub fn choose(&mut self, logits: &[f32], sampling: &Sampling, index: u32) -> Result<u32, NotFinite> {
         let (max, sum) = max_and_exp_sum(logits);

@@ -15,6 +15,7 @@ use super::schedule::{Plan, RowState, StepBudget, schedule};
 use super::sequence::{Life, Sequence};
 use super::{MAX_ROW_LENSES, Totals};
 use crate::kernels::threads::Pool;
+use crate::lens::Effects;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Batch, Chunk, Decoder, Workspace};
 use crate::model::kv_cache::{KvCache, cache_shape};
@@ -86,6 +87,13 @@ impl Active {
             self.batch = batch_for(&needs, limits.max_running_rows as usize);
         }
         self.needs = needs;
+        Ok(())
+    }
+
+    /// Makes room for a row whose lenses do this.
+    pub(super) fn reserve(&mut self, effects: &Effects) -> Result<()> {
+        self.workspace.reserve(effects)?;
+        self.sampler.reserve_vocabulary(effects.head_tokens);
         Ok(())
     }
 
@@ -193,14 +201,14 @@ impl Active {
             }
         });
 
-        let (vocab, long_from) = (base.layout.config.vocab_size, base.layout.config.long_rope_from());
+        let long_from = base.layout.config.long_rope_from();
         let group = self.workspace.size().outputs;
         let mut next = 0;
         for start in (0..self.batch.outputs()).step_by(group) {
             let end = (start + group).min(self.batch.outputs());
             let (outputs, sampler) = (&self.outputs, &mut self.sampler);
             self.decoder.logits(base, &self.batch, &self.workspace, start..end, |_, logits| {
-                for (output, logits) in (start..end).zip(logits.chunks_exact(vocab)) {
+                for (output, logits) in (start..end).zip(logits.rows()) {
                     while outputs[next].end <= output {
                         next += 1;
                     }

@@ -126,9 +126,11 @@ async fn load_lens(engine: &EngineHandle, base: BaseId, config: &Arc<ModelConfig
         }
     }
     write(&dir.path().join("adapter_model.safetensors"), &tensors);
-    let folder = LoraFolder::open(dir.path(), config).unwrap();
+    let lent = engine.lend_base(base).await.unwrap();
+    let folder = LoraFolder::open(dir.path(), lent.layout()).unwrap();
     let region = engine.reserve_lens(folder.layout()).await.unwrap();
-    let filled = folder.fill(region, &mut |_| ControlFlow::Continue(())).unwrap();
+    let filled = folder.fill(region, &lent, &mut |_| ControlFlow::Continue(())).unwrap();
+    drop(lent);
     engine.install_lens(base, filled).await.unwrap()
 }
 

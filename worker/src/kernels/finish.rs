@@ -24,6 +24,40 @@ pub struct Gain<'a> {
     pub scale: f32,
 }
 
+/// `w·w`, `w·d` and `d·d`.
+pub(crate) fn squares(w: &[f32], d: &[f32]) -> [f64; 3] {
+    assert_eq!(w.len(), d.len(), "one number of the delta for each of the row");
+    let mut sums = [0.0; 3];
+    launch(Squares { w, d, sums: &mut sums });
+    sums
+}
+
+struct Squares<'a> {
+    w: &'a [f32],
+    d: &'a [f32],
+    sums: &'a mut [f64; 3],
+}
+
+impl Kernel for Squares<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // Short runs in f32 lanes, their sums in f64.
+        for (w, d) in self.w.chunks(16 * LANES).zip(self.d.chunks(16 * LANES)) {
+            let mut lanes = [[0.0_f32; LANES]; 3];
+            for (w, d) in w.chunks(LANES).zip(d.chunks(LANES)) {
+                for (i, (w, d)) in w.iter().zip(d).enumerate() {
+                    lanes[0][i] += w * w;
+                    lanes[1][i] += w * d;
+                    lanes[2][i] += d * d;
+                }
+            }
+            for (sum, lanes) in self.sums.iter_mut().zip(lanes) {
+                *sum += lanes.iter().map(|x| f64::from(*x)).sum::<f64>();
+            }
+        }
+    }
+}
+
 /// From bare products to `y`, for the outputs of one task: rows without gain or bias of their own get the same sums in
 /// the same order as in a step where nobody has one.
 pub(super) fn finish(products: &Range<'_>, to: &Range<'_>, deltas: &dyn Deltas, scratch: &[f32]) {

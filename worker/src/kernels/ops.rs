@@ -37,6 +37,20 @@ pub enum Table<'a> {
     Packed(Packed<'a>),
 }
 
+/// Norms that some rows of a step have in place of the base's.
+pub trait RowNorms: Sync {
+    /// The row's own.
+    fn of(&self, row: usize) -> Option<&[f32]>;
+}
+
+/// Embeddings of rows that have their own.
+pub trait RowEmbeddings: Sync {
+    /// The row's own table.
+    fn table(&self, row: usize) -> Option<Weight<'_>>;
+    /// Adds the row's own deltas of a token.
+    fn add(&self, row: usize, token: usize, y: &mut [f32]);
+}
+
 /// `y[i] = table[tokens[i]] * scale`.
 pub struct Embed<'a> {
     /// Threads.
@@ -49,6 +63,8 @@ pub struct Embed<'a> {
     pub tokens: &'a [u32],
     /// Multiplies every embedding, where the architecture has it so.
     pub scale: Option<f32>,
+    /// When some rows have their own.
+    pub own: Option<&'a dyn RowEmbeddings>,
 }
 
 impl InplaceOp1 for Embed<'_> {
@@ -59,9 +75,14 @@ impl InplaceOp1 for Embed<'_> {
     fn cpu_fwd(&self, y: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let y = write(y, layout)?;
         each_row(self.pool, y, self.width, self.tokens.len(), |i, y| {
-            match self.table {
-                Table::Rows(table) => widen(table, self.tokens[i] as usize, y),
-                Table::Packed(table) => table.row(self.tokens[i] as usize, y),
+            let token = self.tokens[i] as usize;
+            match (self.own.and_then(|own| own.table(i)), self.table) {
+                (Some(own), _) => widen(own, token, y),
+                (None, Table::Rows(table)) => widen(table, token, y),
+                (None, Table::Packed(table)) => table.row(token, y),
+            }
+            if let Some(own) = self.own {
+                own.add(i, token, y);
             }
             if let Some(scale) = self.scale {
                 y.iter_mut().for_each(|y| *y *= scale);
@@ -85,6 +106,8 @@ pub struct RmsNorm<'a> {
     pub sources: Option<&'a [u32]>,
     /// Add to what is in y, instead of replacing it.
     pub accumulate: bool,
+    /// When some rows of x have their own weight.
+    pub own: Option<&'a dyn RowNorms>,
 }
 
 impl InplaceOp2 for RmsNorm<'_> {
@@ -97,10 +120,11 @@ impl InplaceOp2 for RmsNorm<'_> {
         let width = self.weight.len();
         each_row(self.pool, y, width, self.rows, |i, y| {
             let from = self.sources.map_or(i, |sources| sources[i] as usize);
+            let weight = self.own.and_then(|own| own.of(from)).unwrap_or(self.weight);
             let x = &x[from * width..(from + 1) * width];
             match self.accumulate {
-                true => add_rms_norm(x, self.weight, self.eps, y),
-                false => rms_norm(x, self.weight, self.eps, y),
+                true => add_rms_norm(x, weight, self.eps, y),
+                false => rms_norm(x, weight, self.eps, y),
             }
         });
         Ok(())
@@ -117,6 +141,10 @@ pub struct Project<'a> {
     pub deltas: &'a dyn Deltas,
     /// Rows of x and y.
     pub rows: usize,
+    /// First row of x.
+    pub row_start: usize,
+    /// First number of y.
+    pub start: usize,
     /// Room to work in.
     pub scratch: &'a std::cell::RefCell<Scratch>,
 }
@@ -128,6 +156,7 @@ impl InplaceOp2 for Project<'_> {
 
     fn cpu_fwd(&self, y: &mut CpuStorage, yl: &Layout, x: &CpuStorage, xl: &Layout) -> Result<()> {
         let (x, y) = (read(x, xl)?, write(y, yl)?);
+        let (x, y) = (&x[self.row_start * self.linear.weight.shape.inputs..], &mut y[self.start..]);
         linear(self.pool, self.linear, self.deltas, x, y, self.rows, &mut self.scratch.borrow_mut());
         Ok(())
     }
@@ -156,6 +185,8 @@ pub struct RotateAndStore<'a> {
     pub head_dim: usize,
     /// Norms on every head of q and of k, with their epsilon.
     pub qk_norm: Option<(&'a [f32], &'a [f32], f32)>,
+    /// When some rows have their own of q and of k.
+    pub own_norms: Option<(&'a dyn RowNorms, &'a dyn RowNorms)>,
     /// Angles.
     pub rotary: Rotary<'a>,
     /// Where keys and values go.
@@ -168,7 +199,7 @@ pub struct RotateAndStore<'a> {
     pub tables: &'a [u32],
 }
 
-impl InplaceOp1 for RotateAndStore<'_> {
+impl<'a> InplaceOp1 for RotateAndStore<'a> {
     fn name(&self) -> &'static str {
         "rotate-and-store"
     }
@@ -181,8 +212,12 @@ impl InplaceOp1 for RotateAndStore<'_> {
             let (rotated, v) = qkv.split_at_mut(q + kv);
             let (cos, sin) =
                 (&self.rotary.cos[token * half..][..half], &self.rotary.sin[token * half..][..half]);
+            let norms = self.qk_norm.map(|(q, k, eps)| {
+                let own = |norms: &'a dyn RowNorms, base| norms.of(token).unwrap_or(base);
+                self.own_norms.map_or((q, k, eps), |(own_q, own_k)| (own(own_q, q), own(own_k, k), eps))
+            });
             for (index, head) in rotated.chunks_exact_mut(d).enumerate() {
-                if let Some((q_norm, k_norm, eps)) = self.qk_norm {
+                if let Some((q_norm, k_norm, eps)) = norms {
                     rms_norm_in_place(head, if index < self.heads { q_norm } else { k_norm }, eps);
                 }
                 rotate(&mut head[..2 * half], cos, sin);

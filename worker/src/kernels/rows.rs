@@ -231,6 +231,16 @@ pub(crate) fn widen(weight: Weight<'_>, row: usize, y: &mut [f32]) {
     }
 }
 
+/// `y += scale * row of a weight matrix`.
+pub(crate) fn add_scaled(weight: Weight<'_>, row: usize, scale: f32, y: &mut [f32]) {
+    let range = row * y.len()..(row + 1) * y.len();
+    match weight {
+        Weight::F32(w) => y.iter_mut().zip(&w[range]).for_each(|(y, w)| *y += scale * w),
+        Weight::BF16(w) => y.iter_mut().zip(&w[range]).for_each(|(y, w)| *y += scale * w.to_f32()),
+        Weight::F16(w) => y.iter_mut().zip(&w[range]).for_each(|(y, w)| *y += scale * w.to_f32()),
+    }
+}
+
 /// The largest number and the sum of `e^(x - largest)` over all. Not-a-number anywhere makes the sum so.
 pub(crate) fn max_and_exp_sum(x: &[f32]) -> (f32, f32) {
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);

@@ -13,7 +13,10 @@ use std::sync::Arc;
 use crate::engine::arena::Region;
 use crate::model::config::ModelConfig;
 use crate::model::lora::DeltaLayout;
+use crate::model::replaced::Replaced;
 use crate::model::tensor_file::TensorFileError;
+use crate::model::tokenizer::TokenizerError;
+use crate::model::weights::Vector;
 
 /// Where everything of a lens goes, and how many bytes that takes.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +25,17 @@ pub struct LensLayout {
     pub bytes: u64,
     /// Its low-rank deltas.
     pub deltas: DeltaLayout,
+    /// What it brings in place of the base's own.
+    pub replaced: Replaced,
+}
+
+impl LensLayout {
+    /// Names something that both bring whole, so that no row can have both.
+    pub fn conflict(&self, other: &Self) -> Option<&'static str> {
+        self.replaced
+            .conflict(&other.replaced)
+            .or_else(|| self.deltas.shares_bias(&other.deltas).then_some("a bias"))
+    }
 }
 
 /// A lens whose weights are all in place.
@@ -30,13 +44,60 @@ pub struct FilledLens {
     pub(crate) base: Arc<ModelConfig>,
     pub(crate) layout: LensLayout,
     pub(crate) region: Region,
+    pub(crate) effects: Effects,
+}
+
+/// What one lens, or several together, do to the rows of a step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Effects {
+    /// Ranks that a token needs room for.
+    pub ranks: usize,
+    /// Some output is multiplied or gets another bias.
+    pub finishes: bool,
+    /// Some norm is another one.
+    pub norms: bool,
+    /// Embeddings are others, or get something added.
+    pub embeddings: bool,
+    /// Tokens of the largest head that is another one, 0 without any.
+    pub head_tokens: usize,
+}
+
+impl Effects {
+    fn of(layout: &LensLayout) -> Self {
+        let LensLayout { deltas, replaced, .. } = layout;
+        Self {
+            ranks: deltas.max_ranks(),
+            finishes: deltas.finishes(),
+            norms: replaced.has_norms(),
+            embeddings: replaced.embedding.is_some() || deltas.embedding.is_some(),
+            head_tokens: replaced.head.map_or(0, |head| head.shape.outputs),
+        }
+    }
+
+    /// Of lenses on the same step.
+    #[must_use]
+    pub fn beside(&self, other: &Self) -> Self {
+        Self {
+            ranks: self.ranks + other.ranks,
+            finishes: self.finishes || other.finishes,
+            norms: self.norms || other.norms,
+            embeddings: self.embeddings || other.embeddings,
+            head_tokens: self.head_tokens.max(other.head_tokens),
+        }
+    }
 }
 
 impl FilledLens {
     /// Takes a region that was filled by other means than a folder, laid out as `layout` for a base of this architecture.
     pub fn new(base: Arc<ModelConfig>, layout: LensLayout, region: Region) -> Self {
         assert_eq!(region.len() as u64, layout.bytes, "the region was reserved for this layout");
-        Self { base, layout, region }
+        let effects = Effects::of(&layout);
+        Self { base, layout, region, effects }
+    }
+
+    /// A vector as the kernels take it.
+    pub(crate) fn vector(&self, vector: &Vector) -> &[f32] {
+        vector.of(self.region.bytes())
     }
 }
 
@@ -85,6 +146,21 @@ pub enum LensError {
         /// Which kind.
         kind: &'static str,
     },
+    /// The lens's own tokenizer is refused.
+    #[error("the tokenizer `{path}` that the lens brings is refused")]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: TokenizerError,
+    },
+    /// Something of a tokenizer without the tokenizer.
+    #[error("the lens brings `{file}` but no `tokenizer.json`; add it, or remove what belongs to it")]
+    SideFileAlone {
+        /// What it brings.
+        file: &'static str,
+    },
     /// A tensor that would change the answer and that is not computed.
     #[error("tensor `{tensor}` is not supported: {why}")]
     UnsupportedTensor {
@@ -122,6 +198,8 @@ impl LensError {
             | Self::UnsupportedKind { .. }
             | Self::File(TensorFileError::Dtype { .. }) => LensFailure::UnsupportedTensors,
             Self::Malformed { .. }
+            | Self::Tokenizer { .. }
+            | Self::SideFileAlone { .. }
             | Self::File(TensorFileError::Malformed { .. } | TensorFileError::NotFinite { .. }) => {
                 LensFailure::Malformed
             }

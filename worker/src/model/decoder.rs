@@ -12,16 +12,19 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 
 use super::config::{LayerKind, ModelConfig};
 use super::kv_cache::KvCache;
-use super::lora::{LensUse, Site, SiteDeltas};
+use super::lora::{HeadDeltas, LensUse, NormSite, Site, SiteDeltas};
+use super::replaced::{EmbeddingsOf, NormsAt, head_of};
 use super::residual::{ActiveRow, Touch};
 use super::rope::Frequencies;
 use super::weights::{Dtype, FilledBase, PackedMatrix, Vector};
 use crate::kernels::attention::{Query, Scoring};
-use crate::kernels::matmul::{Deltas, Linear, NoDeltas, Scratch};
-use crate::kernels::ops::{ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, SoftCap};
+use crate::kernels::matmul::{Deltas, Linear, Scratch};
+use crate::kernels::ops::{
+    ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, RowEmbeddings, RowNorms, SoftCap,
+};
 use crate::kernels::threads::Pool;
-use crate::lens::FilledLens;
 use crate::lens::tap::Activations;
+use crate::lens::{Effects, FilledLens};
 
 /// Tokens of one row to compute in a step.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +63,10 @@ pub struct Batch {
     whole: usize,
     /// Before which block rows leave, and where the tokens of the last one that leaves there end. Latest first.
     leaving: Vec<(u32, usize)>,
+    /// Per output, tokens of its lens's own head; 0 for the base's.
+    vocabularies: Vec<u32>,
+    /// Of all lenses of the step together.
+    effects: Effects,
 }
 
 impl Batch {
@@ -73,6 +80,7 @@ impl Batch {
             uses: Vec::with_capacity(lenses),
             scratch_len: 0,
             outputs: Vec::with_capacity(tokens),
+            vocabularies: Vec::with_capacity(tokens),
             ..Self::default()
         }
     }
@@ -90,6 +98,8 @@ impl Batch {
         self.captures = 0;
         self.whole = 0;
         self.leaving.clear();
+        self.vocabularies.clear();
+        self.effects = Effects::default();
     }
 
     /// Adds a row and says which of the step's outputs are its own. Rows that leave in mid-step come last, those that
@@ -102,9 +112,12 @@ impl Batch {
         let positions = chunk.start..chunk.start + chunk.tokens.len() as u32;
         self.queries.extend(positions.map(|position| Query { position, table_start }));
         self.lengths.resize(self.tokens.len(), chunk.length);
+        let mut vocabulary = 0;
         for (lens, scale) in chunk.lenses {
             let (tokens, scratch_start) = (chunk.tokens.len(), self.scratch_len);
-            self.scratch_len += tokens * lens.layout.deltas.max_ranks();
+            self.scratch_len += tokens * lens.effects.ranks;
+            self.effects = self.effects.beside(&lens.effects);
+            vocabulary = vocabulary.max(lens.effects.head_tokens);
             self.uses.push(LensUse { token_start, tokens, lens: lens.clone(), scale: *scale, scratch_start });
         }
         if let Some((activations, prompt)) = chunk.activations {
@@ -132,6 +145,7 @@ impl Batch {
         }
         let outputs = self.outputs.len();
         self.outputs.extend((chunk.outputs_from..chunk.tokens.len()).map(|i| (token_start + i) as u32));
+        self.vocabularies.resize(self.outputs.len(), vocabulary as u32);
         outputs..self.outputs.len()
     }
 
@@ -242,9 +256,24 @@ impl Workspace {
         read(&self.captured.borrow())
     }
 
-    /// Makes room for rows whose lenses have this many ranks together.
-    pub fn reserve_ranks(&mut self, ranks: usize) {
-        self.scratch.get_mut().reserve_ranks(ranks * self.size.tokens);
+    /// Makes room for rows whose lenses do this together.
+    pub fn reserve(&mut self, effects: &Effects) -> Result<()> {
+        self.reserve_scratch(effects.ranks * self.size.tokens, effects);
+        self.reserve_logits(effects)
+    }
+
+    fn reserve_scratch(&mut self, numbers: usize, effects: &Effects) {
+        // What accumulates is as wide as the residual stream.
+        let hidden = self.hidden.dims()[1];
+        let len = numbers + if effects.finishes { self.size.tokens * hidden } else { 0 };
+        self.scratch.get_mut().reserve_ranks(len);
+    }
+
+    fn reserve_logits(&mut self, effects: &Effects) -> Result<()> {
+        if self.logits.dims()[1] < effects.head_tokens {
+            self.logits = Tensor::zeros((self.size.outputs, effects.head_tokens), DType::F32, &Device::Cpu)?;
+        }
+        Ok(())
     }
 }
 
@@ -255,6 +284,38 @@ pub fn with_numbers<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Resul
         (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => Ok(read(&numbers[start..end])),
         _ => bail!("activations are contiguous f32 on the CPU"),
     }
+}
+
+/// Logits of some outputs of a step, each over its own vocabulary.
+#[derive(Debug, Clone, Copy)]
+pub struct Logits<'a> {
+    numbers: &'a [f32],
+    vocabulary: usize,
+    /// Per output, where any has another one; 0 for the base's.
+    own: Option<&'a [u32]>,
+}
+
+impl<'a> Logits<'a> {
+    /// One after the other.
+    pub fn numbers(&self) -> &'a [f32] {
+        self.numbers
+    }
+
+    /// Output by output.
+    pub fn rows(&self) -> impl Iterator<Item = &'a [f32]> + use<'a> {
+        let Self { mut numbers, vocabulary, own } = *self;
+        let mut index = 0;
+        std::iter::from_fn(move || {
+            let width = width(vocabulary, own.and_then(|own| own.get(index)));
+            let (row, rest) = numbers.split_at_checked(width)?;
+            (index, numbers) = (index + 1, rest);
+            Some(row)
+        })
+    }
+}
+
+fn width(vocabulary: usize, own: Option<&u32>) -> usize {
+    own.map_or(vocabulary, |own| if *own == 0 { vocabulary } else { *own as usize })
 }
 
 /// Sees the residual stream as it enters a block: the block's number and the stream, `[tokens, hidden]`.
@@ -296,16 +357,20 @@ impl Decoder {
                 frequencies.angles(query.position, *length, cos, sin);
             }
         }
-        work.scratch.get_mut().reserve_ranks(batch.scratch_len);
+        // Nothing is to be done where rows were submitted to this workspace.
+        work.reserve_scratch(batch.scratch_len, &batch.effects);
+        work.reserve_logits(&batch.effects)?;
         let blocks = cache.blocks();
         let config = &base.layout.config;
         let table = base.embedding();
+        let own = batch.effects.embeddings.then_some(EmbeddingsOf { uses: &batch.uses });
         work.hidden.inplace_op1(&Embed {
             pool: &self.pool,
             table,
             width: config.hidden_size,
             tokens: &batch.tokens,
             scale: config.scale_embedding.then(|| embedding_scale(config.hidden_size, base.layout.dtype)),
+            own: own.as_ref().map(|own| own as &dyn RowEmbeddings),
         })?;
         let captured = work.captured.get_mut();
         if captured.len() < batch.captures * config.hidden_size {
@@ -323,8 +388,10 @@ impl Decoder {
             if let Some(observe) = &mut observe {
                 with_numbers(&work.hidden, |x| observe(index, &x[..rows * config.hidden_size]))?;
             }
-            step.norm(&work.normed, &work.hidden, &layer.attention_norm)?;
+            step.norm(&work.normed, &work.hidden, &layer.attention_norm, (index, NormSite::Attention))?;
             step.project(&work.qkv, &work.normed, (&layer.qkv, &layer.qkv_bias), (index, Site::Qkv), false)?;
+            let [own_q, own_k] = [NormSite::Q, NormSite::K]
+                .map(|site| NormsAt { uses: &batch.uses, site: Some((index, site)) });
             work.qkv.inplace_op1(&RotateAndStore {
                 pool: &self.pool,
                 heads: config.heads,
@@ -334,6 +401,7 @@ impl Decoder {
                     .qk_norm
                     .as_ref()
                     .map(|(q, k)| (base.vector(q), base.vector(k), config.rms_norm_eps)),
+                own_norms: batch.effects.norms.then_some((&own_q as &dyn RowNorms, &own_k as &dyn RowNorms)),
                 rotary: step.rotary(index),
                 cache: &blocks,
                 layer: index,
@@ -357,7 +425,7 @@ impl Decoder {
             )?;
             let o = (&layer.o, &layer.o_bias);
             step.add(&work.attended, o, (index, Site::O), &layer.post_attention_norm)?;
-            step.norm(&work.normed, &work.hidden, &layer.mlp_norm)?;
+            step.norm(&work.normed, &work.hidden, &layer.mlp_norm, (index, NormSite::Mlp))?;
             let gate_up = (&layer.gate_up, &layer.gate_up_bias);
             step.project(&work.gate_up, &work.normed, gate_up, (index, Site::GateUp), false)?;
             let activate = ActivateMul {
@@ -375,20 +443,22 @@ impl Decoder {
     }
 
     /// Computes the final norm and the logits of some outputs of the batch of the last [`Self::forward`], at most as
-    /// many as the workspace holds, and hands both over: `[outputs, hidden]` and `[outputs, vocabulary]`.
+    /// many as the workspace holds, and hands both over: `[outputs, hidden]` and the logits.
     pub fn logits<T>(
         &self,
         base: &FilledBase,
         batch: &Batch,
         work: &Workspace,
         outputs: Range<usize>,
-        read: impl FnOnce(&[f32], &[f32]) -> T,
+        read: impl FnOnce(&[f32], Logits<'_>) -> T,
     ) -> Result<T> {
         let rows = outputs.len();
         if rows > work.size.outputs {
             bail!("{rows} outputs exceed the {} a step was made for", work.size.outputs);
         }
         let layout = &base.layout;
+        let tokens = &batch.outputs[outputs.clone()];
+        let own = batch.effects.norms.then_some(NormsAt { uses: &batch.uses, site: None });
         work.outputs.inplace_op2(
             &work.hidden,
             &RmsNorm {
@@ -396,23 +466,24 @@ impl Decoder {
                 weight: base.vector(&layout.final_norm),
                 eps: layout.config.rms_norm_eps,
                 rows,
-                sources: Some(&batch.outputs[outputs]),
+                sources: Some(tokens),
                 accumulate: false,
+                own: own.as_ref().map(|own| own as &dyn RowNorms),
             },
         )?;
         let step = Step { decoder: self, base, batch, work, rows };
-        step.multiply(&work.logits, &work.outputs, (&layout.head, &None), &NoDeltas, false)?;
+        let numbers = step.heads(tokens)?;
         if let Some(cap) = layout.config.final_soft_cap {
-            work.logits.inplace_op1(&SoftCap {
-                pool: &self.pool,
-                cap,
-                width: layout.config.vocab_size,
-                rows,
-            })?;
+            let has_own = batch.effects.head_tokens > 0;
+            let (width, rows) = if has_own { (numbers, 1) } else { (layout.config.vocab_size, rows) };
+            work.logits.inplace_op1(&SoftCap { pool: &self.pool, cap, width, rows })?;
         }
-        let (hidden, vocab) = (layout.config.hidden_size, layout.config.vocab_size);
+        let (hidden, vocabulary) = (layout.config.hidden_size, layout.config.vocab_size);
+        let own = (batch.effects.head_tokens > 0).then(|| &batch.vocabularies[outputs]);
         with_numbers(&work.outputs, |outputs| {
-            with_numbers(&work.logits, |logits| read(&outputs[..rows * hidden], &logits[..rows * vocab]))
+            with_numbers(&work.logits, |logits| {
+                read(&outputs[..rows * hidden], Logits { numbers: &logits[..numbers], vocabulary, own })
+            })
         })?
     }
 }
@@ -451,13 +522,23 @@ impl Step<'_> {
         })
     }
 
-    fn norm(&self, to: &Tensor, from: &Tensor, weight: &Vector) -> Result<()> {
-        to.inplace_op2(from, &self.rms_norm(weight, false))
+    fn norm(&self, to: &Tensor, from: &Tensor, weight: &Vector, site: (usize, NormSite)) -> Result<()> {
+        self.rms_norm((to, from), weight, site, false)
     }
 
-    fn rms_norm(&self, weight: &Vector, accumulate: bool) -> RmsNorm<'_> {
+    fn rms_norm(
+        &self,
+        (to, from): (&Tensor, &Tensor),
+        weight: &Vector,
+        site: (usize, NormSite),
+        accumulate: bool,
+    ) -> Result<()> {
         let (weight, eps) = (self.base.vector(weight), self.base.layout.config.rms_norm_eps);
-        RmsNorm { pool: &self.decoder.pool, weight, eps, rows: self.rows, sources: None, accumulate }
+        let own = self.batch.effects.norms.then_some(NormsAt { uses: &self.batch.uses, site: Some(site) });
+        let own = own.as_ref().map(|own| own as &dyn RowNorms);
+        let pool = &self.decoder.pool;
+        let norm = RmsNorm { pool, weight, eps, rows: self.rows, sources: None, accumulate, own };
+        to.inplace_op2(from, &norm)
     }
 
     /// The angles of a layer's rotation.
@@ -481,7 +562,44 @@ impl Step<'_> {
         let work = self.work;
         let Some(norm) = norm else { return self.project(&work.hidden, from, weights, site, true) };
         self.project(&work.normed, from, weights, site, false)?;
-        work.hidden.inplace_op2(&work.normed, &self.rms_norm(norm, true))
+        let after = if site.1 == Site::O { NormSite::PostAttention } else { NormSite::PostMlp };
+        self.rms_norm((&work.hidden, &work.normed), norm, (site.0, after), true)
+    }
+
+    /// The logits of some tokens, one after the other; gives how many numbers that are. Neighbours with the same head
+    /// are computed together.
+    fn heads(&self, tokens: &[u32]) -> Result<usize> {
+        let (uses, layout) = (self.batch.uses.as_slice(), &self.base.layout);
+        let has_own = self.batch.effects.head_tokens > 0;
+        let head = |token: &u32| if has_own { head_of(uses, *token as usize) } else { None };
+        let (mut row_start, mut start) = (0, 0);
+        while row_start < tokens.len() {
+            let own = head(&tokens[row_start]);
+            let same = |token: &&u32| {
+                head(token).map(|(one, _)| Arc::as_ptr(&one.lens))
+                    == own.map(|(one, _)| Arc::as_ptr(&one.lens))
+            };
+            let rows =
+                if has_own { tokens[row_start..].iter().take_while(same).count() } else { tokens.len() };
+            let weight = match own {
+                Some((one, matrix)) => matrix.of(one.lens.region.bytes()),
+                None => self.base.matrix(&layout.head),
+            };
+            let deltas = HeadDeltas { uses, tokens: &tokens[row_start..row_start + rows] };
+            let project = Project {
+                pool: &self.decoder.pool,
+                linear: Linear { weight, bias: None, accumulate: false },
+                deltas: &deltas,
+                rows,
+                row_start,
+                start,
+                scratch: &self.work.scratch,
+            };
+            self.work.logits.inplace_op2(&self.work.outputs, &project)?;
+            start += rows * weight.shape.outputs;
+            row_start += rows;
+        }
+        Ok(start)
     }
 
     fn project(
@@ -494,7 +612,8 @@ impl Step<'_> {
     ) -> Result<()> {
         // Rows that left the batch took their lenses along.
         let uses = self.batch.uses.partition_point(|one| one.token_start < self.rows);
-        let deltas = SiteDeltas { uses: &self.batch.uses[..uses], layer, site };
+        let scratch_len = self.batch.scratch_len;
+        let deltas = SiteDeltas { uses: &self.batch.uses[..uses], layer, site, scratch_len };
         self.multiply(to, from, weights, &deltas, accumulate)
     }
 
@@ -516,6 +635,8 @@ impl Step<'_> {
             linear,
             deltas,
             rows: self.rows,
+            row_start: 0,
+            start: 0,
             scratch: &self.work.scratch,
         };
         to.inplace_op2(from, &project)

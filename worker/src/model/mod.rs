@@ -5,6 +5,7 @@ pub mod config;
 pub mod decoder;
 pub mod kv_cache;
 pub mod lora;
+pub mod replaced;
 pub mod residual;
 pub mod rope;
 pub mod single;

@@ -83,9 +83,9 @@ impl SingleRow {
 
     /// Loads a LoRA lens over this base.
     pub fn load_lora(&self, folder: &Path) -> Result<Arc<FilledLens>, SingleError> {
-        let folder = LoraFolder::open(folder, &self.base.layout.config)?;
+        let folder = LoraFolder::open(folder, &self.base.layout)?;
         let region = self.arena.reserve(Part::Lens, folder.layout().bytes)?;
-        Ok(Arc::new(folder.fill(region, &mut |_| ControlFlow::Continue(()))?))
+        Ok(Arc::new(folder.fill(region, &self.base, &mut |_| ControlFlow::Continue(()))?))
     }
 
     /// Computes a sequence from its first token, in one step.
@@ -124,7 +124,7 @@ impl SingleRow {
         self.decoder.forward(&self.base, &mut self.cache, &batch, &mut self.workspace, Some(&mut observe))?;
         let (normed, logits) =
             self.decoder.logits(&self.base, &batch, &self.workspace, outputs, |normed, logits| {
-                (normed.to_vec(), logits.to_vec())
+                (normed.to_vec(), logits.numbers().to_vec())
             })?;
         hidden.push(normed);
         Ok(Trace { logits, hidden })

@@ -546,8 +546,7 @@ impl FilledBase {
 
     /// A matrix as the kernels take it. [`Packed::row`] reads it row by row.
     pub(crate) fn matrix(&self, matrix: &PackedMatrix) -> Packed<'_> {
-        let bytes = &self.region.bytes()[matrix.offset..][..matrix.shape.bytes()];
-        Packed::new(matrix.shape, bytes)
+        matrix.of(self.region.bytes())
     }
 
     /// The embedding as the kernels take it.
@@ -558,9 +557,35 @@ impl FilledBase {
         }
     }
 
+    /// One row of a block's matrix, in f32: the weights that an output is computed with.
+    pub(crate) fn row(&self, layer: usize, site: Site, output: usize, row: &mut [f32]) {
+        let layer = &self.layout.layers[layer];
+        let matrix = match site {
+            Site::Qkv => &layer.qkv,
+            Site::O => &layer.o,
+            Site::GateUp => &layer.gate_up,
+            Site::Down => &layer.down,
+        };
+        self.matrix(matrix).row(output, row);
+    }
+
     /// A vector as the kernels take it.
     pub(crate) fn vector(&self, vector: &Vector) -> &[f32] {
-        bytemuck::cast_slice(&self.region.bytes()[vector.offset..][..vector.len * 4])
+        vector.of(self.region.bytes())
+    }
+}
+
+impl PackedMatrix {
+    /// This matrix in the bytes of its region.
+    pub(crate) fn of(self, region: &[u8]) -> Packed<'_> {
+        Packed::new(self.shape, &region[self.offset..][..self.shape.bytes()])
+    }
+}
+
+impl Vector {
+    /// This vector in the bytes of its region.
+    pub(crate) fn of(self, region: &[u8]) -> &[f32] {
+        bytemuck::cast_slice(&region[self.offset..][..self.len * 4])
     }
 }
 

@@ -14,8 +14,7 @@ use super::resolve::{ResolvedBase, ResolvedLens, base_failure, lens_failure, on_
 use super::table::LensKey;
 use crate::engine::handle::{ActivateError, BaseId, EngineHandle, LensId, RemoveError, ReserveError};
 use crate::lens::lora::LoraFolder;
-use crate::model::config::ModelConfig;
-use crate::model::weights::BaseFolder;
+use crate::model::weights::{BaseFolder, BaseLayout};
 
 /// Told in whole percent how far a load is.
 pub type OnPercent = Arc<dyn Fn(u8) + Send + Sync>;
@@ -53,7 +52,7 @@ fn internal(error: &dyn std::fmt::Display) -> Failure {
 pub async fn load_lens(
     engine: EngineHandle,
     base: BaseId,
-    config: Arc<ModelConfig>,
+    layout: Arc<BaseLayout>,
     lens: ResolvedLens,
     on_percent: OnPercent,
 ) -> Result<LensId, LoadError> {
@@ -61,16 +60,17 @@ pub async fn load_lens(
         return Err(LoadError::Changed);
     }
     let path = lens.files.folder.clone();
-    let opened = on_loader_thread(move || LoraFolder::open(&path, &config).map_err(|e| lens_failure(&e)))
+    let opened = on_loader_thread(move || LoraFolder::open(&path, &layout).map_err(|e| lens_failure(&e)))
         .await
         .map_err(LoadError::Failed)?;
     let region = engine.reserve_lens(opened.layout()).await.map_err(|e| reserve_error(&e))?;
+    let lent = engine.lend_base(base).await.map_err(|e| LoadError::Failed(internal(&e)))?;
     let filled = on_loader_thread(move || {
         let mut progress = |p: crate::model::tensor_file::Progress| {
             on_percent(p.percent());
             ControlFlow::Continue(())
         };
-        opened.fill(region, &mut progress).map_err(|e| lens_failure(&e))
+        opened.fill(region, &lent, &mut progress).map_err(|e| lens_failure(&e))
     })
     .await
     .map_err(LoadError::Failed)?;

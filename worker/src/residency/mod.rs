@@ -34,6 +34,7 @@ use turret_crds::model_name::ModelName;
 use turret_crds::report::{WorkerIdentity, WorkerReport};
 
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
+use crate::model::tokenizer::Tokenizer;
 use failure::Failure;
 use resolve::{ResolvedBase, Resolver};
 
@@ -46,10 +47,21 @@ pub struct View {
     pub document: Option<Arc<WorkerDocument>>,
     /// Bases whose files were found good.
     pub bases: BTreeMap<BaseKey, Arc<ResolvedBase>>,
+    /// Lenses whose files were found good, by group and name.
+    pub lenses: BTreeMap<(String, String), SpokenLens>,
     /// Longest sequence that is configured; a base may allow less.
     pub max_context_tokens: u32,
     /// When this process began to serve its groups, seconds since the epoch.
     pub created: u64,
+}
+
+/// What a request needs of a lens before it has one.
+#[derive(Clone, Debug)]
+pub struct SpokenLens {
+    /// Digest of its files.
+    pub digest: String,
+    /// The tokenizer that it brings in place of the base's.
+    pub tokenizer: Option<Tokenizer>,
 }
 
 /// The right to run one row over a base, perhaps with a lens. Neither leaves memory before it is dropped.

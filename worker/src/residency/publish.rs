@@ -10,7 +10,7 @@ use turret_crds::report::{
 
 use super::owner::{DeclaredBase, DeclaredLens, Owner, Stage, Turn};
 use super::table::Phase;
-use super::{Start, View};
+use super::{SpokenLens, Start, View};
 
 /// The view before there is any document.
 pub(super) fn nothing(start: &Start, created: u64) -> View {
@@ -25,6 +25,7 @@ pub(super) fn nothing(start: &Start, created: u64) -> View {
         report,
         document: None,
         bases: BTreeMap::new(),
+        lenses: BTreeMap::new(),
         max_context_tokens: start.limits.max_context_tokens,
         created,
     }
@@ -45,11 +46,22 @@ impl Owner {
             .iter()
             .filter_map(|(key, base)| Some((key.clone(), base.stage.ready()?.clone())))
             .collect();
+        let lenses = self
+            .lenses
+            .iter()
+            .filter_map(|(name, lens)| {
+                let ready = lens.stage.ready()?;
+                let spoken =
+                    SpokenLens { digest: ready.files.digest.clone(), tokenizer: ready.tokenizer.clone() };
+                Some((name.clone(), spoken))
+            })
+            .collect();
         let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
         let view = View {
             report,
             document: self.document.clone(),
             bases,
+            lenses,
             max_context_tokens: limits.max_context_tokens,
             created: self.created,
         };

@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::fetch::Fetcher;
 use super::files::{FileIdentity, Hasher};
 use super::source::{Folder, Place, Roots, io_failure};
-use crate::lens::lora::{LORA_FILES, LoraFolder};
+use crate::lens::lora::{LENS_SIDE_FILES, LORA_FILES, LoraFolder, lora_files};
 use crate::lens::{LensError, LensFailure};
 use crate::model::config::ModelConfig;
 use crate::model::tensor_file::TensorFileError;
@@ -76,6 +76,8 @@ pub struct ResolvedLens {
     pub files: CheckedFiles,
     /// Bytes in device memory.
     pub bytes: u64,
+    /// The tokenizer and chat template that it brings in place of the base's.
+    pub tokenizer: Option<Tokenizer>,
 }
 
 /// The declared number format as the engine calls it.
@@ -95,12 +97,12 @@ impl Resolver {
         on_loader_thread(move || resolver.check_base(&base, &folder)).await
     }
 
-    /// Resolves a lens over a base of this architecture.
+    /// Resolves a lens over a base.
     pub async fn lens(
         &self,
         lens: DocumentLens,
         volumes: Arc<[String]>,
-        base: Arc<ModelConfig>,
+        base: Arc<ResolvedBase>,
     ) -> Result<ResolvedLens, Failure> {
         let folder = self.folder(&lens.source, &volumes, Kind::Lens).await?;
         let resolver = self.clone();
@@ -125,6 +127,11 @@ impl Resolver {
                 for name in LORA_FILES {
                     let record = self.fetcher.file(url, name).await?.ok_or_else(|| missing(name))?;
                     files.push((name.to_owned(), record));
+                }
+                for name in LENS_SIDE_FILES {
+                    if let Some(record) = self.fetcher.file(url, name).await? {
+                        files.push((name.to_owned(), record));
+                    }
                 }
             }
             Kind::Base => {
@@ -189,17 +196,18 @@ impl Resolver {
         &self,
         lens: &DocumentLens,
         folder: &Folder,
-        base: &Arc<ModelConfig>,
+        base: &ResolvedBase,
     ) -> Result<ResolvedLens, Failure> {
-        let names = LORA_FILES.map(str::to_owned).to_vec();
+        let names = lora_files(&folder.path);
         for name in &names {
             folder.file(name)?;
         }
         let declared = format!("spec.lenses[{}].source.digest", lens.name);
         // A truncated file has another digest too; what is wrong with it is the more helpful answer.
-        let opened = LoraFolder::open(&folder.path, base).map_err(|e| lens_failure(&e))?;
+        let opened = LoraFolder::open(&folder.path, &base.layout).map_err(|e| lens_failure(&e))?;
+        let tokenizer = opened.tokenizer(&base.tokenizer).map_err(|e| lens_failure(&e))?;
         let files = self.check_files(folder, names, &lens.source, &declared)?;
-        Ok(ResolvedLens { files, bytes: opened.layout().bytes })
+        Ok(ResolvedLens { files, bytes: opened.layout().bytes, tokenizer })
     }
 
     fn check_files(

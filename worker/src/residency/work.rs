@@ -182,16 +182,14 @@ impl Owner {
 
     fn resolve_lens(&mut self, name: LensName, volumes: Arc<[String]>) {
         let Some(declared) = self.lenses.get_mut(&name) else { return };
-        let Some(config) =
-            self.bases.get(&declared.base).and_then(|b| b.stage.ready()).map(|b| b.config.clone())
-        else {
+        let Some(base) = self.bases.get(&declared.base).and_then(|b| b.stage.ready()).cloned() else {
             return;
         };
         self.resolving += 1;
         declared.in_flight = true;
         let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
         self.spawn(async move {
-            Event::LensResolved { name, token, result: resolver.lens(lens, volumes, config).await }
+            Event::LensResolved { name, token, result: resolver.lens(lens, volumes, base).await }
         });
     }
 
@@ -218,7 +216,7 @@ impl Owner {
         self.spawn(async move {
             let measure = move || {
                 let size = |source: &turret_crds::source::Source| match roots.locate(source, &volumes) {
-                    Ok(super::source::Place::Folder(folder)) => crate::lens::lora::LORA_FILES
+                    Ok(super::source::Place::Folder(folder)) => crate::lens::lora::lora_files(&folder.path)
                         .iter()
                         .filter_map(|f| std::fs::metadata(folder.path.join(f)).ok())
                         .map(|m| m.len())
@@ -332,7 +330,7 @@ impl Owner {
 
     pub(super) fn load_lens(&mut self, key: LensKey, lens: ResolvedLens) {
         let Some(base) = self.base_ids.get(&key.base).copied() else { return };
-        let Some(config) = self.bases.get(&key.base).and_then(|b| b.stage.ready()).map(|b| b.config.clone())
+        let Some(layout) = self.bases.get(&key.base).and_then(|b| b.stage.ready()).map(|b| b.layout.clone())
         else {
             return;
         };
@@ -342,7 +340,7 @@ impl Owner {
         let engine = self.engine.clone();
         let since = Instant::now();
         self.spawn(async move {
-            let result = loader::load_lens(engine, base, config, lens, Arc::new(|_| {})).await;
+            let result = loader::load_lens(engine, base, layout, lens, Arc::new(|_| {})).await;
             Event::LensLoaded { key, result, since }
         });
     }
