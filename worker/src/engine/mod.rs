@@ -2,10 +2,11 @@
 //!
 //! - [`handle`]: how everyone else talks to it; start here. [`row`]: what a row is asked and answers.
 //! - [`arena`] and [`memory`]: device memory, and the sums that decide what fits.
-//! - [`schedule`] (pure): which rows compute how many tokens next. `sequence`: one row's life. [`sampler`]: logits to token.
+//! - [`schedule`] (pure): which rows compute how many tokens next. `sequence`: one row's life. [`sampler`] and `cut`: logits to token.
 //! - `step`: one step, from schedule to tokens. This file: the loop around it, and commands between steps.
 
 pub mod arena;
+mod cut;
 pub mod handle;
 pub mod memory;
 pub mod row;

@@ -3,13 +3,15 @@
 //! A row's random numbers are a function of (seed, token index) alone, so a row that is computed again makes the same
 //! choices, and other rows change nothing.
 
+use super::cut::{Cut, Room};
 use super::row::{Sampling, TokenLogprobs};
-use crate::kernels::rows::{max_and_exp_sum, softmax_numerators};
+use crate::kernels::vocabulary::{largest, numerators};
 
 /// Room to choose in; reused for every row.
 #[derive(Debug, Default)]
 pub struct Sampler {
     weights: Vec<f32>,
+    room: Room,
     candidates: Vec<u32>,
 }
 
@@ -20,7 +22,11 @@ pub struct NotFinite;
 impl Sampler {
     /// A sampler that will not grow for vocabularies up to this size.
     pub fn with_vocabulary(vocab: usize) -> Self {
-        Self { weights: Vec::with_capacity(vocab), candidates: Vec::with_capacity(vocab) }
+        Self {
+            weights: Vec::with_capacity(vocab),
+            room: Room::with_vocabulary(vocab),
+            candidates: Vec::with_capacity(vocab),
+        }
     }
 
     /// Makes room for a vocabulary of this size.
@@ -30,70 +36,41 @@ impl Sampler {
     }
 
     /// Chooses the token that stands at `index` of the row's generated tokens.
+    ///
+    /// Top-k, then min-p, then top-p decide what may be chosen, each from what the one before left.
     pub fn choose(&mut self, logits: &[f32], sampling: &Sampling, index: u32) -> Result<u32, NotFinite> {
-        let (max, sum) = max_and_exp_sum(logits);
-        if !max.is_finite() || !sum.is_finite() {
-            return Err(NotFinite);
-        }
+        let max = largest(logits).filter(|max| max.is_finite()).ok_or(NotFinite)?;
         // Below this, the best token has all the probability that f32 can express.
         if sampling.temperature < 1e-4 {
-            return Ok(best(logits));
+            let best = logits.iter().position(|logit| *logit == max);
+            return Ok(best.expect("the largest number is one of them") as u32);
         }
-        self.weights.clear();
-        self.weights.resize(logits.len(), 0.0);
-        let total = softmax_numerators(logits, 1.0 / sampling.temperature, &mut self.weights);
-        let uniform = uniform(sampling.seed, index);
-        let keeps_all = sampling.top_p >= 1.0 && sampling.min_p <= 0.0 && sampling.top_k == 0;
-        if keeps_all {
-            let ids = 0..logits.len() as u32;
-            return Ok(pick(ids, &self.weights, total, uniform));
+        let total = self.weigh(logits, max, 1.0 / sampling.temperature);
+        let (weights, room) = (&self.weights, &mut self.room);
+        // The best token's weight is 1.
+        let mut cut = match sampling.top_k {
+            0 => Cut::ALL,
+            k => Cut::best(weights, k as usize, room),
+        };
+        cut = cut.at_least(sampling.min_p);
+        if sampling.top_p < 1.0 {
+            let whole = if cut == Cut::ALL { total } else { cut.mass(weights) };
+            cut = cut.until(weights, f64::from(sampling.top_p) * whole, room);
         }
-        self.truncate(sampling, total);
-        let kept: f32 = self.candidates.iter().map(|&id| self.weights[id as usize]).sum();
-        Ok(pick(self.candidates.iter().copied(), &self.weights, kept, uniform))
+        Ok(cut.pick(weights, uniform(sampling.seed, index), room))
     }
 
-    /// Leaves the candidates that top-k, then min-p, then top-p keep, best first; ties by id.
-    fn truncate(&mut self, sampling: &Sampling, total: f32) {
-        let weights = &self.weights;
-        // The best token's weight is 1. Most of a vocabulary is far below the candidates, so only those above a
-        // threshold are sorted, and the threshold sinks until they are enough.
-        let mut threshold = 1e-3_f32;
-        loop {
-            let floor = sampling.min_p.max(if threshold < 1e-30 { 0.0 } else { threshold });
-            self.candidates.clear();
-            self.candidates.extend((0..weights.len() as u32).filter(|&id| weights[id as usize] >= floor));
-            let mass: f32 = self.candidates.iter().map(|&id| weights[id as usize]).sum();
-            let enough_k = sampling.top_k != 0 && self.candidates.len() >= sampling.top_k as usize;
-            let enough_p = sampling.top_p < 1.0 && mass >= sampling.top_p * total;
-            if enough_k || enough_p || floor == sampling.min_p || floor == 0.0 {
-                break;
-            }
-            threshold *= 1e-3;
-        }
-        self.candidates
-            .sort_unstable_by(|&a, &b| weights[b as usize].total_cmp(&weights[a as usize]).then(a.cmp(&b)));
-        if sampling.top_k != 0 {
-            self.candidates.truncate(sampling.top_k as usize);
-        }
-        if sampling.top_p < 1.0 {
-            // Of what top-k and min-p left, as the usual chain of filters does.
-            let cut = sampling.top_k != 0 || sampling.min_p > 0.0;
-            let whole =
-                if cut { self.candidates.iter().map(|&id| weights[id as usize]).sum() } else { total };
-            let mut mass = 0.0;
-            let enough = self.candidates.iter().position(|&id| {
-                mass += weights[id as usize];
-                mass >= sampling.top_p * whole
-            });
-            self.candidates.truncate(enough.map_or(usize::MAX, |last| last + 1));
-        }
+    /// Softmax numerators into `weights`; gives their sum.
+    fn weigh(&mut self, logits: &[f32], max: f32, scale: f32) -> f64 {
+        self.weights.clear();
+        self.weights.resize(logits.len(), 0.0);
+        numerators(logits, max, scale, &mut self.weights)
     }
 
     /// The log-probability of a token by the raw log-softmax, and of the `top` best ones.
     pub fn logprobs(&mut self, logits: &[f32], id: u32, top: u8) -> TokenLogprobs {
-        let (max, sum) = max_and_exp_sum(logits);
-        let log_sum = max + sum.ln();
+        let max = largest(logits).unwrap_or(f32::NAN);
+        let log_sum = (f64::from(max) + self.weigh(logits, max, 1.0).ln()) as f32;
         let order = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
         self.candidates.clear();
         if top > 0 {
@@ -109,35 +86,6 @@ impl Sampler {
         let top = self.candidates.iter().map(|&id| (id, logprob(id))).collect();
         TokenLogprobs { id, logprob: logprob(id), top }
     }
-}
-
-/// The largest logit; of equal ones the first.
-fn best(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as u32
-}
-
-/// The id at which the running sum of weights passes `uniform * total`.
-fn pick(ids: impl Iterator<Item = u32>, weights: &[f32], total: f32, uniform: f64) -> u32 {
-    let target = uniform * f64::from(total);
-    let mut sum = 0.0_f64;
-    let mut last = 0;
-    for id in ids {
-        let weight = weights[id as usize];
-        if weight > 0.0 {
-            sum += f64::from(weight);
-            last = id;
-            if sum > target {
-                break;
-            }
-        }
-    }
-    last
 }
 
 /// A number in [0, 1) for this place of this row.

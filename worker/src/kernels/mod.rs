@@ -9,7 +9,7 @@
 //! # Where what is
 //! - [`simd`]: sixteen lanes, per instruction set; [`simd::launch`] is the one place that chooses.
 //! - [`threads`]: a small pool that runs a loop on all threads without allocating.
-//! - [`matmul`] and [`finish`], [`rows`], [`attention`]: the loops, over plain slices.
+//! - [`matmul`] and [`finish`], [`rows`], [`attention`], `vocabulary`: the loops, over plain slices.
 //! - [`ops`]: the same as candle's in-place operations, which is how the decoder calls them.
 //!
 //! This folder (and the arena) is the only place with `unsafe`: vector loads, and several threads writing disjoint
@@ -22,3 +22,4 @@ pub mod ops;
 pub mod rows;
 pub mod simd;
 pub mod threads;
+pub(crate) mod vocabulary;

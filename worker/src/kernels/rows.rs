@@ -241,66 +241,6 @@ pub(crate) fn add_scaled(weight: Weight<'_>, row: usize, scale: f32, y: &mut [f3
     }
 }
 
-/// The largest number and the sum of `e^(x - largest)` over all. Not-a-number anywhere makes the sum so.
-pub(crate) fn max_and_exp_sum(x: &[f32]) -> (f32, f32) {
-    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-    launch(ExpSum { x, scale: 1.0, y: None, max: &mut max, sum: &mut sum });
-    (max, sum)
-}
-
-/// `y = e^(scale * (x - largest))`; gives the sum of y.
-pub(crate) fn softmax_numerators(x: &[f32], scale: f32, y: &mut [f32]) -> f32 {
-    assert_eq!(x.len(), y.len(), "one numerator for each number");
-    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-    launch(ExpSum { x, scale, y: Some(y), max: &mut max, sum: &mut sum });
-    sum
-}
-
-struct ExpSum<'a> {
-    x: &'a [f32],
-    scale: f32,
-    y: Option<&'a mut [f32]>,
-    max: &'a mut f32,
-    sum: &'a mut f32,
-}
-
-impl Kernel for ExpSum<'_> {
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop, reason = "lanes of several arrays side by side")]
-    unsafe fn run<S: Simd>(mut self) {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let (whole, rest) = self.x.as_chunks::<LANES>();
-        for x in whole {
-            for j in 0..LANES {
-                lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
-            }
-        }
-        let mut max = f32::NEG_INFINITY;
-        for x in lanes.iter().chain(rest) {
-            max = if *x > max { *x } else { max };
-        }
-        let mut sums = [0.0_f32; LANES];
-        let mut i = 0;
-        while i < self.x.len() {
-            let n = (self.x.len() - i).min(LANES);
-            let mut e = [f32::NEG_INFINITY; LANES];
-            for j in 0..n {
-                e[j] = (self.x[i + j] - max) * self.scale;
-            }
-            exp(&mut e);
-            for j in 0..LANES {
-                sums[j] += e[j];
-            }
-            if let Some(y) = &mut self.y {
-                y[i..i + n].copy_from_slice(&e[..n]);
-            }
-            i += LANES;
-        }
-        *self.max = max;
-        *self.sum = sums.iter().sum();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
