@@ -196,6 +196,9 @@ const SOURCES: [&str; 13] = [
     "pause/pause.c",
 ];
 
+/// Length of a build's name.
+const KEY_DIGITS: usize = 16;
+
 /// Static, so that it runs in an image that holds nothing else.
 const PAUSE_FLAGS: [&str; 3] = ["-static", "-Os", "-s"];
 
@@ -236,9 +239,44 @@ pub fn ensure() -> Result<PathBuf, BinariesError> {
             build(recipe, &sources, &unfinished, stage)?;
         }
         build_pause(&sources, &unfinished)?;
-        fs::rename(&unfinished, &complete).map_err(io("rename", &unfinished))
+        fs::rename(&unfinished, &complete).map_err(io("rename", &unfinished))?;
+        remove_outdated(&store, &complete);
+        Ok::<_, BinariesError>(())
     })?;
     Ok(complete)
+}
+
+/// Removes the builds before this one, half a gigabyte each, but those that a cluster is running from.
+fn remove_outdated(store: &Path, current: &Path) {
+    let builds: Vec<PathBuf> =
+        fs::read_dir(store).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    let running = command_lines();
+    for build in outdated(&builds, current, &running) {
+        // One that cannot be removed costs space and nothing else.
+        if let Err(error) = fs::remove_dir_all(build) {
+            stage::say(format!("an older build cannot be removed: {}: {error}", build.display()));
+        }
+    }
+}
+
+/// The folders of builds that nothing runs from, the current one apart.
+fn outdated<'a>(builds: &'a [PathBuf], current: &Path, running: &[Vec<u8>]) -> Vec<&'a PathBuf> {
+    let is_build = |path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.len() == KEY_DIGITS && name.bytes().all(|b| b.is_ascii_hexdigit())
+    };
+    let is_used = |path: &Path| {
+        use std::os::unix::ffi::OsStrExt as _;
+        let folder = [path.as_os_str().as_bytes(), b"/"].concat();
+        running.iter().any(|line| line.windows(folder.len()).any(|part| part == folder))
+    };
+    builds.iter().filter(|path| is_build(path) && *path != current && !is_used(path)).collect()
+}
+
+/// The command lines of all processes of this machine; everybody may read them.
+fn command_lines() -> Vec<Vec<u8>> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(|process| fs::read(process.path().join("cmdline")).ok()).collect()
 }
 
 fn go_version() -> Result<String, BinariesError> {
@@ -271,7 +309,7 @@ fn key<E>(go: &str, read: impl Fn(&str) -> Result<String, E>) -> Result<String, 
         add(file);
         add(&read(file)?);
     }
-    Ok(hex::encode(&hash.finalize()[..8]))
+    Ok(hex::encode(&hash.finalize()[..KEY_DIGITS / 2]))
 }
 
 fn build(recipe: &Recipe, sources: &Path, output: &Path, stage: &Stage) -> Result<(), BinariesError> {
@@ -406,6 +444,28 @@ mod tests {
         for file in SOURCES {
             assert_ne!(before, sample_key("go1.26", file), "{file}");
         }
+    }
+
+    #[test]
+    fn older_builds_leave_unless_something_runs_from_them() {
+        let name = |digit: &str| PathBuf::from(format!("/cache/kubernetes/{}", digit.repeat(KEY_DIGITS)));
+        let builds = [
+            name("a"),
+            name("b"),
+            name("c"),
+            "/cache/kubernetes/.lock".into(),
+            "/cache/kubernetes/mine".into(),
+        ];
+        let running = [format!("{}/kubelet\0--config\0x", name("b").display()).into_bytes(), b"sh".to_vec()];
+        assert_eq!(outdated(&builds, &name("c"), &running), [&name("a")]);
+        assert_eq!(outdated(&builds, &name("c"), &[]), [&name("a"), &name("b")]);
+    }
+
+    #[test]
+    fn a_running_process_is_found_by_its_command_line() {
+        let mine = std::env::args_os().next().unwrap();
+        let mine = mine.as_encoded_bytes();
+        assert!(command_lines().iter().any(|line| line.starts_with(mine)));
     }
 
     #[test]
