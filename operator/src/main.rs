@@ -22,6 +22,9 @@ enum Command {
     /// Print the RBAC rules that the operator and the gateway use, as YAML.
     #[command(hide = true)]
     Rbac,
+    /// Print every metric of the operator and the gateway, as they are scraped.
+    #[command(hide = true)]
+    Metrics,
 }
 
 #[tokio::main]
@@ -38,5 +41,6 @@ async fn main() -> anyhow::Result<()> {
         }
         Command::Crds => print::crds(std::io::stdout().lock()),
         Command::Rbac => print::rbac(std::io::stdout().lock()),
+        Command::Metrics => print::metrics(std::io::stdout().lock()),
     }
 }

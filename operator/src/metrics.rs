@@ -86,6 +86,20 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// All metrics with every label they can have, for the reference.
+    pub fn reference() -> String {
+        let metrics = Self::default();
+        let kind = Kind { kind: "" };
+        for family in
+            [&metrics.reconciles, &metrics.reconcile_errors, &metrics.applies, &metrics.status_writes]
+        {
+            drop(family.get_or_create(&kind));
+        }
+        drop(metrics.reconcile_seconds.get_or_create(&kind));
+        drop(metrics.pushes.get_or_create(&Outcome { outcome: "" }));
+        metrics.text()
+    }
+
     /// All metrics in the OpenMetrics text format.
     pub fn text(&self) -> String {
         let mut text = String::new();

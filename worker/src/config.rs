@@ -29,6 +29,9 @@ pub enum Command {
     Inspect(crate::inspect::InspectArgs),
     /// Write a base with made-up weights, and lenses over it, to measure with.
     Synth(crate::synth::SynthArgs),
+    /// Print every metric of a worker, as it is scraped.
+    #[command(hide = true)]
+    Metrics,
 }
 
 /// Options of `serve`.

@@ -15,6 +15,10 @@ fn main() -> ExitCode {
         Command::Bench(args) => said(bench::run(&args)),
         Command::Inspect(args) => said(inspect::run(&args)),
         Command::Synth(args) => said(synth::run(&args)),
+        Command::Metrics => {
+            print!("{}", turret_worker::metrics::Metrics::reference());
+            ExitCode::SUCCESS
+        }
     }
 }
 

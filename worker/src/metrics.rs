@@ -173,6 +173,22 @@ impl Metrics {
         );
     }
 
+    /// All metrics with every label they can have, for the reference.
+    pub fn reference() -> String {
+        let metrics = Self::new();
+        metrics.answered("", None, 200, Duration::ZERO);
+        drop(metrics.cache.get_or_create(&CacheLabels { block_size: 0, num_gpu_blocks: 0 }));
+        let lens = LensLabels { adapter_name: String::new(), level: String::new(), pinned: String::new() };
+        drop(metrics.loaded.get_or_create(&lens));
+        drop(metrics.active.get_or_create(&BaseLabels { base: String::new() }));
+        for family in [&metrics.tiers, &metrics.budgets] {
+            drop(family.get_or_create(&TierLabels { tier: String::new(), part: String::new() }));
+        }
+        let mut text = String::new();
+        encode(&mut text, &metrics.registry.lock()).expect("writing to memory cannot fail");
+        text
+    }
+
     /// Counts an answered request.
     pub fn answered(&self, group: &str, lens: Option<&str>, code: u16, took: Duration) {
         let labels = RequestLabels { group: group.into(), lens: lens.unwrap_or_default().into(), code };

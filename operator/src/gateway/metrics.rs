@@ -128,6 +128,14 @@ impl Metrics {
         Self { registry, ..metrics }
     }
 
+    /// All metrics with every label they can have, for the reference.
+    pub fn reference() -> String {
+        let metrics = Self::new();
+        metrics.upstream_error(Trouble::Unreachable);
+        metrics.hold_ended(HoldEnd::LetGo);
+        metrics.text()
+    }
+
     /// Counts an answered request.
     pub fn answered(&self, status: http::StatusCode) {
         let class = format!("{}xx", status.as_u16() / 100);

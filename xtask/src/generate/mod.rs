@@ -7,6 +7,7 @@
 mod api_reference;
 mod chart_readme;
 mod cli_reference;
+mod metrics_reference;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -85,6 +86,8 @@ fn generate(helm: &Path, programs: &Programs) -> Result<Files> {
     files.insert("docs/reference/api.md".into(), api_reference::page(&definitions)?);
     let help = |program: &str, words: &[&str]| programs.print(program, words);
     files.insert("docs/reference/cli.md".into(), cli_reference::page(&help)?);
+    let printed = [help("turret-operator", &["metrics"])?, help("turret-worker", &["metrics"])?];
+    files.insert("docs/reference/metrics.md".into(), metrics_reference::page(&printed)?);
     let install = render(helm, &files)?;
     files.insert("manifests/install.yaml".into(), install);
     Ok(files)
