@@ -51,6 +51,9 @@ pub mod reason {
     pub const IMAGE_UNAVAILABLE: &str = "ImageUnavailable";
     /// A worker was given an accelerator and finds none.
     pub const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
+    /// The memory budgets are too small for what is served; the message has the numbers. The budgets before them
+    /// stay in force.
+    pub const DOES_NOT_FIT: &str = "DoesNotFit";
     /// A worker does not answer.
     pub const UNREACHABLE: &str = "Unreachable";
     /// Some lenses cannot be served; `failedLenses` names them.

@@ -36,10 +36,12 @@ pub struct WorkerDocument {
     pub sequence: u64,
     /// `sha256:…` over everything else in the document, see [`WorkerDocument::compute_digest`].
     pub digest: String,
-    /// The groups to serve, sorted by name.
+    /// The groups to serve, sorted by name. Empty once the last group is gone: then nothing is served,
+    /// and what was in memory leaves it.
     pub groups: Vec<DocumentGroup>,
-    /// Name of the group whose base a new worker makes active first.
-    pub default_group: String,
+    /// Name of the group whose base a new worker makes active first; absent when there is no group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_group: Option<String>,
     /// Memory budgets.
     pub memory: MemoryBudgets,
     /// Batching limits.
@@ -235,6 +237,11 @@ impl WorkerDocument {
     pub fn group(&self, name: &str) -> Option<&DocumentGroup> {
         self.groups.iter().find(|g| g.name == name)
     }
+
+    /// The group whose base a new worker makes active first, if there is any group.
+    pub fn default_group(&self) -> Option<&DocumentGroup> {
+        self.group(self.default_group.as_deref()?)
+    }
 }
 
 /// Largest document a worker reads, uncompressed: guards against a decompression bomb. 16 groups
@@ -262,7 +269,8 @@ pub struct Problem {
 /// What compiling gave.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Compiled {
-    /// The document, over all groups that can be served. `None` when there is none.
+    /// The document, over all groups that can be served. `None` when a value cannot be used, and when
+    /// there is no group and never was: then no worker has anything to be told of.
     pub document: Option<WorkerDocument>,
     /// What is wrong with the placement; empty when all of it can be carried out.
     pub problems: Vec<Problem>,
@@ -271,7 +279,9 @@ pub struct Compiled {
 /// Makes the worker document of a placement.
 ///
 /// `groups` holds what exists, by namespace and name. A group that is missing, being deleted or
-/// lives in another namespace is left out and named in `problems`; the others are served. An unusable
+/// lives in another namespace is left out and named in `problems`; the others are served. When none is left,
+/// workers that have a document are given an empty one, since nothing undeclared is to be served; a placement
+/// that never had a document gets none, so that no worker is started for nothing. An unusable
 /// value in the placement itself gives no document, so that workers go on with the one they have.
 ///
 /// The sequence stays as stored while the digest does, and no worker reports a larger one;
@@ -329,10 +339,12 @@ fn assemble(
 ) -> Result<Option<WorkerDocument>, Problem> {
     let spec = &placement.spec;
     let memory = memory(spec)?;
-    let Some(first) = groups.first() else { return Ok(None) };
+    if groups.is_empty() && previous.stored.is_none() && previous.reported == 0 {
+        return Ok(None);
+    }
     let default_group = match &spec.default_group_name {
-        Some(name) if groups.iter().any(|g| g.name == *name) => name.clone(),
-        _ => first.name.clone(),
+        Some(name) if groups.iter().any(|g| g.name == *name) => Some(name.clone()),
+        _ => groups.first().map(|g| g.name.clone()),
     };
     let mut source_volumes: Vec<String> = spec.source_volumes.iter().map(|v| v.name.clone()).collect();
     source_volumes.sort();

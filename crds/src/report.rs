@@ -79,6 +79,26 @@ pub struct WorkerState {
     pub switches: u64,
     /// Evictions of lenses so far.
     pub evictions: u64,
+    /// Why the newest document is not applied in all its parts: its budgets leave too little room. Everything
+    /// else of it is carried out, and the budgets before them stay in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cannot_fit: Option<CannotFit>,
+}
+
+/// Budgets that are not in force because of what they would have to hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CannotFit {
+    /// Sequence of the document that asks for them.
+    pub sequence: u64,
+    /// Bytes that are needed at least.
+    pub needed_bytes: u64,
+    /// Bytes that the document allows.
+    pub budget_bytes: u64,
+    /// Whether it fits once what runs has ended. Otherwise only another document helps.
+    pub once_idle: bool,
+    /// The sum written out, and what to change. For people.
+    pub message: String,
 }
 
 /// Which document is applied.
@@ -173,6 +193,9 @@ pub struct BaseReport {
     /// Bytes in device memory, once its headers are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Longest sequence over it in tokens, once its files are checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_context_tokens: Option<u32>,
 }
 
 /// A lens on a worker.

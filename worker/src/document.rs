@@ -56,7 +56,7 @@ pub enum DocumentError {
         "the document is of protocol {0}, this worker speaks {PROTOCOL}; give the placement a newer worker image"
     )]
     Protocol(u32),
-    /// A document must name at least one group, and its default group.
+    /// A document with groups names one of them as the default.
     #[error("the document's default group `{0}` is not one of its groups")]
     DefaultGroup(String),
 }
@@ -70,8 +70,9 @@ pub fn check(document: &WorkerDocument) -> Result<(), DocumentError> {
     if computed != document.digest {
         return Err(DocumentError::Digest { declared: document.digest.clone(), computed });
     }
-    if document.group(&document.default_group).is_none() {
-        return Err(DocumentError::DefaultGroup(document.default_group.clone()));
+    if document.default_group().is_none() && !(document.groups.is_empty() && document.default_group.is_none())
+    {
+        return Err(DocumentError::DefaultGroup(document.default_group.clone().unwrap_or_default()));
     }
     Ok(())
 }
@@ -261,7 +262,7 @@ spec:
         let yaml = format!("{}---\n{}", GROUP.replace("NAME", "b"), GROUP.replace("NAME", "a"));
         let document = read(&yaml, None).unwrap();
         assert_eq!(document.groups.iter().map(|g| g.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
-        assert_eq!((document.default_group.as_str(), document.sequence), ("a", 1));
+        assert_eq!((document.default_group.as_deref(), document.sequence), (Some("a"), 1));
         let again = read(&yaml, Some((1, document.digest.clone()))).unwrap();
         assert_eq!(again, document, "the same files are the same document");
         let changed = yaml.replace("terse", "pirate");

@@ -173,6 +173,9 @@ fn obstacle(
         return Some(Obstacle::passing(reason::UPDATING, "there is no document to serve yet"));
     };
     let report = |w: &ObservedWorker| w.report.clone().expect("workers without a report were named above");
+    if let Some(obstacle) = too_small(document, there) {
+        return Some(obstacle);
+    }
     let behind: Vec<_> = there
         .iter()
         .filter(|w| !report(w).serves(document.sequence, &document.digest))
@@ -193,6 +196,18 @@ fn obstacle(
         return Some(rolling(format!("worker {} is draining", worker.pod.name)));
     }
     None
+}
+
+/// What the first worker that cannot meet the document's budgets says of them; one that only a change can help
+/// before one that waits for requests to end.
+fn too_small(document: &DocumentRef, there: &[&ObservedWorker]) -> Option<Obstacle> {
+    let short = |w: &&&ObservedWorker| {
+        let short = w.report.as_ref()?.state.cannot_fit.clone()?;
+        (short.sequence == document.sequence).then_some((w.pod.name.clone(), short))
+    };
+    let (worker, short) = there.iter().filter_map(|w| short(&w)).min_by_key(|(_, short)| short.once_idle)?;
+    let message = format!("worker {worker} goes on with the budgets it had: {}", short.message);
+    Some(Obstacle { reason: reason::DOES_NOT_FIT, message, needs_change: !short.once_idle })
 }
 
 fn rolling(message: String) -> Obstacle {

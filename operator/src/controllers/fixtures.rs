@@ -181,6 +181,7 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
             .map(|(key, groups)| BaseReport {
                 digest: Some("sha256:base".into()),
                 bytes: Some(1 << 20),
+                max_context_tokens: Some(512),
                 key,
                 groups,
                 state: ArtifactState::Ready,

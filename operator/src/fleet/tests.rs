@@ -247,7 +247,7 @@ async fn a_pushed_document_is_reported_back_and_a_conflict_is_told() {
     let worker = until(&fleet, &mut moves, serves).await;
 
     let mut other = document.clone();
-    other.default_group = "llama".into();
+    other.default_group = Some("llama".into());
     other.digest = other.compute_digest();
     let (failures, _) = push(&http, &pushes, id(&other), self::json(&other), to(&worker)).await;
     assert!(

@@ -41,6 +41,8 @@ pub struct Model {
     pub root: String,
     /// The group, for a lens.
     pub parent: Option<String>,
+    /// Longest sequence in tokens, on every worker that serves it; `null` while none knows.
+    pub max_model_len: Option<u32>,
     /// The namespace it is served in.
     pub namespace: String,
 }
@@ -98,7 +100,7 @@ pub fn models(view: &View, scope: Scope<'_>) -> Vec<Model> {
             for lens in std::iter::once(None).chain(lenses) {
                 let target = target(namespace_name, group_name, lens);
                 if failure(view, &target).is_none() {
-                    models.push(model(&target, group));
+                    models.push(model(view, &target, group));
                 }
             }
         }
@@ -110,7 +112,7 @@ pub fn models(view: &View, scope: Scope<'_>) -> Vec<Model> {
 pub fn find_model(view: &View, target: &Target) -> Result<Model, Unserved> {
     match (failure(view, target), view.catalog.group(target)) {
         (Some(why), _) => Err(why),
-        (None, Some((_, group))) => Ok(model(target, group)),
+        (None, Some((_, group))) => Ok(model(view, target, group)),
         (None, None) => Err(Unserved::NoWorker),
     }
 }
@@ -156,8 +158,11 @@ fn target(namespace: &str, group: &str, lens: Option<String>) -> Target {
     Target { namespace: namespace.to_owned(), model: ModelName { group: group.to_owned(), lens } }
 }
 
-fn model(target: &Target, group: &Group) -> Model {
+fn model(view: &View, target: &Target, group: &Group) -> Model {
+    let workers = view.workers_of(&target.namespace, &group.placements);
+    let lengths = workers.filter_map(|w| w.believed()?.base_of(&target.model.group)?.max_context_tokens);
     Model {
+        max_model_len: lengths.min(),
         id: target.model.to_string(),
         object: "model",
         created: group.created,

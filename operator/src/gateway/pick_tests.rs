@@ -18,6 +18,7 @@ fn worker(name: &str) -> Worker<()> {
         tier,
         digest: None,
         bytes: None,
+        max_context_tokens: None,
     };
     let report = WorkerReport {
         protocol: 1,

@@ -109,6 +109,7 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
                 tier: Tier::Disk,
                 digest: None,
                 bytes: None,
+                max_context_tokens: None,
             }),
         }
         lenses.extend(names.iter().map(|name| lens(group, name)));

@@ -29,7 +29,10 @@ async fn models_and_lenses_are_merged_over_what_is_declared_and_what_workers_say
             };
         });
     }
+    // Whatever worker answers, a prompt that is announced to fit does.
+    a.now(|r| r.bases[0].max_context_tokens = Some(8192));
     b.now(|r| {
+        r.bases[0].max_context_tokens = Some(4096);
         r.lenses[1].tier = Tier::Device;
         r.lenses[1].bytes = Some(4096);
         r.lenses[1].digest = Some("sha256:1".into());
@@ -54,7 +57,7 @@ async fn models_and_lenses_are_merged_over_what_is_declared_and_what_workers_say
     assert_eq!(
         model,
         json!({"id": "north:pirate", "object": "model", "created": 1_767_323_045, "owned_by": "turret",
-            "root": "pvc://m/north", "parent": "north", "namespace": "lab"})
+            "root": "pvc://m/north", "parent": "north", "max_model_len": 4096, "namespace": "lab"})
     );
     assert_eq!(gateway.get("/ns/lab/v1/models/north:pirate").await.1, model);
     let (status, error) = gateway.get("/v1/models/north:broken").await;

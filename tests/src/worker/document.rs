@@ -61,6 +61,19 @@ impl Family {
         lenses.retain(|l| l["name"] != name);
     }
 
+    /// Goes on with the sequence of another family, as documents of one placement do.
+    pub fn follow(&mut self, other: &Family) {
+        self.sequence = other.sequence;
+    }
+
+    /// The next document, as if every group had been deleted.
+    pub fn empty_document(&mut self) -> WorkerDocument {
+        let groups = std::mem::take(&mut self.groups);
+        let document = self.document();
+        self.groups = groups;
+        document
+    }
+
     /// The next document.
     pub fn document(&mut self) -> WorkerDocument {
         let object = |kind: &str, name: &str, spec: Value| {

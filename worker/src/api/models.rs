@@ -27,7 +27,7 @@ fn base_model(view: &View, group: &DocumentGroup) -> Value {
 
 /// Longest sequence over a base.
 pub(super) fn context_tokens(view: &View, base: &crate::residency::resolve::ResolvedBase) -> u32 {
-    view.max_context_tokens.min(u32::try_from(base.config.max_position_embeddings).unwrap_or(u32::MAX))
+    base.context_tokens(view.max_context_tokens)
 }
 
 fn lens_model(view: &View, group: &DocumentGroup, lens: &DocumentLens) -> Value {

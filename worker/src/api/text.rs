@@ -87,7 +87,7 @@ async fn serve(
     let view = app.residency.view();
     let document = view.document.as_deref();
     let routed = headers.get(label::MODEL_HEADER).and_then(|value| value.to_str().ok());
-    let default = document.map(|d| d.default_group.as_str()).unwrap_or_default();
+    let default = document.and_then(|d| d.default_group.as_deref()).unwrap_or_default();
     let named = request.model.as_deref().unwrap_or(default);
     let model = find(document, routed.unwrap_or(named))?;
     let answered_as = request.model.clone().unwrap_or_else(|| model.to_string());

@@ -12,10 +12,11 @@ use turret_crds::model_name::ModelName;
 
 use super::failure::Failure;
 use super::owner::{Leased, Owner, Span, Stage, Turn, Waiter};
-use super::plan::{Wanted, plan};
+use super::plan::{Plan, Wanted, plan};
 use super::switch::{Decision, Situation, Waiting, decide};
 use super::table::{LensKey, Phase};
 use super::{Lease, LeasedLens, Refusal};
+use crate::engine::handle::EngineConfig;
 use crate::engine::memory::BaseNeeds;
 
 /// How long others may overtake a request that waits for lens memory.
@@ -346,6 +347,7 @@ impl Owner {
         };
         match decide(&situation) {
             Decision::Stay { until_ms } => {
+                self.drop_undeclared_active();
                 let first = situation.waiting.iter().min_by_key(|w| (w.since_ms, &w.base));
                 if let Some(next) = first.map(|w| w.base.clone()) {
                     self.bring_beside(&next);
@@ -369,10 +371,25 @@ impl Owner {
         }
     }
 
+    /// The active base leaves as soon as nothing declares it and nothing runs over it. It could only be of use
+    /// to a document that does not exist.
+    fn drop_undeclared_active(&mut self) {
+        let Some(key) = self.table.active.clone().filter(|key| !self.bases.contains_key(key)) else { return };
+        let is_idle = self.leases.is_empty() && self.table.bases.get(&key).is_some_and(|h| h.users == 0);
+        if is_idle
+            && self.table.has_base(&key)
+            && self.table.lenses_over(&key).all(|l| self.table.has_lens(l))
+        {
+            // From now on it is a parked base that leaves; whoever declares it again waits until it is back.
+            self.table.active = None;
+            self.drop_base(key, "no longer declared");
+        }
+    }
+
     /// The base to make active when none is and nobody asks: the default group's, or while that one fails the next.
     fn fallback(&self) -> Option<BaseKey> {
         let document = self.document.as_ref()?;
-        let default = &document.group(&document.default_group)?.base.key;
+        let default = &document.default_group()?.base.key;
         match &self.bases.get(default)?.stage {
             Stage::Ready(_) => Some(default.clone()),
             Stage::Resolving => None,
@@ -392,9 +409,9 @@ impl Owner {
         tokio::spawn(async move { engine.abort_rows().await });
     }
 
-    fn working_bytes(&self, key: &BaseKey) -> u64 {
+    fn working_bytes(&self, key: &BaseKey, limits: &EngineConfig) -> u64 {
         let Some(base) = self.bases.get(key).and_then(|b| b.stage.ready()) else { return 0 };
-        let needs = BaseNeeds::of(&base.config, base.layout.dtype, &self.limits);
+        let needs = BaseNeeds::of(&base.config, base.layout.dtype, limits);
         needs.workspace_bytes + u64::from(needs.min_blocks) * needs.block_bytes
     }
 
@@ -404,11 +421,11 @@ impl Owner {
             return;
         }
         let Some(base) = self.bases.get(next).and_then(|b| b.stage.ready()).cloned() else { return };
-        let active = self.table.active.as_ref().map_or(0, |a| self.working_bytes(a));
+        let active = self.table.active.as_ref().map_or(0, |a| self.working_bytes(a, &self.limits));
         let wanted = Wanted::Base {
             key: next.clone(),
             bytes: base.layout.bytes,
-            working_bytes: active.max(self.working_bytes(next)),
+            working_bytes: active.max(self.working_bytes(next, &self.limits)),
             instead_of_active: false,
         };
         match plan(&wanted, &self.table, &self.budgets(), &BTreeSet::new()) {
@@ -430,7 +447,7 @@ impl Owner {
         let wanted = Wanted::Base {
             key: to.clone(),
             bytes: base.layout.bytes,
-            working_bytes: self.working_bytes(to),
+            working_bytes: self.working_bytes(to, &self.limits),
             instead_of_active: true,
         };
         let free_first = match plan(&wanted, &self.table, &self.budgets(), &BTreeSet::new()) {
@@ -441,18 +458,27 @@ impl Owner {
         self.switch_to(to.clone(), base, &free_first);
     }
 
+    /// What leaves so that budgets which became smaller are met.
+    pub(super) fn shed(&self) -> Plan {
+        let working_bytes = match &self.table.active {
+            Some(active) => self.working_bytes(active, self.coming_limits()),
+            None => 0,
+        };
+        plan(&Wanted::Less { working_bytes }, &self.table, &self.budgets(), &BTreeSet::new())
+            .unwrap_or_default()
+    }
+
     /// What nothing declared refers to leaves, and what is too much after a smaller budget.
     fn tidy(&mut self) {
         if matches!(self.turn, Turn::Switching { .. }) {
             return;
         }
-        if self.table.lens_bytes() > self.budgets().lens_bytes {
-            let plan = plan(&Wanted::Less, &self.table, &self.budgets(), &BTreeSet::new());
-            if let Ok(plan) = plan {
-                for key in plan.evict_lenses {
-                    self.evict_lens(key, &plan.why);
-                }
-            }
+        let shed = self.shed();
+        for key in shed.evict_lenses {
+            self.evict_lens(key, &shed.why);
+        }
+        for key in shed.evict_bases {
+            self.drop_base(key, &shed.why);
         }
         let wanted: BTreeSet<LensKey> = self.lenses.values().filter_map(|l| l.key()).collect();
         let resolving: BTreeSet<&BaseKey> =
@@ -483,7 +509,7 @@ impl Owner {
             .map(|(key, _)| key.clone())
             .collect();
         for key in unwanted {
-            self.drop_base(key);
+            self.drop_base(key, "no longer declared");
         }
     }
 }

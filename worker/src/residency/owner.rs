@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use turret_crds::condition::FailureReason;
 use turret_crds::document::{BaseKey, DocumentBase, DocumentLens, Verdict, WorkerDocument, judge};
 use turret_crds::model_name::ModelName;
-use turret_crds::report::AppliedDocument;
+use turret_crds::report::{AppliedDocument, CannotFit};
 
 use super::failure::{Failure, backoff};
 use super::plan::Budgets;
@@ -17,11 +17,13 @@ use super::resolve::{ResolvedBase, ResolvedLens};
 use super::table::{LensKey, Table};
 use super::{DEFAULT_DISK_BYTES, Lease, Message, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
-use crate::engine::memory::fits_alone;
+use crate::engine::memory::{fits_alone, fits_inactive};
 use crate::model::weights::BaseLayout;
 
 /// Longest sequence where the document says nothing.
 const DEFAULT_CONTEXT_TOKENS: u32 = 8192;
+/// Part of the device budget that is for lenses where the document says nothing: an eighth.
+const LENS_PART: u64 = 8;
 /// How often files that were found good are looked at again.
 pub(super) const RECHECK: Duration = Duration::from_secs(30);
 
@@ -38,6 +40,17 @@ impl<T> Stage<T> {
         match self {
             Self::Ready(value) => Some(value),
             _ => None,
+        }
+    }
+
+    /// After a new document that declares the same: what failed is looked at again at once, since something else in
+    /// the document may be what helps. Until that is known, what is said of it stays.
+    fn looked_at_again(self) -> Self {
+        match self {
+            Self::Failed { failure, retry_epoch, .. } => {
+                Self::Failed { failure, retry_at: Some(Instant::now()), retry_epoch }
+            }
+            other => other,
         }
     }
 
@@ -127,6 +140,8 @@ pub(super) struct Owner {
     pub(super) wanted_limits: Option<EngineConfig>,
     pub(super) reconfiguring: bool,
     pub(super) reconfigure_at: Instant,
+    /// Why the wanted limits are not in force, once that is known.
+    pub(super) cannot_fit: Option<CannotFit>,
 
     pub(super) bases: BTreeMap<BaseKey, DeclaredBase>,
     pub(super) lenses: BTreeMap<(String, String), DeclaredLens>,
@@ -176,6 +191,7 @@ impl Owner {
             wanted_limits: None,
             reconfiguring: false,
             reconfigure_at: now,
+            cannot_fit: None,
             bases: BTreeMap::new(),
             lenses: BTreeMap::new(),
             resolving: 0,
@@ -252,12 +268,20 @@ impl Owner {
         }
     }
 
+    /// The limits that will be in force when what runs has ended: the wanted ones, unless they cannot be met.
+    pub(super) fn coming_limits(&self) -> &EngineConfig {
+        match &self.wanted_limits {
+            Some(wanted) if self.cannot_fit.as_ref().is_none_or(|short| short.once_idle) => wanted,
+            _ => &self.limits,
+        }
+    }
+
     /// Budgets in force; while smaller ones are on their way, already those.
     pub(super) fn budgets(&self) -> Budgets {
-        let wanted = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        let coming = self.coming_limits();
         Budgets {
-            device_bytes: self.limits.device_bytes.min(wanted.device_bytes),
-            lens_bytes: self.limits.lens_bytes.min(wanted.lens_bytes),
+            device_bytes: self.limits.device_bytes.min(coming.device_bytes),
+            lens_bytes: self.limits.lens_bytes.min(coming.lens_bytes),
         }
     }
 
@@ -286,7 +310,7 @@ impl Owner {
         let device_bytes = document.memory.device_bytes.unwrap_or(self.start.default_device_bytes);
         let limits = EngineConfig {
             device_bytes,
-            lens_bytes: document.memory.lens_bytes.unwrap_or(device_bytes / 8),
+            lens_bytes: document.memory.lens_bytes.unwrap_or(device_bytes / LENS_PART),
             max_context_tokens: document.batching.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS),
             max_running_rows: document.batching.max_running_rows,
             prefill_chunk_tokens: document.batching.prefill_chunk_tokens,
@@ -301,24 +325,55 @@ impl Owner {
             self.document.as_ref().is_some_and(|d| d.source_volumes == document.source_volumes);
         self.declare_bases(&document, same_volumes);
         self.declare_lenses(&document, same_volumes);
-        self.refuse_what_no_longer_fits();
         self.not_beside.clear();
         self.document = Some(Arc::new(document));
+        self.cannot_fit = self.unfit_budgets();
+        if let Some(short) = &self.cannot_fit {
+            tracing::warn!(error = short.message, "the document's budgets cannot be met, those before stay");
+        }
+        self.refuse_what_no_longer_fits();
         self.measure_lenses();
     }
 
-    /// Smaller budgets may be too small for what was found good under larger ones.
-    fn refuse_what_no_longer_fits(&mut self) {
-        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
-        for lens in self.lenses.values_mut() {
-            if let Some(failure) = lens.stage.ready().and_then(|l| lens_too_large(l.bytes, limits.lens_bytes))
-            {
-                lens.stage = Self::failed(failure, 1);
-            }
+    /// Why the wanted limits would end the service of a base that is served now, if they would. A base that was never
+    /// served under them fails by itself, see [`base_too_large`].
+    pub(super) fn unfit_budgets(&self) -> Option<CannotFit> {
+        let wanted = self.wanted_limits.as_ref()?;
+        let bases = self.bases.values().filter_map(|b| Some((b.groups.join("`, `"), b.stage.ready()?)));
+        let unfit = bases
+            .filter_map(|(groups, base)| Some((Some(groups), fits_alone(&base.layout, wanted).err()?)))
+            .max_by_key(|(_, short)| short.short_by_bytes)
+            .or_else(|| Some((None, fits_inactive(0, wanted).err()?)));
+        let (groups, short) = unfit?;
+        let needed = enough(wanted, short.short_by_bytes);
+        let of = groups.map_or_else(String::new, |groups| format!("for group `{groups}` "));
+        Some(self.cannot_fit(needed, wanted.device_bytes, false, format!("{of}{}", short.why)))
+    }
+
+    /// The same, as it is reported.
+    pub(super) fn cannot_fit(&self, needed: u64, budget: u64, once_idle: bool, why: String) -> CannotFit {
+        let what = match once_idle {
+            true => "they are met when running requests have ended".to_owned(),
+            false => format!(
+                "raise spec.memory.deviceBudget to at least {needed} bytes, or lower spec.memory.lensBudget, \
+                 spec.batching.maxContextTokens or spec.batching.maxRunningRows"
+            ),
+        };
+        CannotFit {
+            sequence: self.document.as_ref().map_or(0, |d| d.sequence),
+            needed_bytes: needed,
+            budget_bytes: budget,
+            once_idle,
+            message: format!("{needed} bytes are needed, {budget} are allowed: {why}; {what}"),
         }
-        for base in self.bases.values_mut() {
-            if let Some(failure) = base.stage.ready().and_then(|b| base_too_large(&b.layout, limits)) {
-                base.stage = Self::failed(failure, 1);
+    }
+
+    /// A smaller lens budget may be too small for a lens that was found good under a larger one.
+    fn refuse_what_no_longer_fits(&mut self) {
+        let lens_bytes = self.coming_limits().lens_bytes;
+        for lens in self.lenses.values_mut() {
+            if let Some(failure) = lens.stage.ready().and_then(|l| lens_too_large(l.bytes, lens_bytes)) {
+                lens.stage = Self::failed(failure, 1);
             }
         }
     }
@@ -333,15 +388,9 @@ impl Owner {
             }
             let groups = vec![group.name.clone()];
             let declared = match old.remove(key) {
-                // What failed is looked at again: the new document may be what helps.
-                Some(known)
-                    if known.base == group.base && same_volumes && known.stage.retry_at().is_none() =>
-                {
-                    let failed = matches!(known.stage, Stage::Failed { .. });
-                    let stage = if failed { Stage::Resolving } else { known.stage };
-                    DeclaredBase { groups, stage, failures: 0, ..known }
+                Some(known) if known.base == group.base && same_volumes => {
+                    DeclaredBase { groups, stage: known.stage.looked_at_again(), ..known }
                 }
-                Some(known) if known.base == group.base && same_volumes => DeclaredBase { groups, ..known },
                 _ => {
                     self.next_token += 1;
                     DeclaredBase {
@@ -371,10 +420,11 @@ impl Owner {
                         && k.lens.source == lens.source
                         && k.lens.kind == lens.kind
                         && same_volumes
-                        && !matches!(k.stage, Stage::Failed { .. })
                 };
                 let declared = match known {
-                    Some(known) if same(&known) => DeclaredLens { lens: lens.clone(), ..known },
+                    Some(known) if same(&known) => {
+                        DeclaredLens { lens: lens.clone(), stage: known.stage.looked_at_again(), ..known }
+                    }
                     _ => {
                         self.next_token += 1;
                         DeclaredLens {
@@ -472,9 +522,50 @@ pub(super) fn lens_too_large(bytes: u64, budget: u64) -> Option<Failure> {
     Some(Failure::new(FailureReason::DoesNotFit, message))
 }
 
+/// The device budget that is enough where this one is short. A lens budget that is a part of it grows with it.
+fn enough(limits: &EngineConfig, short_by_bytes: u64) -> u64 {
+    let needed = limits.device_bytes.saturating_add(short_by_bytes);
+    if limits.lens_bytes != limits.device_bytes / LENS_PART {
+        return needed;
+    }
+    let beside_lenses = needed.saturating_sub(limits.lens_bytes);
+    beside_lenses.saturating_mul(LENS_PART).div_ceil(LENS_PART - 1)
+}
+
 /// Why a base can never be served under these limits, if it cannot.
 pub(super) fn base_too_large(layout: &BaseLayout, limits: &EngineConfig) -> Option<Failure> {
     let short = fits_alone(layout, limits).err()?;
-    let message = format!("the base does not fit even alone: {short}; raise spec.memory.deviceBudget");
+    let needed = enough(limits, short.short_by_bytes);
+    let message = format!(
+        "the base does not fit even alone: {short}; raise spec.memory.deviceBudget to at least {needed} bytes"
+    );
     Some(Failure::new(FailureReason::DoesNotFit, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(device_bytes: u64, lens_bytes: u64) -> EngineConfig {
+        EngineConfig {
+            device_bytes,
+            lens_bytes,
+            max_context_tokens: 1,
+            max_running_rows: 1,
+            prefill_chunk_tokens: 1,
+            max_waiting_rows: 1,
+        }
+    }
+
+    #[test]
+    fn the_budget_that_is_named_is_enough_also_when_the_lens_budget_grows_with_it() {
+        // 100 bytes beside the lenses.
+        assert_eq!(enough(&limits(50, 10), 60), 110, "a lens budget of its own");
+        for device_bytes in [0, 8, 50, 79, 80] {
+            let lens_bytes = device_bytes / LENS_PART;
+            let needed = enough(&limits(device_bytes, lens_bytes), 100 + lens_bytes - device_bytes);
+            assert!(needed - needed / LENS_PART >= 100, "{needed}");
+            assert!((needed - 2) - (needed - 2) / LENS_PART < 100, "{needed} is more than is needed");
+        }
+    }
 }

@@ -35,7 +35,10 @@ pub enum Wanted {
         instead_of_active: bool,
     },
     /// Nothing new, but no more than the budgets allow.
-    Less,
+    Less {
+        /// Bytes of workspace and KV cache that the active base must have, at least.
+        working_bytes: u64,
+    },
 }
 
 /// What to do, in this order, and why.
@@ -82,12 +85,50 @@ pub fn plan(
         Wanted::Base { key, bytes, working_bytes, instead_of_active } => {
             plan_base(key, bytes.saturating_add(*working_bytes), *instead_of_active, table, budgets)
         }
-        Wanted::Less => {
-            let excess = staying_lens_bytes(table).saturating_sub(budgets.lens_bytes);
-            let (evict_lenses, _) = oldest_idle(table, protected, excess);
-            Ok(Plan { evict_lenses, why: format!("{excess} bytes over the lens budget"), ..Plan::default() })
-        }
+        Wanted::Less { working_bytes } => Ok(plan_less(*working_bytes, table, budgets, protected)),
     }
+}
+
+fn plan_less(working_bytes: u64, table: &Table, budgets: &Budgets, protected: &BTreeSet<LensKey>) -> Plan {
+    let excess = staying_lens_bytes(table).saturating_sub(budgets.lens_bytes);
+    let (evict_lenses, _) = oldest_idle(table, protected, excess);
+    let room = budgets.device_bytes.saturating_sub(budgets.lens_bytes);
+    let base_excess = staying_base_bytes(table).saturating_add(working_bytes).saturating_sub(room);
+    let (evict_bases, _) = parked(table, false, base_excess);
+    let why = format!("{excess} bytes over the lens budget, {base_excess} over the device budget");
+    // Lenses over a base that leaves go with it.
+    let evict_lenses = evict_lenses.into_iter().filter(|lens| !evict_bases.contains(&lens.base)).collect();
+    Plan { evict_lenses, evict_bases, load: false, why }
+}
+
+/// Bytes of bases that are not leaving already.
+fn staying_base_bytes(table: &Table) -> u64 {
+    table.bases.values().filter(|h| h.phase != Phase::Leaving).map(|h| h.bytes).sum()
+}
+
+/// Idle bases, least recently used first, until `excess` bytes are freed; and how many they free. The active one is the
+/// last to go, and only if it may.
+fn parked(table: &Table, with_active: bool, excess: u64) -> (Vec<BaseKey>, u64) {
+    let is_active = |k: &BaseKey| table.active.as_ref() == Some(k);
+    let is_idle = |k: &BaseKey, held: &Held| {
+        let mut over = table.lenses.iter().filter(|(l, _)| l.base == *k);
+        held.phase == Phase::Resident
+            && held.users == 0
+            && over.all(|(_, lens)| lens.users == 0 && lens.phase == Phase::Resident)
+    };
+    let mut idle: Vec<(&BaseKey, &Held)> =
+        table.bases.iter().filter(|(k, held)| is_idle(k, held) && (with_active || !is_active(k))).collect();
+    idle.sort_by_key(|(k, held)| (is_active(k), held.last_used, *k));
+    let mut freed = 0;
+    let mut leaving = Vec::new();
+    for (key, held) in idle {
+        if freed >= excess {
+            break;
+        }
+        freed += held.bytes;
+        leaving.push(key.clone());
+    }
+    (leaving, freed)
 }
 
 /// Bytes of lenses that are not leaving already.
@@ -172,34 +213,12 @@ fn plan_base(
             once_idle: false,
         });
     }
-    let is_active = |k: &BaseKey| table.active.as_ref() == Some(k);
-    let over = |k: &BaseKey| -> Vec<(&LensKey, &Held)> {
-        table.lenses.iter().filter(|(l, _)| l.base == *k).collect()
-    };
-    let mut candidates: Vec<(&BaseKey, &Held)> = table
-        .bases
-        .iter()
-        .filter(|(k, held)| {
-            held.phase == Phase::Resident
-                && held.users == 0
-                && (instead_of_active || !is_active(k))
-                && over(k).iter().all(|(_, lens)| lens.users == 0 && lens.phase == Phase::Resident)
-        })
-        .collect();
     // The active one is the last to go: it may be wanted again at once.
-    candidates.sort_by_key(|(k, held)| (is_active(k), held.last_used, *k));
-    let staying: u64 = table.bases.values().filter(|h| h.phase != Phase::Leaving).map(|h| h.bytes).sum();
+    let staying = staying_base_bytes(table);
     let excess = staying.saturating_add(bytes).saturating_sub(room);
-    let mut result = Plan { load: true, ..Plan::default() };
-    let mut freed = 0;
-    for (k, held) in candidates {
-        if freed >= excess {
-            break;
-        }
-        freed += held.bytes;
-        result.evict_lenses.extend(over(k).iter().map(|(l, _)| (*l).clone()));
-        result.evict_bases.push(k.clone());
-    }
+    let (evict_bases, freed) = parked(table, instead_of_active, excess);
+    let over = |lens: &&LensKey| evict_bases.contains(&lens.base);
+    let evict_lenses: Vec<LensKey> = table.lenses.keys().filter(over).cloned().collect();
     if freed < excess {
         return Err(CannotFit {
             short_by_bytes: excess - freed,
@@ -213,8 +232,8 @@ fn plan_base(
             once_idle: true,
         });
     }
-    result.why = format!("bases take {staying} bytes, {bytes} more are wanted, {room} allowed");
-    Ok(result)
+    let why = format!("bases take {staying} bytes, {bytes} more are wanted, {room} allowed");
+    Ok(Plan { evict_lenses, evict_bases, load: true, why })
 }
 
 #[cfg(test)]
@@ -269,6 +288,19 @@ mod tests {
         let protected = [lens(0, 2)].into();
         let plan = plan(&Wanted::Lens(lens(0, 9), 5), &table(), &BUDGETS, &protected).unwrap();
         assert_eq!(plan.evict_lenses, [lens(0, 1)]);
+    }
+
+    #[test]
+    fn smaller_budgets_send_parked_bases_away_and_never_the_active_one() {
+        let mut table = table();
+        table.lenses.get_mut(&lens(1, 3)).unwrap().users = 0;
+        let less = |device_bytes| {
+            let budgets = Budgets { device_bytes, ..BUDGETS };
+            plan(&Wanted::Less { working_bytes: 5 }, &table, &budgets, &BTreeSet::new()).unwrap()
+        };
+        assert!(less(95).is_empty(), "60 of bases, 30 for lenses, 5 to work with");
+        assert_eq!(less(94).evict_bases, [base(1)]);
+        assert_eq!(less(10).evict_bases, [base(1)]);
     }
 
     #[test]
@@ -329,7 +361,8 @@ mod tests {
 
     /// The table when the plan is carried out.
     fn carried_out(plan: &Plan, wanted: &Wanted, mut table: Table) -> Table {
-        table.lenses.retain(|k, h| h.phase != Phase::Leaving && !plan.evict_lenses.contains(k));
+        let leaves = |k: &LensKey| plan.evict_lenses.contains(k) || plan.evict_bases.contains(&k.base);
+        table.lenses.retain(|k, h| h.phase != Phase::Leaving && !leaves(k));
         table.bases.retain(|k, h| h.phase != Phase::Leaving && !plan.evict_bases.contains(k));
         match wanted {
             Wanted::Lens(key, bytes) if plan.load => {
@@ -391,13 +424,24 @@ mod tests {
         }
 
         #[test]
-        fn a_smaller_budget_is_met_as_far_as_idle_lenses_go((table, budgets) in any_table(), cut in 0u64..50) {
-            let less = Budgets { lens_bytes: budgets.lens_bytes.saturating_sub(cut), ..budgets };
-            let done = plan(&Wanted::Less, &table, &less, &BTreeSet::new()).unwrap();
-            let after = carried_out(&done, &Wanted::Less, table);
+        fn smaller_budgets_are_met_as_far_as_what_is_idle_goes(
+            (table, budgets) in any_table(), cut in 0u64..50, device_cut in 0u64..80, working_bytes in 0u64..5,
+        ) {
+            let less = Budgets {
+                lens_bytes: budgets.lens_bytes.saturating_sub(cut),
+                device_bytes: budgets.device_bytes.saturating_sub(device_cut),
+            };
+            let active = table.active.clone();
+            let wanted = Wanted::Less { working_bytes };
+            let done = plan(&wanted, &table, &less, &BTreeSet::new()).unwrap();
+            let after = carried_out(&done, &wanted, table);
             let idle = after.lenses.values().filter(|h| h.users == 0 && h.phase == Phase::Resident).count();
             prop_assert!(after.lens_bytes() <= less.lens_bytes || idle == 0);
-            prop_assert!(plan(&Wanted::Less, &after, &less, &BTreeSet::new()).unwrap().is_empty());
+            prop_assert!(active.is_none_or(|key| after.bases.contains_key(&key) || !done.evict_bases.contains(&key)));
+            let fits = after.base_bytes() + working_bytes + less.lens_bytes <= less.device_bytes;
+            let (can_leave, _) = parked(&after, false, u64::MAX);
+            prop_assert!(fits || can_leave.is_empty(), "{can_leave:?} could leave");
+            prop_assert!(plan(&wanted, &after, &less, &BTreeSet::new()).unwrap().is_empty());
         }
     }
 }

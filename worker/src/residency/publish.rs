@@ -56,7 +56,7 @@ impl Owner {
                 Some((name.clone(), spoken))
             })
             .collect();
-        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        let limits = self.coming_limits();
         let view = View {
             report,
             document: self.document.clone(),
@@ -96,6 +96,7 @@ impl Owner {
             waiting_rows: self.waiters.len() as u32,
             switches: self.switches,
             evictions: self.evictions,
+            cannot_fit: self.cannot_fit.clone(),
         }
     }
 
@@ -137,6 +138,7 @@ impl Owner {
             tier: tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some()),
             digest: resolved.map(|r| r.files.digest.clone()),
             bytes: resolved.map(|r| r.layout.bytes),
+            max_context_tokens: resolved.map(|r| r.context_tokens(self.coming_limits().max_context_tokens)),
         }
     }
 

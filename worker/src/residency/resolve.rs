@@ -69,6 +69,13 @@ pub struct ResolvedBase {
     pub dtype: Option<Dtype>,
 }
 
+impl ResolvedBase {
+    /// Longest sequence over it where `limit` is configured.
+    pub fn context_tokens(&self, limit: u32) -> u32 {
+        limit.min(u32::try_from(self.config.max_position_embeddings).unwrap_or(u32::MAX))
+    }
+}
+
 /// A lens that can be loaded.
 #[derive(Clone, Debug)]
 pub struct ResolvedLens {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 use turret_crds::document::BaseKey;
@@ -18,6 +19,10 @@ use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
 /// Sources that are checked at a time.
 const RESOLVE_AT_ONCE: usize = 3;
+/// Budgets that fit once rows have ended are tried again this often.
+const FIT_RETRY: Duration = Duration::from_secs(1);
+/// Budgets that do not fit are looked at again this often: a base may have failed meanwhile.
+const UNFIT_RECHECK: Duration = Duration::from_secs(10);
 
 /// A lens as it is declared: group and name.
 pub(super) type LensName = (String, String);
@@ -140,7 +145,7 @@ impl Owner {
     pub(super) fn start_resolutions(&mut self, now: Instant) {
         let Some(document) = self.document.clone() else { return };
         let volumes: Arc<[String]> = document.source_volumes.clone().into();
-        let default = document.group(&document.default_group).map(|g| g.base.key.clone());
+        let default = document.default_group().map(|g| g.base.key.clone());
         let due = |in_flight: bool, resolving: bool, retry_at: Option<Instant>| {
             !in_flight && (resolving || retry_at.is_some_and(|at| at <= now))
         };
@@ -255,10 +260,10 @@ impl Owner {
 
     fn on_base_resolved(&mut self, key: &BaseKey, token: u64, result: Result<ResolvedBase, Failure>) {
         self.resolving -= 1;
-        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
+        let limits = self.coming_limits().clone();
         let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
         declared.in_flight = false;
-        let result = result.and_then(|base| base_too_large(&base.layout, limits).map_or(Ok(base), Err));
+        let result = result.and_then(|base| base_too_large(&base.layout, &limits).map_or(Ok(base), Err));
         declared.stage = match result {
             Ok(base) => {
                 tracing::info!(
@@ -281,8 +286,7 @@ impl Owner {
 
     fn on_lens_resolved(&mut self, name: &LensName, token: u64, result: Result<ResolvedLens, Failure>) {
         self.resolving -= 1;
-        let limits = self.wanted_limits.as_ref().unwrap_or(&self.limits);
-        let lens_budget = limits.lens_bytes;
+        let lens_budget = self.coming_limits().lens_bytes;
         let Some(declared) = self.lenses.get_mut(name).filter(|l| l.token == token) else { return };
         declared.in_flight = false;
         let result = result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
@@ -484,10 +488,10 @@ impl Owner {
         Some(Victim { key: key.clone(), id, lenses, base })
     }
 
-    /// Frees a parked base that nothing declares any more.
-    pub(super) fn drop_base(&mut self, key: BaseKey) {
+    /// Frees a parked base.
+    pub(super) fn drop_base(&mut self, key: BaseKey, why: &str) {
         let Some(victim) = self.victim(&key) else { return };
-        tracing::info!(base = %key, "base is no longer declared");
+        tracing::info!(base = %key, why, "base leaves");
         self.leaves(&key);
         let engine = self.engine.clone();
         self.spawn(async move {
@@ -592,15 +596,27 @@ impl Owner {
                     AppliedDocument { sequence: document.sequence, digest: document.digest.clone() };
                 if self.applied.as_ref() != Some(&applied) {
                     tracing::info!(sequence = applied.sequence, digest = applied.digest, "document applied");
+                    // Nothing declared is nothing to wait for.
+                    self.has_served |= document.groups.is_empty();
                     self.applied = Some(applied);
                 }
             }
-            Some(wanted)
-                if !self.reconfiguring
-                    && now >= self.reconfigure_at
-                    && !matches!(self.turn, Turn::Switching { .. })
-                    && self.table.lens_bytes() <= wanted.lens_bytes =>
-            {
+            Some(_) if self.reconfiguring || matches!(self.turn, Turn::Switching { .. }) => {}
+            Some(_) if self.is_shedding() || now < self.reconfigure_at => {}
+            Some(wanted) => {
+                if let Some(short) = self.unfit_budgets() {
+                    self.cannot_fit = Some(short);
+                    self.reconfigure_at = now + UNFIT_RECHECK;
+                    return;
+                }
+                let lens_bytes = self.table.lens_bytes();
+                if lens_bytes > wanted.lens_bytes {
+                    let why =
+                        "lenses that are in use take that much, spec.memory.lensBudget is smaller".into();
+                    self.cannot_fit = Some(self.cannot_fit(lens_bytes, wanted.lens_bytes, true, why));
+                    self.reconfigure_at = now + FIT_RETRY;
+                    return;
+                }
                 self.reconfiguring = true;
                 let (engine, limits) = (self.engine.clone(), wanted.clone());
                 self.spawn(async move {
@@ -608,8 +624,13 @@ impl Owner {
                     Event::Reconfigured { limits, result }
                 });
             }
-            Some(_) => {}
         }
+    }
+
+    /// Whether something leaves, or is about to, so that smaller budgets can be met.
+    fn is_shedding(&self) -> bool {
+        let held = self.table.bases.values().chain(self.table.lenses.values());
+        held.into_iter().any(|h| h.phase == Phase::Leaving) || !self.shed().is_empty()
     }
 
     fn on_reconfigured(&mut self, limits: EngineConfig, result: Result<(), ChangeError>) {
@@ -617,12 +638,24 @@ impl Owner {
         match result {
             Ok(()) => {
                 // A newer document may have come meanwhile; then its limits are still wanted.
-                self.wanted_limits.take_if(|wanted| *wanted == limits);
+                if self.wanted_limits.take_if(|wanted| *wanted == limits).is_some() {
+                    self.cannot_fit = None;
+                }
                 self.limits = limits;
             }
+            Err(ChangeError::CannotFit(_)) if self.wanted_limits.as_ref() != Some(&limits) => {}
+            Err(ChangeError::CannotFit(short)) => {
+                let now = Instant::now();
+                // What is resident was shed before: without rows, nothing else can make room.
+                let once_idle = !self.leases.is_empty();
+                tracing::warn!(error = %short, once_idle, "the document's budgets do not fit");
+                let needed = limits.device_bytes.saturating_add(short.short_by_bytes);
+                self.cannot_fit = Some(self.cannot_fit(needed, limits.device_bytes, once_idle, short.why));
+                self.reconfigure_at = now + if once_idle { FIT_RETRY } else { UNFIT_RECHECK };
+            }
             Err(error) => {
-                tracing::warn!(error = %error, "the document's budgets do not fit yet, trying again");
-                self.reconfigure_at = Instant::now() + std::time::Duration::from_secs(1);
+                tracing::warn!(error = %error, "failed to put the document's budgets in force, trying again");
+                self.reconfigure_at = Instant::now() + FIT_RETRY;
             }
         }
     }

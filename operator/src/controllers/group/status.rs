@@ -98,7 +98,7 @@ fn look(group: &ModelGroup, placed: &Placed<'_>) -> Found {
     } else if !is_current {
         Some(Obstacle::passing(reason::UPDATING, "workers have yet to be told of this generation"))
     } else if let Some(other) = assessment.obstacle.clone()
-        && !(other.reason == reason::UPDATING && was_served(group, placed))
+        && !(is_of_another_part(&other) && was_served(group, placed))
     {
         Some(other)
     } else {
@@ -107,6 +107,12 @@ fn look(group: &ModelGroup, placed: &Placed<'_>) -> Found {
     let named = obstacle
         .map(|o| Obstacle { message: format!("placement `{}`: {}", placed.placement, o.message), ..o });
     Found { obstacle: named, artifacts }
+}
+
+/// Whether an obstacle may have nothing to do with this group: workers have yet to take a document, or cannot meet
+/// its budgets.
+fn is_of_another_part(obstacle: &Obstacle) -> bool {
+    [reason::UPDATING, reason::DOES_NOT_FIT].contains(&obstacle.reason)
 }
 
 /// Whether all workers of the placement served exactly this generation before. While they take a

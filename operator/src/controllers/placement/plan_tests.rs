@@ -184,18 +184,24 @@ fn without_any_group_no_worker_is_started() {
 }
 
 #[test]
-fn workers_go_on_with_what_they_have_when_their_last_group_is_gone() {
+fn workers_are_given_an_empty_document_when_their_last_group_is_gone() {
     let mut world = World::new();
     world.carry_out();
     world.groups.clear();
     world.placement.spec.replicas = 3;
     let plan = world.plan();
-    assert_eq!(plan.document.unwrap().sequence, 1);
+    let document = plan.compiled.document.unwrap();
+    assert_eq!((document.sequence, document.groups.len(), document.default_group), (2, 0, None));
+    assert_eq!(plan.document.unwrap().sequence, 2);
     assert_eq!(
         plan.writes.iter().map(|w| w.kind).collect::<Vec<_>>(),
-        [OwnedKind::Deployment],
+        [OwnedKind::ConfigMap, OwnedKind::Deployment],
         "scaling still works"
     );
+    world.carry_out();
+    assert_eq!(world.plan().writes, [], "it is written once");
+    world.groups = vec![group("a", &["pirate"])];
+    assert_eq!(world.plan().compiled.document.unwrap().sequence, 3, "and it comes back");
 }
 
 #[test]

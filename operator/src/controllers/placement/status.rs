@@ -95,7 +95,9 @@ fn conditions(facts: &Facts<'_>) -> Vec<Wanted> {
             wanted(condition::READY, true, reason::SERVING, &message)
         }
     };
-    let serving = facts.assessment.believed.iter().any(|r| r.state.ready);
+    // A worker with an empty document is ready, and serves nothing.
+    let has_groups = facts.document.is_none_or(|d| !d.groups.is_empty());
+    let serving = has_groups && facts.assessment.believed.iter().any(|r| r.state.ready);
     let available = match (&obstacle, serving) {
         (_, true) => {
             wanted(condition::AVAILABLE, true, reason::SERVING, "at least one worker takes requests")

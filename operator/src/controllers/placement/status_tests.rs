@@ -5,7 +5,7 @@ use serde_json::json;
 use turret_crds::{
     ModelPlacementStatus,
     condition::{self, FailureReason, reason},
-    report::ArtifactState,
+    report::{ArtifactState, CannotFit},
 };
 
 use super::{
@@ -72,7 +72,7 @@ fn change(world: &mut World, change: impl FnOnce(ObservedWorker) -> ObservedWork
 #[test]
 fn ready_only_when_the_workers_themselves_say_so() {
     type Change = fn(&mut World);
-    let cases: [(&str, &str, Change); 17] = [
+    let cases: [(&str, &str, Change); 20] = [
         ("True/Serving", "at rest", |_| {}),
         ("True/ScaledToZero", "at rest", |w| {
             w.placement.spec.replicas = 0;
@@ -112,6 +112,22 @@ fn ready_only_when_the_workers_themselves_say_so() {
         ("False/GroupNotFound", "stalled", |w| {
             w.groups.pop();
         }),
+        ("False/DoesNotFit", "stalled", |w| {
+            w.placement.spec.memory = Some(serde_json::from_value(json!({"deviceBudget": "1Mi"})).unwrap());
+            let sequence = w.plan().document.unwrap().sequence;
+            change(w, |o| o.reporting(|r| r.state.cannot_fit = Some(cannot_fit(sequence, false))));
+        }),
+        ("False/DoesNotFit", "reconciling", |w| {
+            w.placement.spec.memory = Some(serde_json::from_value(json!({"deviceBudget": "1Mi"})).unwrap());
+            let sequence = w.plan().document.unwrap().sequence;
+            change(w, |o| o.reporting(|r| r.state.cannot_fit = Some(cannot_fit(sequence, true))));
+        }),
+        // What a worker says of budgets that are no longer wanted does not matter.
+        ("False/Updating", "reconciling", |w| {
+            let sequence = w.plan().document.unwrap().sequence;
+            change(w, |o| o.reporting(|r| r.state.cannot_fit = Some(cannot_fit(sequence, false))));
+            w.groups[0].metadata.generation = Some(2);
+        }),
     ];
     for (ready, progress, act) in cases {
         let mut world = serving();
@@ -124,6 +140,38 @@ fn ready_only_when_the_workers_themselves_say_so() {
             .is_some_and(|w| w.pod.counts() && w.report.as_ref().is_some_and(|r| r.state.ready));
         assert_eq!(condition::is_true(&status.conditions, condition::AVAILABLE), expect_available, "{ready}");
     }
+}
+
+fn cannot_fit(sequence: u64, once_idle: bool) -> CannotFit {
+    let message = "6291456 bytes are needed, 1048576 are allowed".into();
+    CannotFit { sequence, needed_bytes: 6 << 20, budget_bytes: 1 << 20, once_idle, message }
+}
+
+#[test]
+fn budgets_that_are_too_small_are_told_with_their_numbers() {
+    let mut world = serving();
+    change(&mut world, |o| o.reporting(|r| r.state.cannot_fit = Some(cannot_fit(1, false))));
+    let (status, _) = status_at(&world, 0);
+    for type_ in [condition::READY, condition::STALLED] {
+        let condition = status.conditions.iter().find(|c| c.type_ == type_).unwrap();
+        assert_eq!(condition.reason, "DoesNotFit");
+        assert!(condition.message.contains("6291456 bytes are needed, 1048576 are allowed"), "{condition:?}");
+    }
+    assert!(condition::is_true(&status.conditions, condition::AVAILABLE), "the old budgets serve on");
+}
+
+#[test]
+fn a_placement_without_any_group_left_does_not_call_itself_available() {
+    let mut world = serving();
+    world.groups.clear();
+    world.carry_out();
+    let empty = world.serving("w");
+    world.workers = vec![empty];
+    let (status, _) = status_at(&world, 0);
+    assert_eq!(said(&status).0, "False/GroupNotFound");
+    let available = status.conditions.iter().find(|c| c.type_ == condition::AVAILABLE).unwrap();
+    assert_eq!((available.status.as_str(), available.reason.as_str()), ("False", "GroupNotFound"));
+    assert_eq!((status.group_summary.as_deref(), status.updated_replicas), (Some("none"), Some(1)));
 }
 
 #[test]
