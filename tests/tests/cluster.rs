@@ -10,7 +10,9 @@ use tokio::runtime::Runtime;
 use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
-use turret_tests::cluster::scenarios::{answers, deletion, device, faults, lenses, rights};
+use turret_tests::cluster::scenarios::{
+    answers, deletion, device, faults, leadership, lenses, memory, rights, rollouts, switches,
+};
 
 fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();
@@ -50,6 +52,8 @@ macro_rules! scenario {
 fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Trial> {
     vec![
         scenario!(runtime, release, rights::invalid_objects_are_refused_readably),
+        // It takes half a minute by itself and is looked at again below.
+        scenario!(runtime, release, rollouts::a_rollout_begins_where_there_is_no_room_for_one_more),
         scenario!(runtime, release, answers::every_lens_of_both_groups_answers_what_was_recorded),
         scenario!(runtime, release, answers::two_groups_take_turns_on_one_worker),
         scenario!(runtime, release, lenses::a_lens_is_added_replaced_and_removed_without_a_restart),
@@ -60,6 +64,12 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
         scenario!(runtime, release, faults::the_operator_is_killed_and_carries_on),
         scenario!(runtime, release, faults::a_worker_restarts_while_the_operator_is_down),
+        scenario!(runtime, release, switches::rows_are_ended_when_the_drain_is_over),
+        scenario!(runtime, release, switches::a_failed_switch_goes_back_to_the_old_base),
+        scenario!(runtime, release, memory::a_budget_that_cannot_be_met_is_told_and_the_old_one_stays),
+        scenario!(runtime, release, memory::nothing_is_held_once_the_last_group_is_gone),
+        scenario!(runtime, release, leadership::another_replica_leads_when_the_leader_goes),
+        scenario!(runtime, release, rollouts::the_rollout_ends_with_one_worker_less_meanwhile),
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
         scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
         scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),

@@ -23,6 +23,9 @@ pub struct Request {
     pub response_status: Response,
     /// What the API server remarked.
     pub annotations: BTreeMap<String, String>,
+    /// Where it came from: a pod's address.
+    #[serde(rename = "sourceIPs")]
+    pub source_ips: Vec<String>,
 }
 
 /// Who asked.

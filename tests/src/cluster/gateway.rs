@@ -96,6 +96,19 @@ impl Gateway {
         Ok(ids)
     }
 
+    /// `POST path`, and every event of the stream that is answered, an error among them too.
+    pub async fn stream(&self, path: &str, body: &Value) -> Result<Vec<Value>, Refused> {
+        let request = self.request(reqwest::Method::POST, path).json(body);
+        let response = request.send().await.map_err(Refused::broken)?;
+        let status = response.status().as_u16();
+        let text = response.text().await.map_err(Refused::broken)?;
+        if status != 200 {
+            return Err(Refused { status, body: text });
+        }
+        let lines = EventLines::default().feed(text.as_bytes());
+        Ok(lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    }
+
     /// Asks `model`, greedily.
     pub async fn ask(&self, model: &str, messages: &Value, mode: Mode) -> Result<Answer, Refused> {
         let began = Instant::now();

@@ -105,6 +105,40 @@ impl Placement {
         self
     }
 
+    /// Rows of a base that leaves may go on for so long.
+    pub fn draining_bases_for(mut self, seconds: u32) -> Self {
+        self.spec["switching"]["drainSeconds"] = json!(seconds);
+        self
+    }
+
+    /// Workers that leave may go on for so long. Another value replaces the pods.
+    pub fn draining_for(mut self, seconds: u32) -> Self {
+        self.spec["terminationDrainSeconds"] = json!(seconds);
+        self
+    }
+
+    /// With another budget of device memory.
+    pub fn with_device_budget(mut self, budget: &str) -> Self {
+        self.spec["memory"]["deviceBudget"] = json!(budget);
+        self
+    }
+
+    /// Each base of the demo family takes about 6 MB in F32 and some for its KV cache: one fits beside the lenses.
+    pub fn with_room_for_one_base(mut self) -> Self {
+        self.spec["memory"] = json!({"deviceBudget": "14Mi", "lensBudget": "4Mi"});
+        self.spec["batching"] =
+            json!({"maxContextTokens": 128, "maxRunningRows": 4, "prefillChunkTokens": 64});
+        self
+    }
+
+    /// Each worker is given so much memory, and asks for all of it.
+    pub fn asking_for_memory(mut self, bytes: u64) -> Self {
+        for kind in ["requests", "limits"] {
+            self.spec["worker"]["resources"][kind]["memory"] = json!(bytes.to_string());
+        }
+        self
+    }
+
     /// With one more volume, the claim of the same name.
     pub fn volume(mut self, name: &str) -> Self {
         let volume = json!({"name": name, "persistentVolumeClaim": {"claimName": name}});

@@ -44,6 +44,14 @@ impl<'r> Space<'r> {
         Ok(space)
     }
 
+    /// The namespace that an earlier scenario made under this name, if it is there.
+    pub async fn find(release: &'r Release, name: &str) -> Result<Option<Space<'r>>> {
+        let namespaces: Api<Namespace> = Api::all(release.client.clone());
+        let found = namespaces.get_opt(name).await?.filter(|n| n.metadata.deletion_timestamp.is_none());
+        let folder = release.environment.volumes.join(name);
+        Ok(found.map(|_| Space { release, name: name.into(), folder }))
+    }
+
     /// Offers the folder `claim` of this space as a claim of the same name.
     pub async fn offer(&self, claim: &str) -> Result<()> {
         let folder = self.folder.join(claim);

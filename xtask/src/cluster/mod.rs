@@ -39,6 +39,7 @@ use serde::{Deserialize, Serialize};
 
 use self::node::Started;
 use self::state::State;
+pub use self::state::check_name;
 use self::subnets::Subnets;
 use crate::packages::{self, Need, Proof};
 use crate::privilege::{self, Privilege};
@@ -244,7 +245,7 @@ fn described(name: &str) -> Option<Cluster> {
 }
 
 /// Runs a command to its end and returns what it prints; its complaint is the error.
-fn finish(command: &mut Command, input: Option<&str>) -> Result<String> {
+pub fn finish(command: &mut Command, input: Option<&str>) -> Result<String> {
     let described = || {
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")

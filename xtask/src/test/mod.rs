@@ -32,9 +32,8 @@ pub struct TestArguments {
     /// Folder of recorded cases for the suite `parity`; the repository's own when absent
     #[arg(long, value_name = "DIR")]
     cases: Option<PathBuf>,
-    /// Leave the cluster of the suite `cluster` running
-    #[arg(long)]
-    keep: bool,
+    #[command(flatten)]
+    cluster: on_cluster::ClusterArguments,
 }
 
 /// A suite.
@@ -154,7 +153,7 @@ fn carry_out(suite: Suite, built: &Built, arguments: &TestArguments) -> Result<T
         Suite::Cluster => {
             let program = built.tests.iter().find(|program| Suite::of(program) == suite);
             let program = program.context("cargo built no test `cluster`")?;
-            on_cluster::run(program, built, manner, arguments.keep)
+            on_cluster::run(program, built, manner, &arguments.cluster)
         }
     }
 }

@@ -11,13 +11,28 @@ use crate::cluster::{self, Options};
 use crate::privilege::{self, Privilege};
 use crate::{folders, image, packages, stage};
 
-/// Not the cluster that a person may be using.
-const NAME: &str = "test";
+/// The cluster of the suite.
+#[derive(clap::Args)]
+pub struct ClusterArguments {
+    /// Name of the cluster of the suite `cluster`: not the one a person may be using. With another one, two runs do
+    /// not disturb each other
+    #[arg(long = "cluster", value_name = "NAME", default_value = "test", value_parser = cluster::check_name)]
+    name: String,
+    /// Leave the cluster of the suite `cluster` running
+    #[arg(long)]
+    keep: bool,
+}
+
 /// Enough for every scenario that asks for some at the same time.
 const ACCELERATORS: u32 = 8;
 
 /// Proves the cluster itself, then runs the scenarios on a fresh one.
-pub fn run(scenarios: &TestProgram, built: &Built, mut manner: Manner, keep: bool) -> Result<Tally> {
+pub fn run(
+    scenarios: &TestProgram,
+    built: &Built,
+    mut manner: Manner,
+    ClusterArguments { name, keep }: &ClusterArguments,
+) -> Result<Tally> {
     if privilege::of_this_process() == Privilege::None {
         println!(
             "SKIPPED: the suite cluster needs root for the node of its cluster; run it as root, or install sudo"
@@ -35,8 +50,8 @@ pub fn run(scenarios: &TestProgram, built: &Built, mut manner: Manner, keep: boo
     }
     let images = images(built)?;
     // Whatever an earlier run left: the audit log must begin with this one.
-    cluster::down(NAME)?;
-    let cluster = cluster::up(&Options { name: NAME.into(), gpus: ACCELERATORS })?;
+    cluster::down(name)?;
+    let cluster = cluster::up(&Options { name: name.into(), gpus: ACCELERATORS })?;
     for image in &images {
         stage::run(format!("loading {}", image.reference()), |_| cluster.load(&image.path))?;
     }
@@ -52,13 +67,13 @@ pub fn run(scenarios: &TestProgram, built: &Built, mut manner: Manner, keep: boo
     // They stop and kill processes of pods, which belong to other users.
     let manner = Manner { as_root: true, shown: true, limit: Duration::from_secs(30 * 60), ..manner };
     let tried = program::run(scenarios, &manner);
-    if keep {
+    if *keep {
         let kubeconfig = cluster.kubeconfig.display();
         stage::say(format!(
-            "the cluster is kept: export KUBECONFIG={kubeconfig}; end it: cargo xtask cluster down --name {NAME}"
+            "the cluster is kept: export KUBECONFIG={kubeconfig}; end it: cargo xtask cluster down --name {name}"
         ));
     } else {
-        cluster::down(NAME)?;
+        cluster::down(name)?;
     }
     tallies.push(tried?);
     Ok(tallies.into_iter().sum())

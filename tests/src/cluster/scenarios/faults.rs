@@ -90,6 +90,10 @@ pub async fn a_worker_restarts_while_the_operator_is_down(release: &Release) -> 
     let declared = group(QWEN, "base").lens("pirate", "lenses/pirate");
     space.apply(&[declared.manifest(), placement("shared", &[QWEN]).manifest()]).await?;
     space.serves("shared", &[QWEN]).await?;
+    // Not the document it started with: that one is in the ConfigMap no more.
+    let declared = declared.lens("terse", "lenses/terse");
+    space.apply(&[declared.manifest()]).await?;
+    space.serves("shared", &[QWEN]).await?;
     let replicas = release.deployment(Part::Operator).await?.spec.and_then(|spec| spec.replicas).unwrap_or(1);
 
     release.scale(Part::Operator, 0).await?;
@@ -121,7 +125,7 @@ async fn restart_without_operator(space: &Space<'_>, family: &Family) -> Result<
             Ok(asked.map_err(|refused| refused.to_string()))
         })
         .await?;
-    for lens in [None, Some("pirate")] {
+    for lens in [None, Some("pirate"), Some("terse")] {
         gateway.verify(&model(QWEN, lens), case(family, QWEN, lens), Mode::Streamed).await?;
     }
     Ok(())

@@ -4,8 +4,12 @@ pub mod answers;
 pub mod deletion;
 pub mod device;
 pub mod faults;
+pub mod leadership;
 pub mod lenses;
+pub mod memory;
 pub mod rights;
+pub mod rollouts;
+pub mod switches;
 
 use super::family::{Case, Family};
 use super::gateway::Mode;

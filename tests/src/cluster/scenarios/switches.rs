@@ -1,0 +1,108 @@
+//! Base switches that do not go smoothly: rows that take too long, a base that cannot be loaded.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+use turret_crds::condition::READY;
+
+use super::{LLAMA, QWEN, case};
+use crate::cluster::eventually::when;
+use crate::cluster::family::{Family, copy_readable, write_readable};
+use crate::cluster::gateway::Mode;
+use crate::cluster::objects::{group, placement};
+use crate::cluster::release::Release;
+use crate::cluster::space::Space;
+use crate::cluster::worker::Direct;
+use crate::worker::process::binary;
+
+/// A row that goes on for longer than `drainSeconds` ends with an error in its stream, and those who waited for
+/// the other base are answered.
+pub async fn rows_are_ended_when_the_drain_is_over(release: &Release) -> Result<()> {
+    let family = Family::read()?;
+    let space = Space::create(release, "drain").await?;
+    synthesise(&space.files().join("slow"))?;
+    let workers =
+        placement("one", &["slow", QWEN]).switching_eagerly().draining_bases_for(1).with_device_budget("1Gi");
+    space
+        .apply(&[group("slow", "slow/base").manifest(), group(QWEN, "base").manifest(), workers.manifest()])
+        .await?;
+    space.serves("one", &["slow", QWEN]).await?;
+    let worker = Direct::to(release, &space, "one", &space.workers("one").await?[0]).await?;
+
+    let gateway = space.gateway();
+    // Some seconds of work; a made-up base does not come to an end by itself.
+    let body =
+        json!({"model": "slow", "prompt": [5, 6, 7], "max_tokens": 1500, "temperature": 0, "stream": true});
+    let row = tokio::spawn({
+        let gateway = gateway.clone();
+        async move { gateway.stream("/v1/completions", &body).await }
+    });
+    space
+        .eventually("the long row runs", async || {
+            let state = worker.report().await?.state;
+            Ok(when(state.running_rows == 1, || format!("{} rows", state.running_rows)))
+        })
+        .await?;
+    let before = worker.report().await?.state.switches;
+    let answer = gateway.verify(QWEN, case(&family, QWEN, None), Mode::Whole).await?;
+    let events = row.await?.map_err(|refused| anyhow::anyhow!("the long row was refused: {refused}"))?;
+    let last = events.last().context("the long row's stream is empty")?;
+    println!(
+        "    the other base answered after {:.1} s; the row of {} events ended with {}",
+        answer.first_token.as_secs_f64(),
+        events.len(),
+        last["error"]["message"]
+    );
+    ensure!(events.len() > 2, "the row was cut off before it began: {events:?}");
+    ensure!(last["error"]["code"] == "preempted", "the row ended with {last}");
+    let switched = worker.report().await?.state.switches - before;
+    ensure!(switched == 1, "{switched} switches for one request");
+    space.remove().await
+}
+
+/// The other base is damaged on its volume: the switch fails, the old base is active again and serves, the group
+/// is named with its reason, and it heals.
+pub async fn a_failed_switch_goes_back_to_the_old_base(release: &Release) -> Result<()> {
+    let family = Family::read()?;
+    let space = Space::create(release, "rollback").await?;
+    // One base fits beside the lens budget, two do not: the old one must leave before the new one comes.
+    let workers = placement("one", &[QWEN, LLAMA]).switching_eagerly().with_room_for_one_base();
+    let declared = [group(QWEN, "base").manifest(), group(LLAMA, "base-b").manifest(), workers.manifest()];
+    space.apply(&declared).await?;
+    space.serves("one", &[QWEN, LLAMA]).await?;
+    let gateway = space.gateway();
+    gateway.verify(QWEN, case(&family, QWEN, None), Mode::Whole).await?;
+
+    let weights = space.files().join("base-b/model.safetensors");
+    let whole = std::fs::read(&weights)?;
+    write_readable(&weights, &whole[..whole.len() / 2])?;
+    match gateway.ask(LLAMA, &case(&family, LLAMA, None).messages, Mode::Whole).await {
+        Err(refused) if refused.status == 503 && refused.body.contains("Malformed") => {
+            println!("    {}", refused.body.trim());
+        }
+        other => bail!("a base that is cut short must be refused with 503 and its reason; got {other:?}"),
+    }
+    gateway.verify(QWEN, case(&family, QWEN, None), Mode::Streamed).await?;
+    space.group_is(LLAMA, READY, "False", "BaseFailed").await?;
+    space.group_is(QWEN, READY, "True", "Serving").await?;
+    space.placement_is("one", READY, "False", "BaseFailed").await?;
+
+    copy_readable(&Family::folder().join("base-b"), &space.files().join("base-b"))?;
+    space.serves("one", &[QWEN, LLAMA]).await?;
+    for group in [LLAMA, QWEN] {
+        gateway.verify(group, case(&family, group, None), Mode::Whole).await?;
+    }
+    space.remove().await
+}
+
+/// A base of 64 MiB with made-up weights, written by the worker's own program.
+fn synthesise(folder: &Path) -> Result<()> {
+    let mut command = Command::new(binary());
+    command.arg("synth").arg(folder).args(["--bytes", "64Mi", "--dtype", "BF16"]);
+    let output = command.output().context("failed to run turret-worker synth")?;
+    ensure!(output.status.success(), "turret-worker synth: {}", String::from_utf8_lossy(&output.stderr));
+    // Made again with the permissions that a pod without privileges needs.
+    copy_readable(folder, folder)
+}
