@@ -61,3 +61,13 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Generate(arguments) => generate::run(&arguments),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Arguments::command().debug_assert();
+    }
+}

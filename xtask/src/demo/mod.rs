@@ -1,8 +1,13 @@
 //! `cargo xtask demo`: from a clone to right answers of every lens of two groups, on a real Kubernetes.
+//!
+//! Without options on a cluster of its own ([`crate::cluster`]), with `--context` on one that exists ([`existing`]).
+//! Both end in [`perform`], which knows the cluster only as a [`Target`].
 
 mod client;
+mod existing;
 mod expected;
 mod objects;
+mod target;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -15,12 +20,10 @@ use anyhow::{Context, Result, bail, ensure};
 use self::client::Gateway;
 use self::expected::Expected;
 use self::objects::Samples;
+use self::target::Target;
 use crate::cluster::{self, Cluster};
 use crate::stage::{self, say};
-use crate::{
-    folders,
-    image::{self, Image},
-};
+use crate::{folders, image};
 
 /// Options of `cargo xtask demo`.
 #[derive(clap::Args, Debug)]
@@ -31,9 +34,20 @@ pub struct Args {
     /// Take down what `--keep` left running, and nothing else.
     #[arg(long, conflicts_with = "keep")]
     down: bool,
-    /// Size of the synthesised base for the switch and the reload; 0 leaves that part out.
-    #[arg(long, default_value = "1Gi", value_name = "BYTES")]
-    large: String,
+    /// Size of the synthesised base for the switch and the reload; 0 leaves that part out. Default: 1Gi, and 0
+    /// on a cluster that exists
+    #[arg(long, value_name = "BYTES")]
+    large: Option<String>,
+    #[command(flatten)]
+    existing: existing::ExistingArgs,
+}
+
+impl Args {
+    /// Size of the large base; `0` for none.
+    fn large(&self) -> &str {
+        let default = if self.existing.is_meant() { "0" } else { "1Gi" };
+        self.large.as_deref().unwrap_or(default)
+    }
 }
 
 /// Name of the demo's own cluster.
@@ -42,19 +56,23 @@ const CLUSTER: &str = "demo";
 const NAMESPACE: &str = "turret-demo";
 /// Namespace of the release.
 const SYSTEM: &str = "turret-system";
+/// The claim that holds the demo's files, unless another one is given.
+const CLAIM: &str = "lenses";
 const QUESTION: &str = "What colour is the sky?";
-/// How long the samples may take to be ready.
-const READY: &str = "--timeout=180s";
 
 /// Runs the demo.
 pub fn run(args: &Args) -> Result<()> {
+    if let Some(context) = args.existing.context()? {
+        return existing::run(args, &context);
+    }
     if args.down {
         return cluster::down(CLUSTER);
     }
     let began = Instant::now();
     let images = image::build(&image::Program::ALL)?;
     let cluster = cluster::up(&cluster::Options { name: CLUSTER.into(), ..Default::default() })?;
-    let result = show(args, &cluster, &images);
+    let target = Target::local(&cluster, SYSTEM, NAMESPACE);
+    let result = show_locally(args, &cluster, &target, &images);
     if result.is_err() {
         say(format!(
             "\nThe demo failed. The cluster is still up: export KUBECONFIG={}\nTake it down with: cargo xtask demo --down",
@@ -63,7 +81,12 @@ pub fn run(args: &Args) -> Result<()> {
         return result;
     }
     if args.keep {
-        go_on_by_hand(&cluster);
+        let enter = format!(
+            "export KUBECONFIG={} PATH={}:$PATH",
+            cluster.kubeconfig.display(),
+            cluster.bin.display()
+        );
+        go_on_by_hand(&target, &enter, "cargo xtask demo --down");
     } else {
         cluster::down(CLUSTER)?;
         say("Run it with --keep to go on by hand.");
@@ -72,7 +95,7 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn show(args: &Args, cluster: &Cluster, images: &[Image]) -> Result<()> {
+fn show_locally(args: &Args, cluster: &Cluster, target: &Target, images: &[image::Image]) -> Result<()> {
     let files = cluster.volumes.join("demo");
     stage::run("copying the demo family to the node", |_| {
         copy_readable(&folders::repository().join("tests/fixtures/demo"), &files)
@@ -80,24 +103,53 @@ fn show(args: &Args, cluster: &Cluster, images: &[Image]) -> Result<()> {
     stage::run("loading the images into the node", |_| {
         images.iter().try_for_each(|image| cluster.load(&image.path))
     })?;
-    stage::run("installing the chart with Helm", |_| install(cluster, images))?;
-
+    // turret.local/turret-worker sets worker.image.tag
+    let part = |image: &image::Image| image.name.rsplit('-').next().unwrap_or_default().to_owned();
+    let set: Vec<String> =
+        images.iter().map(|image| format!("{}.image.tag={}", part(image), image.content_tag)).collect();
+    stage::run("installing the chart with Helm", |_| install(target, &set))?;
+    let mut first = Samples(vec![objects::namespace(NAMESPACE)]);
+    first.0.extend(objects::local_volume(NAMESPACE, CLAIM, &files));
+    apply(target, &first)?;
+    let large = args.large();
+    let synthesise = || {
+        let folder = files.join("large");
+        let mut command = Command::new(folders::cargo_target()?.join("debug/turret-worker"));
+        command.args(objects::synth(&folder.to_string_lossy(), large));
+        let output = command.output().context("failed to run turret-worker synth")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "turret-worker synth failed: {said}");
+        make_readable(&folder)
+    };
     let samples =
         Samples::read(&folders::repository().join("manifests/samples/demo-family.yaml"), NAMESPACE)?;
+    let large =
+        (large != "0").then_some(Large { bytes: large, synthesise: &synthesise, adapt: &|objects| objects });
+    perform(target, &samples, CLAIM, large.as_ref())
+}
+
+/// The part of the demo with a base that is large enough for the bytes to matter.
+struct Large<'a> {
+    /// Its size, for people.
+    bytes: &'a str,
+    /// Writes it below `large` on the claim.
+    synthesise: &'a dyn Fn() -> Result<()>,
+    /// Makes its objects fit the cluster.
+    adapt: &'a dyn Fn(Samples) -> Samples,
+}
+
+/// Applies the samples, asks every model, adds a lens meanwhile. The chart is installed and the files are on the claim.
+fn perform(target: &Target, samples: &Samples, claim: &str, large: Option<&Large<'_>>) -> Result<()> {
     let models = samples.models();
     let (late, _) =
         models.iter().rev().find(|(name, _)| name.contains(':')).context("the samples have no lens")?;
-    let claim = "lenses";
-    let mut first = Samples(vec![objects::namespace(NAMESPACE)]);
-    first.0.extend(objects::local_volume(NAMESPACE, claim, &files));
-    apply(cluster, &first)?;
     stage::run(format!("applying the samples (all but {late}) and waiting until they are ready"), |_| {
-        apply(cluster, &samples.without(late))?;
-        wait_ready(cluster)
+        apply(target, &samples.without(late))?;
+        wait_ready(target, samples)
     })?;
 
-    let forward = PortForward::open(cluster)?;
-    let gateway = Gateway::new(forward.url(), NAMESPACE);
+    let forward = PortForward::open(target)?;
+    let gateway = Gateway::new(forward.url(), &target.namespace);
     let expected = Expected::read(&folders::repository().join("tests/fixtures/demo/expected.json"))?;
     println!("\n“{QUESTION}”, asked of every base and every lens:\n");
     println!("  {:<22} {:<52} {:>9}  where the time went", "model", "answer", "took");
@@ -105,12 +157,12 @@ fn show(args: &Args, cluster: &Cluster, images: &[Image]) -> Result<()> {
         ask(&gateway, &expected, model, folder)?;
     }
 
-    add_while_serving(cluster, &gateway, &expected, &samples, late)?;
-    if args.large != "0" {
-        large(args, cluster, &gateway, &samples, claim)?;
+    add_while_serving(target, &gateway, &expected, samples, late)?;
+    if let Some(large) = large {
+        show_large(large, target, &gateway, samples, claim)?;
     }
     println!();
-    print!("{}", cluster.kubectl(["get", "mg,mpl", "-n", NAMESPACE])?);
+    print!("{}", target.kubectl(["get", "mg,mpl", "-n", &target.namespace])?);
     println!();
     Ok(())
 }
@@ -143,7 +195,7 @@ fn millis(duration: Duration) -> String {
 /// Applies the last lens while another is asked without pause: nothing may fail, and the time from
 /// `kubectl apply` to the first answer is printed.
 fn add_while_serving(
-    cluster: &Cluster,
+    target: &Target,
     gateway: &Gateway,
     expected: &Expected,
     samples: &Samples,
@@ -169,7 +221,7 @@ fn add_while_serving(
         });
         let added = (|| {
             let began = Instant::now();
-            apply(cluster, samples)?;
+            apply(target, samples)?;
             let applied = began.elapsed();
             let deadline = began + Duration::from_secs(60);
             let answer = loop {
@@ -198,36 +250,25 @@ fn add_while_serving(
 }
 
 /// Shows a switch and a lens reload of a base that is large enough for the bytes to matter.
-fn large(args: &Args, cluster: &Cluster, gateway: &Gateway, samples: &Samples, claim: &str) -> Result<()> {
-    let folder = cluster.volumes.join("demo/large");
+fn show_large(
+    large: &Large<'_>,
+    target: &Target,
+    gateway: &Gateway,
+    samples: &Samples,
+    claim: &str,
+) -> Result<()> {
     let small = samples.of_kind("ModelGroup").next().context("the samples have no group")?;
     let small_name = small["metadata"]["name"].as_str().unwrap_or_default();
-    stage::run(format!("synthesising a base of {} with two lenses", args.large), |_| {
-        let mut command = Command::new(folders::cargo_target()?.join("debug/turret-worker"));
-        command.arg("synth").arg(&folder).args([
-            "--bytes",
-            &args.large,
-            "--lens",
-            "one:64",
-            "--lens",
-            "two:64",
-        ]);
-        let output = command.output().context("failed to run turret-worker synth")?;
-        ensure!(
-            output.status.success(),
-            "turret-worker synth failed: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
-    })?;
-    make_readable(&folder)?;
+    let synthesising = format!("synthesising a base of {} with two lenses", large.bytes);
+    stage::run(synthesising, |_| (large.synthesise)())?;
     stage::run("applying it with a worker of its own", |_| {
-        apply(cluster, &objects::large(NAMESPACE, claim, small))?;
-        wait_ready(cluster)
+        let objects = (large.adapt)(objects::large(&target.namespace, claim, small));
+        apply(target, &objects)?;
+        wait_ready(target, &objects)
     })?;
     println!(
         "\nA base of {} and lenses of rank 64 over it, on one worker beside {small_name}:\n",
-        args.large
+        large.bytes
     );
     let show = |model: &str, what: &str| -> Result<()> {
         let answer = gateway.ask(model, QUESTION, 1)?;
@@ -242,50 +283,54 @@ fn large(args: &Args, cluster: &Cluster, gateway: &Gateway, samples: &Samples, c
     Ok(())
 }
 
-fn install(cluster: &Cluster, images: &[Image]) -> Result<()> {
+fn install(target: &Target, set: &[String]) -> Result<()> {
     let chart = folders::repository().join("charts/turret");
-    let fixed = ["--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "120s"];
     let mut arguments: Vec<OsString> =
-        vec!["upgrade".into(), "--install".into(), "turret".into(), chart.into()];
+        vec!["upgrade".into(), "--install".into(), objects::RELEASE.into(), chart.into()];
+    let fixed = ["--namespace", &target.system, "--create-namespace", "--wait", "--timeout", "180s"];
     arguments.extend(fixed.map(OsString::from));
-    for image in images {
-        // turret.local/turret-worker sets worker.image.tag
-        let part = image.name.rsplit('-').next().unwrap_or_default();
-        arguments.extend(["--set".into(), format!("{part}.image.tag={}", image.content_tag).into()]);
+    for value in set {
+        arguments.extend(["--set-string".into(), value.into()]);
     }
-    cluster.helm(arguments).map(drop)
+    target.helm(arguments).map(drop)
 }
 
-fn apply(cluster: &Cluster, objects: &Samples) -> Result<()> {
-    cluster.kubectl_with_input(["apply", "-f", "-"], &objects.to_json()).map(drop)
+fn apply(target: &Target, objects: &Samples) -> Result<()> {
+    target.kubectl_with_input(["apply", "-f", "-"], &objects.to_json()).map(drop)
 }
 
-fn wait_ready(cluster: &Cluster) -> Result<()> {
-    for kind in ["modelplacements", "modelgroups"] {
-        let waited =
-            cluster.kubectl(["wait", kind, "--all", "-n", NAMESPACE, "--for=condition=Ready", READY]);
-        if let Err(error) = waited {
+/// Waits for these groups and placements; workers' images may have to be pulled first.
+fn wait_ready(target: &Target, objects: &Samples) -> Result<()> {
+    let namespace = target.namespace.as_str();
+    for kind in ["ModelPlacement", "ModelGroup"] {
+        let names: Vec<String> = objects
+            .of_kind(kind)
+            .map(|object| format!("{kind}/{}", object["metadata"]["name"].as_str().unwrap_or_default()))
+            .collect();
+        let names = names.iter().map(String::as_str);
+        let words = ["wait", "-n", namespace, "--for=condition=Ready", "--timeout=300s"];
+        if let Err(error) = target.kubectl(words.into_iter().chain(names)) {
             let state =
-                cluster.kubectl(["get", "mg,mpl,pods", "-n", NAMESPACE, "-o", "wide"]).unwrap_or_default();
+                target.kubectl(["get", "mg,mpl,pods", "-n", namespace, "-o", "wide"]).unwrap_or_default();
             bail!("{error:#}\n{state}");
         }
     }
     Ok(())
 }
 
-fn go_on_by_hand(cluster: &Cluster) {
+/// How a person goes on where the demo ended; `enter` makes kubectl speak with the cluster.
+fn go_on_by_hand(target: &Target, enter: &str, down: &str) {
+    let Target { namespace, system, .. } = target;
     say(format!(
         "\nEverything is still running. Go on by hand:\n\
-         \n  export KUBECONFIG={} PATH={}:$PATH\
-         \n  kubectl get mg,mpl -n {NAMESPACE}\
+         \n  {enter}\
+         \n  kubectl get mg,mpl -n {namespace}\
          \n  kubectl explain modelgroup.spec.lenses\
-         \n  kubectl port-forward -n {SYSTEM} service/turret-gateway 8000:80 &\
-         \n  curl -s localhost:8000/ns/{NAMESPACE}/v1/models\
-         \n  curl -s localhost:8000/ns/{NAMESPACE}/v1/chat/completions -H 'content-type: application/json' \\\
+         \n  kubectl port-forward -n {system} service/turret-gateway 8000:80 &\
+         \n  curl -s localhost:8000/ns/{namespace}/v1/models\
+         \n  curl -s localhost:8000/ns/{namespace}/v1/chat/completions -H 'content-type: application/json' \\\
          \n       -d '{{\"model\": \"demo-qwen:pirate\", \"messages\": [{{\"role\": \"user\", \"content\": \"{QUESTION}\"}}]}}'\n\
-         \nTake it down: cargo xtask demo --down",
-        cluster.kubeconfig.display(),
-        cluster.bin.display(),
+         \nTake it down: {down}",
     ));
 }
 
@@ -296,11 +341,11 @@ struct PortForward {
 }
 
 impl PortForward {
-    fn open(cluster: &Cluster) -> Result<PortForward> {
+    fn open(target: &Target) -> Result<PortForward> {
         use std::io::BufRead;
-        let mut child = cluster
-            .command("kubectl")
-            .args(["port-forward", "-n", SYSTEM, "service/turret-gateway", ":80"])
+        let mut child = target
+            .command()
+            .args(["port-forward", "-n", &target.system, "service/turret-gateway", ":80"])
             .stdout(Stdio::piped())
             .spawn()
             .context("failed to start kubectl port-forward")?;

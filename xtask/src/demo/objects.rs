@@ -5,6 +5,19 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+/// Name of the Helm release.
+pub const RELEASE: &str = "turret";
+/// What carries this label was made by the demo, on a cluster that is not its own.
+pub const MARK: &str = "demo.turret.dev/made";
+/// The CustomResourceDefinitions that come with the chart.
+pub const DEFINITIONS: [&str; 2] = ["modelgroups.turret.dev", "modelplacements.turret.dev"];
+/// Name of the pod that files are copied through.
+pub const LOADER: &str = "turret-demo-loader";
+/// Name of the pod that writes the large base.
+pub const SYNTHESISER: &str = "turret-demo-synth";
+/// The user that workers run as.
+const USER: u32 = 65532;
+
 /// The samples' documents, with their namespace set.
 pub struct Samples(pub Vec<Value>);
 
@@ -68,6 +81,30 @@ impl Samples {
         Samples(documents)
     }
 
+    /// Makes them fit a cluster that is not the demo's own: marked, computed on the CPU, without accelerators, with their
+    /// files on `claim`; on `node`, where only that can mount it; with so many workers, where that matters.
+    pub fn for_existing(&mut self, claim: &str, node: Option<&str>, replicas: Option<u32>) {
+        for document in &mut self.0 {
+            *document = marked(document.take());
+            let spec = &mut document["spec"];
+            for volume in spec["sourceVolumes"].as_array_mut().into_iter().flatten() {
+                volume["persistentVolumeClaim"]["claimName"] = claim.into();
+            }
+            if document["kind"] != "ModelPlacement" {
+                continue;
+            }
+            let spec = document["spec"].as_object_mut().expect("a placement has a spec");
+            spec.remove("accelerator");
+            if let Some(replicas) = replicas {
+                spec.insert("replicas".into(), replicas.into());
+            }
+            if let Some(node) = node {
+                spec.entry("worker").or_insert_with(|| json!({}))["nodeSelector"] =
+                    json!({"kubernetes.io/hostname": node});
+            }
+        }
+    }
+
     /// As one file for `kubectl apply -f -`.
     pub fn to_json(&self) -> String {
         json!({"apiVersion": "v1", "kind": "List", "items": self.0}).to_string()
@@ -81,6 +118,69 @@ pub fn namespace(name: &str) -> Value {
         "kind": "Namespace",
         "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
     })
+}
+
+/// The object, marked as the demo's.
+pub fn marked(mut object: Value) -> Value {
+    object["metadata"]["labels"][MARK] = "true".into();
+    object
+}
+
+/// A claim of a cluster's storage.
+pub fn claim(namespace: &str, name: &str, size: &str, class: Option<&str>) -> Value {
+    let mut claim = json!({
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}},
+    });
+    if let Some(class) = class {
+        claim["spec"]["storageClassName"] = class.into();
+    }
+    claim
+}
+
+/// A pod of the demo's own with the claim at `/files`, under restricted pod security, as the user that workers run as:
+/// what it writes they can read.
+fn pod(namespace: &str, name: &str, claim: &str, container: Value) -> Value {
+    let mut container = container;
+    container["name"] = "main".into();
+    container["volumeMounts"] = json!([{"name": "files", "mountPath": "/files"}]);
+    container["securityContext"] =
+        json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}});
+    marked(json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "securityContext": {
+                "runAsNonRoot": true, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container],
+            "volumes": [{"name": "files", "persistentVolumeClaim": {"claimName": claim}}],
+        },
+    }))
+}
+
+/// A pod that waits for files to be copied into it.
+pub fn loader(namespace: &str, claim: &str, image: &str) -> Value {
+    pod(namespace, LOADER, claim, json!({"image": image, "command": ["sleep", "3600"]}))
+}
+
+/// A pod that writes the large base with the worker's own program, on the node that has the claim.
+pub fn synthesiser(namespace: &str, claim: &str, image: &str, node: &str, bytes: &str) -> Value {
+    let container = json!({"image": image, "args": synth("/files/large", bytes)});
+    let mut pod = pod(namespace, SYNTHESISER, claim, container);
+    pod["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+    pod
+}
+
+/// The words for `turret-worker` that write the large base and its two lenses into `folder`.
+pub fn synth(folder: &str, bytes: &str) -> Vec<String> {
+    ["synth", folder, "--bytes", bytes, "--lens", "one:64", "--lens", "two:64"].map(str::to_owned).to_vec()
 }
 
 /// A claim for the demo's files and the volume behind it: a folder of the local node.
@@ -165,6 +265,22 @@ mod tests {
         let names: Vec<_> = samples().models();
         let wanted = [("a", "base"), ("a:x", "lenses/x"), ("a:y", "lenses/y")];
         assert_eq!(names, wanted.map(|(m, p)| (m.to_owned(), p.to_owned())));
+    }
+
+    #[test]
+    fn for_a_cluster_that_exists_they_are_marked_and_ask_for_no_accelerator() {
+        let file = crate::folders::repository().join("manifests/samples/demo-family.yaml");
+        let mut samples = Samples::read(&file, "mine").unwrap();
+        samples.for_existing("shelf", Some("node-1"), Some(1));
+        for document in &samples.0 {
+            assert_eq!(document["metadata"]["labels"][MARK], "true");
+        }
+        let spec = &samples.of_kind("ModelPlacement").next().unwrap()["spec"];
+        assert_eq!((&spec["accelerator"], &spec["replicas"]), (&Value::Null, &json!(1)));
+        assert_eq!(spec["sourceVolumes"][0]["name"], "lenses", "sources go on naming the volume");
+        assert_eq!(spec["sourceVolumes"][0]["persistentVolumeClaim"]["claimName"], "shelf");
+        assert_eq!(spec["worker"]["nodeSelector"]["kubernetes.io/hostname"], "node-1");
+        assert_eq!(spec["worker"]["env"][0]["value"], "cpu");
     }
 
     #[test]
