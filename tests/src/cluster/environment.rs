@@ -17,6 +17,8 @@ pub struct Environment {
     pub audit_log: PathBuf,
     /// The built `turret-operator` of this machine, for what it prints about itself.
     pub operator: PathBuf,
+    /// The built `turret-worker` of this machine, to make bases with.
+    pub worker: PathBuf,
     /// Root of the repository, for the charts.
     pub repository: PathBuf,
     /// Reference of the imported operator image.
@@ -40,6 +42,7 @@ impl Environment {
             volumes: path("TURRET_TEST_VOLUMES")?,
             audit_log: path("TURRET_TEST_AUDIT_LOG")?,
             operator: path("TURRET_TEST_OPERATOR")?,
+            worker: path("TURRET_TEST_WORKER")?,
             repository: path("TURRET_TEST_REPOSITORY")?,
             operator_image: text("TURRET_TEST_OPERATOR_IMAGE")?,
             worker_image: text("TURRET_TEST_WORKER_IMAGE")?,

@@ -15,14 +15,13 @@ use crate::cluster::objects::{group, placement};
 use crate::cluster::release::Release;
 use crate::cluster::space::Space;
 use crate::cluster::worker::Direct;
-use crate::worker::process::binary;
 
 /// A row that goes on for longer than `drainSeconds` ends with an error in its stream, and those who waited for
 /// the other base are answered.
 pub async fn rows_are_ended_when_the_drain_is_over(release: &Release) -> Result<()> {
     let family = Family::read()?;
     let space = Space::create(release, "drain").await?;
-    synthesise(&space.files().join("slow"))?;
+    synthesise(release, &space.files().join("slow"))?;
     let workers =
         placement("one", &["slow", QWEN]).switching_eagerly().draining_bases_for(1).with_device_budget("1Gi");
     space
@@ -98,8 +97,8 @@ pub async fn a_failed_switch_goes_back_to_the_old_base(release: &Release) -> Res
 }
 
 /// A base of 64 MiB with made-up weights, written by the worker's own program.
-fn synthesise(folder: &Path) -> Result<()> {
-    let mut command = Command::new(binary());
+fn synthesise(release: &Release, folder: &Path) -> Result<()> {
+    let mut command = Command::new(&release.environment.worker);
     command.arg("synth").arg(folder).args(["--bytes", "64Mi", "--dtype", "BF16"]);
     let output = command.output().context("failed to run turret-worker synth")?;
     ensure!(output.status.success(), "turret-worker synth: {}", String::from_utf8_lossy(&output.stderr));
