@@ -432,6 +432,8 @@ mod tests {
                 device_bytes: budgets.device_bytes.saturating_sub(device_cut),
             };
             let active = table.active.clone();
+            // A base may go once the lenses over it are gone: that takes another look.
+            let settled = table.lenses.values().all(|h| h.phase != Phase::Leaving);
             let wanted = Wanted::Less { working_bytes };
             let done = plan(&wanted, &table, &less, &BTreeSet::new()).unwrap();
             let after = carried_out(&done, &wanted, table);
@@ -440,8 +442,9 @@ mod tests {
             prop_assert!(active.is_none_or(|key| after.bases.contains_key(&key) || !done.evict_bases.contains(&key)));
             let fits = after.base_bytes() + working_bytes + less.lens_bytes <= less.device_bytes;
             let (can_leave, _) = parked(&after, false, u64::MAX);
-            prop_assert!(fits || can_leave.is_empty(), "{can_leave:?} could leave");
-            prop_assert!(plan(&wanted, &after, &less, &BTreeSet::new()).unwrap().is_empty());
+            prop_assert!(fits || can_leave.is_empty() || !settled, "{can_leave:?} could leave");
+            let again = plan(&wanted, &after, &less, &BTreeSet::new()).unwrap();
+            prop_assert!(again.is_empty() || !settled, "{again:?}");
         }
     }
 }
