@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
@@ -14,7 +14,7 @@ use crate::cluster::eventually::{PATIENCE, eventually, when};
 use crate::cluster::family::Family;
 use crate::cluster::gateway::Mode;
 use crate::cluster::objects::{Group, group, placement};
-use crate::cluster::release::{NAMESPACE, Part, Release};
+use crate::cluster::release::{NAMESPACE, Part, Release, is_ready};
 use crate::cluster::space::Space;
 
 /// The leader's pod is deleted, then the Lease is taken from its successor; each time the other replica carries
@@ -44,9 +44,15 @@ async fn two_replicas(release: &Release) -> Result<()> {
     ensure!(second != first, "`{first}` was deleted and still holds the Lease");
 
     // Somebody else writes his name into the Lease: the leader must notice, and not write it back.
-    let other = release.pods(Part::Operator).await?;
-    let other = other.iter().map(|pod| pod.name_any()).find(|name| *name != second);
-    let other = other.context("there is one replica only")?;
+    // To a replica that stands by: one that still starts, or ends already, would let the Lease expire.
+    let other = eventually(PATIENCE, "another replica of the operator stands by", async || {
+        let mut pods = release.pods(Part::Operator).await?.into_iter();
+        let standby = pods.find(|pod| {
+            is_ready(pod) && pod.metadata.deletion_timestamp.is_none() && pod.name_any() != second
+        });
+        Ok(standby.map(|pod| pod.name_any()).ok_or_else(|| format!("`{second}` is alone")))
+    })
+    .await?;
     let lease = lease(release).await?;
     let leases: Api<Lease> = Api::namespaced(release.client.clone(), NAMESPACE);
     let taken = json!({"spec": {"holderIdentity": other}});
