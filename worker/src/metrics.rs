@@ -65,6 +65,8 @@ pub struct Metrics {
     loaded_count: Gauge,
     prompt_tokens: Counter,
     generated_tokens: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
     preemptions: Counter,
     steps: Counter,
     switches: Counter,
@@ -103,6 +105,8 @@ impl Metrics {
             loaded_count: Gauge::default(),
             prompt_tokens: Counter::default(),
             generated_tokens: Counter::default(),
+            prefix_queries: Counter::default(),
+            prefix_hits: Counter::default(),
             preemptions: Counter::default(),
             steps: Counter::default(),
             switches: Counter::default(),
@@ -123,6 +127,16 @@ impl Metrics {
         r.register("vllm:num_requests_waiting", "Requests that wait", self.waiting.clone());
         r.register("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1", self.kv_use.clone());
         r.register("vllm:cache_config_info", "Shape of the KV cache", self.cache.clone());
+        r.register(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens that were looked for in the KV cache",
+            self.prefix_queries.clone(),
+        );
+        r.register(
+            "vllm:prefix_cache_hits",
+            "Prompt tokens that were found in the KV cache",
+            self.prefix_hits.clone(),
+        );
         r.register("vllm:lora_adapter_loaded", "Lenses in memory", self.loaded.clone());
         r.register("vllm:num_gpu_loaded_lora_adapters", "Lenses in device memory", self.loaded_count.clone());
         r.register("turret_requests", "Answered requests by group, lens and status", self.requests.clone());
@@ -245,6 +259,8 @@ impl Metrics {
         for (counter, total) in [
             (&self.prompt_tokens, engine.prompt_tokens_total),
             (&self.generated_tokens, engine.generated_tokens_total),
+            (&self.prefix_queries, engine.prefix_queried_tokens_total),
+            (&self.prefix_hits, engine.prefix_cached_tokens_total),
             (&self.preemptions, engine.preemptions_total),
             (&self.steps, engine.steps_total),
             (&self.switches, state.switches),

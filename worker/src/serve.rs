@@ -109,6 +109,7 @@ pub async fn serve(args: ServeArgs) -> Result<(), ServeError> {
         max_running_rows: 64,
         prefill_chunk_tokens: 512,
         max_waiting_rows: 144,
+        prefix_cache: true,
     };
     tracing::info!(device = device.name, threads, budget_bytes = default_device_bytes, "starting");
     let engine = Engine::start(limits.clone())?;

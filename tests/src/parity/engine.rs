@@ -58,6 +58,7 @@ pub fn start() -> Result<EngineHandle> {
         max_running_rows: 16,
         prefill_chunk_tokens: 32,
         max_waiting_rows: 1024,
+        prefix_cache: true,
     };
     Ok(Engine::start(config)?)
 }
@@ -126,6 +127,8 @@ pub async fn greedy_with(
         logprobs: None,
         prompt_logprobs: activations.stop_layer.is_none().then_some(0),
         activations,
+        cache_salt: None,
+        parent: None,
     };
     let mut stream = engine.submit(request).await?;
     let mut answer = Answer::default();

@@ -32,6 +32,8 @@ pub(super) struct Job {
     pub(super) stop: Vec<String>,
     /// Alternatives to report per token.
     pub(super) logprobs: Option<u8>,
+    /// What separates the row's keys and values from others'.
+    pub(super) cache_salt: Option<Arc<str>>,
     /// Turns tokens into text.
     pub(super) tokenizer: Tokenizer,
     /// When the request came.
@@ -66,6 +68,8 @@ pub(super) async fn start(
         logprobs: job.logprobs,
         prompt_logprobs: None,
         activations: Activations::default(),
+        cache_salt: job.cache_salt.clone(),
+        parent: None,
     };
     let stream = engine.submit(row).await?;
     let (sender, receiver) = mpsc::unbounded_channel();
@@ -118,7 +122,9 @@ async fn follow(
                     continue;
                 }
                 lease.answered();
-                Piece::End { finish: "stop", usage: Usage { prompt_tokens, generated_tokens: generated } }
+                let cached_tokens = row.cached_tokens();
+                let usage = Usage { prompt_tokens, cached_tokens, generated_tokens: generated };
+                Piece::End { finish: "stop", usage }
             }
             Some(RowEvent::Finished { reason, usage }) => {
                 let mut finish = match reason {

@@ -3,6 +3,8 @@
 //! A parameter is either honoured, or accepted at the value that changes nothing, or refused with a 400 that names it:
 //! never silently ignored. `null` always means "not given".
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
@@ -11,6 +13,8 @@ use crate::model::tokenizer::{GenerationDefaults, Tokenizer};
 
 /// Most stop strings of a request, as OpenAI's limit.
 const MAX_STOPS: usize = 16;
+/// Bytes of a `cache_salt`, at most.
+const MAX_SALT_BYTES: usize = 256;
 /// Most alternatives per token, as OpenAI's limit.
 const MAX_TOP_LOGPROBS: u64 = 20;
 
@@ -50,6 +54,8 @@ pub struct Request {
     pub include_usage: bool,
     /// Report log-probabilities, with this many alternatives.
     pub logprobs: Option<u8>,
+    /// Only requests with the same salt share what was computed for equal beginnings.
+    pub cache_salt: Option<Arc<str>>,
 }
 
 /// What to go on from.
@@ -136,6 +142,7 @@ pub fn parse(api: Api, body: &[u8]) -> Result<Request, ApiError> {
         stream,
         include_usage,
         logprobs,
+        cache_salt: salt(fields.text("cache_salt")?)?,
     };
     for (name, value) in &fields.0 {
         match no_op(name, value) {
@@ -333,6 +340,16 @@ fn seed(value: Option<Value>) -> Result<Option<u64>, ApiError> {
         .ok_or_else(|| ApiError::invalid(Some("seed"), format!("`seed` must be a whole number, not {value}")))
 }
 
+/// vLLM's `cache_salt`.
+fn salt(value: Option<String>) -> Result<Option<Arc<str>>, ApiError> {
+    let refused = |why| Err(ApiError::invalid(Some("cache_salt"), why));
+    match value {
+        Some(salt) if salt.is_empty() => refused("cache_salt must not be empty"),
+        Some(salt) if salt.len() > MAX_SALT_BYTES => refused("cache_salt is longer than 256 bytes"),
+        salt => Ok(salt.map(Arc::from)),
+    }
+}
+
 fn stop(value: Option<Value>) -> Result<Vec<String>, ApiError> {
     let wrong = || {
         ApiError::invalid(Some("stop"), format!("`stop` must be a string or a list of at most {MAX_STOPS}"))
@@ -413,6 +430,7 @@ pub fn usage(usage: Usage) -> Value {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.generated_tokens,
         "total_tokens": usage.prompt_tokens + usage.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     })
 }
 

@@ -150,6 +150,7 @@ async fn answer(
             max_new_tokens,
             stop: request.stop.clone(),
             logprobs: request.logprobs,
+            cache_salt: request.cache_salt.clone(),
             tokenizer: tokenizer.clone(),
             since: ended.since,
         };

@@ -61,6 +61,8 @@ impl Loaded {
             max_running_rows: rows,
             prefill_chunk_tokens: args.prompt.max(SHORT),
             max_waiting_rows: 2 * rows,
+            // Rounds repeat their prompts, and each is to be computed.
+            prefix_cache: false,
         })?;
         let go_on = &mut |_| ControlFlow::Continue(());
         let region = engine.reserve_base(folder.layout()).await?;
@@ -97,6 +99,8 @@ impl Loaded {
             logprobs: None,
             prompt_logprobs: None,
             activations: Activations::default(),
+            cache_salt: None,
+            parent: None,
         }
     }
 

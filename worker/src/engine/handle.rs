@@ -20,6 +20,8 @@
 //!   event, and [`EngineHandle::remove_lens`] refuses until then.
 //! - When a removal is answered, its memory has been given back to the operating system.
 //! - A row submitted for a base that is not active is refused, never computed with other weights.
+//! - Rows share the KV blocks of equal beginnings: the same tokens under lenses of the same content and scale, with the
+//!   same salt. A lens that is replaced under its name has another content and finds nothing of the old one's.
 //! - A running row never fails for another's sake: when KV blocks run out, the youngest row steps back and is
 //!   recomputed later, with the same tokens.
 
@@ -50,6 +52,9 @@ pub struct EngineConfig {
     pub prefill_chunk_tokens: u32,
     /// Rows that may wait for their first step; more are refused.
     pub max_waiting_rows: u32,
+    /// Whether rows use keys and values that rows before them computed for the same tokens. The answers are the same either
+    /// way, to the bit.
+    pub prefix_cache: bool,
 }
 
 /// An installed base.
@@ -249,6 +254,8 @@ pub struct Snapshot {
     pub kv_blocks_total: u32,
     /// KV blocks no row holds.
     pub kv_blocks_free: u32,
+    /// Of these, blocks that are kept for a prefix that may come again.
+    pub kv_blocks_kept: u32,
     /// Tokens in a KV block.
     pub kv_block_tokens: u32,
     /// Charged bytes of bases, lenses and KV cache.
@@ -261,23 +268,74 @@ pub struct Snapshot {
     pub prompt_tokens_total: u64,
     /// Tokens generated since the start.
     pub generated_tokens_total: u64,
+    /// Tokens of the prompts of rows that might find some of them in the cache.
+    pub prefix_queried_tokens_total: u64,
+    /// Of these, tokens that were there.
+    pub prefix_cached_tokens_total: u64,
     /// Times a row stepped back for want of KV blocks.
     pub preemptions_total: u64,
 }
 
 pub(crate) enum Command {
-    ReserveBase { layout: Box<BaseLayout>, reply: Reply<Result<Region, ReserveError>> },
-    ReserveLens { bytes: u64, reply: Reply<Result<Region, ReserveError>> },
-    InstallBase { base: Box<FilledBase>, reply: Reply<BaseId> },
-    LendBase { base: BaseId, reply: Reply<Option<Arc<FilledBase>>> },
-    InstallLens { base: BaseId, lens: Box<FilledLens>, reply: Reply<Result<LensId, ChangeError>> },
-    Activate { base: BaseId, reply: Reply<Result<(), ActivateError>> },
-    RemoveBase { base: BaseId, reply: Reply<Result<u64, RemoveError>> },
-    RemoveLens { lens: LensId, when_idle: bool, reply: Reply<Result<u64, RemoveError>> },
-    Submit { row: Box<RowRequest>, reply: Reply<Result<RowStream, SubmitError>> },
-    AbortRows { reply: Reply<u32> },
-    Reconfigure { config: EngineConfig, reply: Reply<Result<(), ChangeError>> },
-    Shutdown { reply: Reply<()> },
+    ReserveBase {
+        layout: Box<BaseLayout>,
+        reply: Reply<Result<Region, ReserveError>>,
+    },
+    ReserveLens {
+        bytes: u64,
+        reply: Reply<Result<Region, ReserveError>>,
+    },
+    InstallBase {
+        base: Box<FilledBase>,
+        reply: Reply<BaseId>,
+    },
+    LendBase {
+        base: BaseId,
+        reply: Reply<Option<Arc<FilledBase>>>,
+    },
+    InstallLens {
+        base: BaseId,
+        lens: Box<FilledLens>,
+        reply: Reply<Result<LensId, ChangeError>>,
+    },
+    Activate {
+        base: BaseId,
+        reply: Reply<Result<(), ActivateError>>,
+    },
+    RemoveBase {
+        base: BaseId,
+        reply: Reply<Result<u64, RemoveError>>,
+    },
+    RemoveLens {
+        lens: LensId,
+        when_idle: bool,
+        reply: Reply<Result<u64, RemoveError>>,
+    },
+    Submit {
+        row: Box<RowRequest>,
+        reply: Reply<Result<RowStream, SubmitError>>,
+    },
+    AbortRows {
+        reply: Reply<u32>,
+    },
+    Reconfigure {
+        config: EngineConfig,
+        reply: Reply<Result<(), ChangeError>>,
+    },
+    Shutdown {
+        reply: Reply<()>,
+    },
+    #[cfg(test)]
+    Test(TestCommand),
+}
+
+/// What only tests ask.
+#[cfg(test)]
+pub(crate) enum TestCommand {
+    /// Makes everything that is kept for a prefix not-a-number.
+    PoisonKept(Reply<u32>),
+    /// Stands still until the other end is dropped.
+    Hold(std::sync::mpsc::Receiver<()>),
 }
 
 pub(crate) type Reply<T> = oneshot::Sender<T>;
@@ -390,6 +448,20 @@ impl EngineHandle {
     /// Changes budgets and batching between two steps, or refuses with numbers and changes nothing.
     pub async fn reconfigure(&self, config: EngineConfig) -> Result<(), ChangeError> {
         self.ask(|reply| Command::Reconfigure { config, reply }).await.unwrap_or(Err(ChangeError::Stopped))
+    }
+
+    /// Makes everything that is kept for a prefix not-a-number, and answers how many blocks that are.
+    #[cfg(test)]
+    pub(crate) async fn poison_kept(&self) -> u32 {
+        self.ask(|reply| Command::Test(TestCommand::PoisonKept(reply))).await.unwrap_or(0)
+    }
+
+    /// The engine stands still, and commands queue, until what this gives is dropped.
+    #[cfg(test)]
+    pub(crate) async fn hold(&self) -> std::sync::mpsc::Sender<()> {
+        let (hold, until) = std::sync::mpsc::channel();
+        let _ = self.commands.send(Command::Test(TestCommand::Hold(until))).await;
+        hold
     }
 
     /// Refuses new rows from now on and answers when the last one has ended and the engine thread has freed

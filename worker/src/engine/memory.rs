@@ -14,6 +14,8 @@ use crate::model::weights::{BaseLayout, Dtype};
 
 /// Outputs whose logits are in memory at a time, at most.
 const MAX_OUTPUTS: usize = 64;
+/// Blocks that may be kept for prefixes where rows do not need as many: a million tokens, and some megabytes to list them.
+const KEPT_BLOCKS: u32 = 1 << 16;
 
 /// What serving a base takes beside its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +30,7 @@ pub struct BaseNeeds {
     pub block_bytes: u64,
     /// Fewest blocks: one longest sequence.
     pub min_blocks: u32,
-    /// Most blocks that are of any use: every row as long as can be.
+    /// Most blocks that are of use: every row as long as can be, or many kept prefixes.
     pub max_blocks: u32,
 }
 
@@ -42,13 +44,14 @@ impl BaseNeeds {
             outputs: (rows as usize).min(MAX_OUTPUTS),
         };
         let min_blocks = blocks_for(context_tokens);
+        let kept_blocks = if limits.prefix_cache { KEPT_BLOCKS } else { 0 };
         Self {
             context_tokens,
             step,
             workspace_bytes: Workspace::bytes(config, step),
             block_bytes: cache_shape(config, dtype).block_bytes() as u64,
             min_blocks,
-            max_blocks: min_blocks.saturating_mul(rows),
+            max_blocks: min_blocks.saturating_mul(rows).max(kept_blocks),
         }
     }
 

@@ -2,10 +2,12 @@
 //!
 //! - [`handle`]: how everyone else talks to it; start here. [`row`]: what a row is asked and answers.
 //! - [`arena`] and [`memory`]: device memory, and the sums that decide what fits.
+//! - `chain`: which KV blocks a row shares with others; the tree they form is [`crate::model::block_pool`].
 //! - [`schedule`] (pure): which rows compute how many tokens next. `sequence`: one row's life. [`sampler`] and `cut`: logits to token.
 //! - `step`: one step, from schedule to tokens. This file: the loop around it, and commands between steps.
 
 pub mod arena;
+mod chain;
 mod cut;
 pub mod handle;
 pub mod memory;
@@ -25,18 +27,20 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
 use arena::{Arena, ArenaError, ArenaUse, Part, Region};
+use chain::{Chain, Private};
 use handle::{
     ActivateError, BaseId, COMMANDS, CannotFit, ChangeError, Command, EngineConfig, EngineHandle, LensId,
     Published, RemoveError, Reply, ReserveError, Snapshot, SubmitError,
 };
 use memory::BaseNeeds;
-use row::{RowFailure, RowRequest, RowStream, row_channel};
+use row::{RowFailure, RowId, RowRequest, RowStream, row_channel};
 use sequence::Sequence;
 use step::Active;
 
 use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::tap::RowShape;
 use crate::lens::{Effects, FilledLens};
+use crate::model::block_pool::{LensContent, Seed};
 use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseLayout, FilledBase};
 
@@ -101,11 +105,15 @@ struct Totals {
     steps: u64,
     prompt_tokens: u64,
     generated_tokens: u64,
+    /// Prompt tokens of all rows that may share blocks, and those of them that were in the cache.
+    queried_tokens: u64,
+    cached_tokens: u64,
     preemptions: u64,
 }
 
 struct Lens {
     base: BaseId,
+    content: LensContent,
     weights: Arc<FilledLens>,
     /// Who waits for it to be free; new rows with it are refused.
     retiring: Vec<Reply<Result<u64, RemoveError>>>,
@@ -231,6 +239,13 @@ impl Core {
                 self.answer(reply, done);
             }
             Command::Shutdown { reply } => self.shutdown.push(reply),
+            #[cfg(test)]
+            Command::Test(handle::TestCommand::Hold(until)) => drop(until.recv()),
+            #[cfg(test)]
+            Command::Test(handle::TestCommand::PoisonKept(reply)) => {
+                let blocks = self.active.as_mut().map_or(0, |active| active.cache.poison_kept());
+                self.answer(reply, blocks);
+            }
         }
     }
 
@@ -260,7 +275,7 @@ impl Core {
         match &self.active {
             None => memory::fits_inactive(base_bytes, &self.config).map_err(ReserveError::ArenaFull)?,
             Some(active) => {
-                let blocks = active.needs.min_blocks.max(active.cache.used());
+                let blocks = active.needs.min_blocks.max(active.cache.pool.used());
                 memory::fits(base_bytes, &active.needs, blocks, &self.config)
                     .map_err(ReserveError::ArenaFull)?;
             }
@@ -281,8 +296,9 @@ impl Core {
     fn resize_cache(&mut self, used: &ArenaUse) {
         let Some(active) = &mut self.active else { return };
         let blocks = memory::kv_blocks(used, &active.needs, &self.config);
-        let blocks = blocks.max(active.cache.used()).max(active.needs.min_blocks).min(active.cache.limit());
-        if blocks != active.cache.total() {
+        let blocks =
+            blocks.max(active.cache.pool.used()).max(active.needs.min_blocks).min(active.cache.limit());
+        if blocks != active.cache.pool.total() {
             let tables = self.running.iter_mut().map(|row| &mut row.blocks);
             active.cache.resize(blocks, tables);
         }
@@ -304,7 +320,8 @@ impl Core {
             return Err(ChangeError::BaseMismatch(what));
         }
         let id = LensId(self.new_id());
-        self.lenses.insert(id, Lens { base, weights: Arc::new(lens), retiring: Vec::new() });
+        let content = lens.digest.clone().map_or(LensContent::Installed(id.0), LensContent::Digest);
+        self.lenses.insert(id, Lens { base, content, weights: Arc::new(lens), retiring: Vec::new() });
         Ok(id)
     }
 
@@ -440,18 +457,47 @@ impl Core {
         let vocab = vocab.unwrap_or(self.bases[&row.base].layout.config.vocab_size);
         check_row(&row, active.needs.context_tokens, &self.bases[&row.base], vocab as u32)?;
         active.reserve(&effects).map_err(|e| SubmitError::System(e.to_string()))?;
-        let (sender, stream) = row_channel(row.max_new_tokens);
+        let chain = self.config.prefix_cache.then(|| self.chain(&row));
+        let id = RowId(self.new_id());
+        let (sender, stream) = row_channel(id, row.max_new_tokens);
+        let active = self.active.as_ref().expect("the row is over the active base");
         let blocks = active.needs.min_blocks as usize;
         let width = self.bases[&row.base].layout.config.hidden_size;
-        self.waiting.push(Sequence::new(row, lenses, (blocks, width), sender));
+        let prompt = row.prompt.len() as u64;
+        let mut sequence = Sequence::new(row, lenses, (blocks, width), (id, sender));
+        if let Some(chain) = chain {
+            self.totals.queried_tokens += prompt;
+            sequence = sequence.sharing(chain);
+        }
+        self.waiting.push(sequence);
         Ok(stream)
+    }
+
+    /// Where a checked row begins in the tree of KV blocks.
+    fn chain(&mut self, row: &RowRequest) -> Chain {
+        let long_from = self.bases[&row.base].layout.config.long_rope_from();
+        let lenses =
+            row.lenses.iter().map(|one| (self.lenses[&one.lens].content.clone(), one.scale.to_bits()));
+        let mut seed = Seed { lenses: lenses.collect(), long: false, salt: row.cache_salt.clone() };
+        let parent = row.parent.and_then(|parent| self.rows().find(|other| other.id == parent));
+        let family = parent.and_then(|parent| parent.family_for(row));
+        let pool = &mut self.active.as_mut().expect("the row is over the active base").cache.pool;
+        let within = pool.root(&seed);
+        seed.long = true;
+        let roots = [within, if long_from.is_some() { pool.root(&seed) } else { within }];
+        let private = Chain::first_written_block(&row.activations).map(|first_block| {
+            let new =
+                || Private { first_block, family: Arc::new([pool.private_node(), pool.private_node()]) };
+            family.unwrap_or_else(new)
+        });
+        Chain::new(roots, long_from, private, &row.activations)
     }
 
     fn abort_rows(&mut self) -> u32 {
         let rows = self.rows_in_flight();
         for mut row in self.running.drain(..).chain(self.waiting.drain(..)) {
             if let Some(active) = &mut self.active {
-                active.cache.give_back(&mut row.blocks);
+                row.release(&mut active.cache.pool);
             }
             row.fail(RowFailure::Aborted);
         }
@@ -464,7 +510,7 @@ impl Core {
         self.waiting.retain(|row| !row.is_cancelled());
         self.running.retain_mut(|row| {
             if row.is_cancelled() {
-                active.cache.give_back(&mut row.blocks);
+                row.release(&mut active.cache.pool);
             }
             !row.is_cancelled()
         });
@@ -483,7 +529,7 @@ impl Core {
         // Rows in flight keep what they were promised.
         let longest = self.running.iter().chain(&self.waiting).map(Sequence::most_tokens).max().unwrap_or(0);
         needs.min_blocks = needs.min_blocks.max(crate::model::kv_cache::blocks_for(longest));
-        let blocks = needs.min_blocks.max(active.cache.used());
+        let blocks = needs.min_blocks.max(active.cache.pool.used());
         memory::fits(used.base_bytes, &needs, blocks, &config)?;
         if needs.min_blocks > active.cache.limit() {
             let short_by_bytes = u64::from(needs.min_blocks - active.cache.limit()) * needs.block_bytes;
@@ -492,6 +538,9 @@ impl Core {
         }
         let system = |e: candle_core::Error| ChangeError::BaseMismatch(e.to_string());
         active.set_needs(&layout.config, needs, &config).map_err(system)?;
+        if !config.prefix_cache {
+            active.cache.pool.forget_kept();
+        }
         self.config = config;
         self.resize_cache(&used);
         Ok(())
@@ -504,14 +553,17 @@ impl Core {
             max_context_tokens: active.map_or(0, |a| a.needs.context_tokens),
             running_rows: self.running.len() as u32,
             waiting_rows: self.waiting.len() as u32,
-            kv_blocks_total: active.map_or(0, |a| a.cache.total()),
-            kv_blocks_free: active.map_or(0, |a| a.cache.free()),
+            kv_blocks_total: active.map_or(0, |a| a.cache.pool.total()),
+            kv_blocks_free: active.map_or(0, |a| a.cache.pool.free()),
+            kv_blocks_kept: active.map_or(0, |a| a.cache.pool.kept()),
             kv_block_tokens: BLOCK_TOKENS as u32,
             arena: self.arena.used(),
             workspace_bytes: active.map_or(0, |a| a.needs.workspace_bytes),
             steps_total: self.totals.steps,
             prompt_tokens_total: self.totals.prompt_tokens,
             generated_tokens_total: self.totals.generated_tokens,
+            prefix_queried_tokens_total: self.totals.queried_tokens,
+            prefix_cached_tokens_total: self.totals.cached_tokens,
             preemptions_total: self.totals.preemptions,
         };
         *self.published.snapshot.lock() = snapshot;

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Poll};
 
 use futures::task::AtomicWaker;
@@ -41,7 +41,17 @@ pub struct RowRequest {
     pub prompt_logprobs: Option<u8>,
     /// What the row reads from and writes into the residual stream.
     pub activations: Activations,
+    /// Separates the row from others: keys and values are shared only among rows with the same salt, so that
+    /// nobody learns from the time to the first token what somebody else has asked.
+    pub cache_salt: Option<Arc<str>>,
+    /// A row in flight that this one is a fork of: it may share what that row has computed where it writes into the
+    /// residual stream, as far as tokens, lenses and injections are the same. The answer is the same without.
+    pub parent: Option<RowId>,
 }
+
+/// A row in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RowId(pub(crate) u64);
 
 /// A lens on a row.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -145,6 +155,8 @@ pub enum RowFailure {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
+    /// Of these, tokens whose keys and values were there already when the row began.
+    pub cached_tokens: u32,
     /// Tokens generated, the stop token included.
     pub generated_tokens: u32,
 }
@@ -158,6 +170,7 @@ struct Shared {
     ring: Mutex<Ring>,
     waker: AtomicWaker,
     cancelled: AtomicBool,
+    cached_tokens: AtomicU32,
 }
 
 /// The engine's end of a row's events.
@@ -166,19 +179,21 @@ pub(crate) struct RowSender(Arc<Shared>);
 /// The caller's end: a stream that ends after `Finished` or `Failed`. Dropping it cancels the row, which leaves the
 /// batch before the next step.
 pub struct RowStream {
+    id: RowId,
     shared: Arc<Shared>,
     done: bool,
 }
 
 /// The two ends of a row's events, with room for `max_new_tokens`.
-pub(crate) fn row_channel(max_new_tokens: u32) -> (RowSender, RowStream) {
+pub(crate) fn row_channel(id: RowId, max_new_tokens: u32) -> (RowSender, RowStream) {
     let events = VecDeque::with_capacity(max_new_tokens as usize + 3);
     let shared = Arc::new(Shared {
         ring: Mutex::new(Ring { events, closed: false }),
         waker: AtomicWaker::new(),
         cancelled: AtomicBool::new(false),
+        cached_tokens: AtomicU32::new(0),
     });
-    (RowSender(shared.clone()), RowStream { shared, done: false })
+    (RowSender(shared.clone()), RowStream { id, shared, done: false })
 }
 
 impl RowSender {
@@ -186,6 +201,11 @@ impl RowSender {
     pub(crate) fn send(&self, event: RowEvent) {
         self.0.ring.lock().events.push_back(event);
         self.0.waker.wake();
+    }
+
+    /// Notes how many tokens of the prompt need not be computed.
+    pub(crate) fn note_cached(&self, tokens: u32) {
+        self.0.cached_tokens.store(tokens, Ordering::Release);
     }
 
     /// Whether the reader went away.
@@ -202,6 +222,16 @@ impl Drop for RowSender {
 }
 
 impl RowStream {
+    /// What a fork of the row names as its parent.
+    pub fn id(&self) -> RowId {
+        self.id
+    }
+
+    /// Tokens of the prompt that needed not be computed; certain once there was an event.
+    pub fn cached_tokens(&self) -> u32 {
+        self.shared.cached_tokens.load(Ordering::Acquire)
+    }
+
     /// The next event; `None` after the last one.
     pub async fn next(&mut self) -> Option<RowEvent> {
         std::future::poll_fn(|cx| self.poll(cx)).await

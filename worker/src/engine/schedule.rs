@@ -15,12 +15,15 @@ pub struct RowState {
     pub tokens: u32,
     /// Of these, how many are in the cache. A row has always at least one that is not.
     pub computed: u32,
-    /// Cache blocks it holds.
+    /// Cache blocks it holds, or will hold as soon as it joins the batch.
     pub blocks: u32,
+    /// Of these, how many are counted as free until then.
+    pub idle: u32,
 }
 
 impl RowState {
-    fn pending(&self) -> u32 {
+    /// Tokens that are not in the cache.
+    pub fn pending(&self) -> u32 {
         self.tokens - self.computed
     }
 
@@ -62,8 +65,13 @@ pub struct Plan {
     pub shares: Vec<Share>,
 }
 
-/// Plans the next step. Both lists are in order of age.
-pub fn schedule(running: &[RowState], waiting: &[RowState], budget: StepBudget, plan: &mut Plan) {
+/// Plans the next step. Both lists are in order of age; of those who wait only as many are looked at as may join.
+pub fn schedule(
+    running: &[RowState],
+    waiting: impl IntoIterator<Item = RowState>,
+    budget: StepBudget,
+    plan: &mut Plan,
+) {
     plan.shares.clear();
     plan.admit = 0;
     plan.keep_running = running.len();
@@ -105,17 +113,20 @@ pub fn schedule(running: &[RowState], waiting: &[RowState], budget: StepBudget, 
         let share = plan.shares.iter().find(|s| s.row == index).map_or(0, |s| s.new_blocks);
         promised += row.blocks_lacking_for(row.tokens) - share.min(row.blocks_lacking_for(row.tokens));
     }
-    for row in waiting {
+    let mut waiting = waiting.into_iter();
+    loop {
         let rows = plan.keep_running + plan.admit;
-        // With its next token, so that a row is not admitted only to step back at once.
-        let needed = row.blocks_lacking_for(row.tokens + 1);
-        let alone = rows == 0;
         if rows >= budget.max_running_rows as usize || prefill == 0 {
             break;
         }
-        if needed > free.saturating_sub(promised) && !(alone && free > 0) {
+        let Some(row) = waiting.next() else { break };
+        // With its next token, so that a row is not admitted only to step back at once.
+        let needed = row.blocks_lacking_for(row.tokens + 1);
+        let alone = rows == 0;
+        if row.idle + needed > free.saturating_sub(promised) && !(alone && free > row.idle) {
             break;
         }
+        free -= row.idle;
         let room = (row.blocks + free) * BLOCK_TOKENS as u32 - row.computed;
         let tokens = row.pending().min(prefill).min(room);
         let new_blocks = row.blocks_lacking_for(row.computed + tokens);
@@ -134,12 +145,12 @@ mod tests {
 
     fn plan(running: &[RowState], waiting: &[RowState], budget: StepBudget) -> Plan {
         let mut plan = Plan::default();
-        schedule(running, waiting, budget, &mut plan);
+        schedule(running, waiting.iter().copied(), budget, &mut plan);
         plan
     }
 
     fn row(tokens: u32, computed: u32) -> RowState {
-        RowState { tokens, computed, blocks: computed.div_ceil(BLOCK_TOKENS as u32) }
+        RowState { tokens, computed, blocks: computed.div_ceil(BLOCK_TOKENS as u32), idle: 0 }
     }
 
     const BUDGET: StepBudget = StepBudget { max_running_rows: 4, prefill_chunk_tokens: 32, free_blocks: 100 };
@@ -171,6 +182,17 @@ mod tests {
         assert_eq!(plan.keep_running, 1);
         assert_eq!(plan.shares, [Share { row: 0, tokens: 1, new_blocks: 1 }]);
         assert_eq!(plan.admit, 0, "who stepped back comes before who is new");
+    }
+
+    #[test]
+    fn blocks_that_are_kept_for_a_prefix_are_not_counted_twice() {
+        let found = RowState { tokens: 64, computed: 48, blocks: 3, idle: 3 };
+        let with = |free_blocks| plan(&[row(5, 4)], &[found], StepBudget { free_blocks, ..BUDGET });
+        assert_eq!(with(4).admit, 0, "three of the four are the row's own, and it needs two more");
+        assert_eq!(with(5).shares[1], Share { row: 1, tokens: 16, new_blocks: 1 });
+        let shared = RowState { idle: 0, ..found };
+        let plan = plan(&[row(5, 4)], &[shared], StepBudget { free_blocks: 2, ..BUDGET });
+        assert_eq!(plan.admit, 1, "a running row holds them already");
     }
 
     #[test]

@@ -6,20 +6,30 @@
 
 use std::sync::Arc;
 
+use super::chain::{Chain, Found, Private};
 use super::handle::LensId;
-use super::row::{FinishReason, RowEvent, RowFailure, RowRequest, RowSender, TokenLogprobs, Usage};
+use super::row::{FinishReason, RowEvent, RowFailure, RowId, RowRequest, RowSender, TokenLogprobs, Usage};
 use super::sampler::Sampler;
 use super::schedule::RowState;
 use crate::lens::FilledLens;
 use crate::lens::tap::{Activations, Tap, Tapped};
+use crate::model::block_pool::BlockPool;
+use crate::model::kv_cache::BLOCK_TOKENS;
 
 /// A row in flight. It holds its lenses, so they live as long as it does.
 pub(crate) struct Sequence {
+    pub(crate) id: RowId,
     pub(crate) lens_ids: Vec<LensId>,
     pub(crate) lenses: Vec<(Arc<FilledLens>, f32)>,
     pub(crate) tokens: Vec<u32>,
     pub(crate) computed: u32,
     pub(crate) blocks: Vec<u32>,
+    /// Which blocks it shares with other rows; `None` when it shares none.
+    chain: Option<Chain>,
+    /// Tokens that were in the cache before the row began to compute.
+    cached: u32,
+    /// It began to compute once before, and stepped back.
+    stepped_back: bool,
     /// What it reads and writes, when it does.
     activations: Option<Arc<Activations>>,
     /// Per tap: the vectors it has read, with room for all.
@@ -45,7 +55,7 @@ impl Sequence {
         mut request: RowRequest,
         lenses: Vec<(Arc<FilledLens>, f32)>,
         (block_capacity, width): (usize, usize),
-        sender: RowSender,
+        (id, sender): (RowId, RowSender),
     ) -> Self {
         let prompt_len = request.prompt.len() as u32;
         let activations = std::mem::take(&mut request.activations);
@@ -55,11 +65,15 @@ impl Sequence {
         let mut tokens = std::mem::take(&mut request.prompt);
         tokens.reserve_exact(request.max_new_tokens as usize);
         Self {
+            id,
             lens_ids: request.lenses.iter().map(|l| l.lens).collect(),
             lenses,
             tokens,
             computed: 0,
             blocks: Vec::with_capacity(block_capacity),
+            chain: None,
+            cached: 0,
+            stepped_back: false,
             activations: (!activations.is_empty()).then(|| Arc::new(activations)),
             tapped,
             ended: false,
@@ -68,6 +82,28 @@ impl Sequence {
             request,
             sender,
         }
+    }
+
+    /// Lets it share blocks with other rows.
+    pub(crate) fn sharing(mut self, mut chain: Chain) -> Self {
+        chain.restart(self.tokens.len());
+        self.chain = Some(chain);
+        self
+    }
+
+    /// What a fork of this row shares with it where it writes into the residual stream; `None` when the fork would compute
+    /// something else.
+    pub(crate) fn family_for(&self, fork: &RowRequest) -> Option<Private> {
+        let private = self.chain.as_ref()?.private()?;
+        let own = self.activations.as_ref()?;
+        let shared = private.first_block * BLOCK_TOKENS;
+        let same_rows = fork.lenses == self.request.lenses && fork.cache_salt == self.request.cache_salt;
+        // Where the prompt ends says where such an injection does.
+        let same_end = fork.prompt.len() == self.prompt_len as usize
+            || own.injections.iter().all(|injection| !injection.prefill_only);
+        let same_start = fork.prompt.get(..shared).is_some_and(|start| self.tokens.starts_with(start));
+        let same_writes = fork.activations.injections == own.injections;
+        (same_rows && same_end && same_start && same_writes).then(|| private.clone())
     }
 
     /// What it reads and writes, with the length of its prompt.
@@ -90,6 +126,50 @@ impl Sequence {
             tokens: self.tokens.len() as u32,
             computed: self.computed,
             blocks: self.blocks.len() as u32,
+            idle: 0,
+        }
+    }
+
+    /// The same when it joins the batch with the blocks that others have computed.
+    pub(crate) fn state_with_found(&self, pool: &BlockPool) -> RowState {
+        let found = self.may_reuse().map_or(Found::default(), |chain| chain.look(&self.tokens, pool));
+        let state = self.state();
+        RowState {
+            computed: state.computed + found.blocks * BLOCK_TOKENS as u32,
+            blocks: state.blocks + found.blocks,
+            idle: found.idle,
+            ..state
+        }
+    }
+
+    /// Its chain, when it stands where others' blocks may follow and their logits are not asked for.
+    fn may_reuse(&self) -> Option<&Chain> {
+        let pending = self.tokens.len() as u32 - self.computed;
+        self.chain
+            .as_ref()
+            .filter(|chain| pending > 1 && self.prompt_logprobs.is_none() && chain.is_at(self.computed))
+    }
+
+    /// Goes on behind the blocks that others have computed, if there are any. Gives how many tokens it need not compute.
+    pub(crate) fn reuse(&mut self, pool: &mut BlockPool) -> u32 {
+        if self.may_reuse().is_none() {
+            return 0;
+        }
+        let chain = self.chain.as_mut().expect("it may reuse blocks");
+        let tokens = chain.reuse(&self.tokens, pool, &mut self.blocks) * BLOCK_TOKENS as u32;
+        self.computed += tokens;
+        if self.stepped_back {
+            return 0;
+        }
+        self.cached += tokens;
+        self.sender.note_cached(self.cached);
+        tokens
+    }
+
+    /// Lets others find the blocks that it has computed.
+    pub(crate) fn register(&mut self, pool: &mut BlockPool) {
+        if let Some(chain) = &mut self.chain {
+            chain.register(&self.tokens, self.computed, pool, &mut self.blocks);
         }
     }
 
@@ -111,9 +191,20 @@ impl Sequence {
         self.prompt_len.saturating_sub(self.computed).min(tokens)
     }
 
-    /// Forgets what was computed, after its blocks were given back.
-    pub(crate) fn step_back(&mut self) {
+    /// Gives its blocks back.
+    pub(crate) fn release(&mut self, pool: &mut BlockPool) {
+        let unfindable_from = self.chain.as_ref().map_or(0, Chain::unfindable_from);
+        pool.give_back(&mut self.blocks, unfindable_from);
+    }
+
+    /// Gives its blocks back and forgets what was computed.
+    pub(crate) fn step_back(&mut self, pool: &mut BlockPool) {
+        self.release(pool);
         self.computed = 0;
+        self.stepped_back = true;
+        if let Some(chain) = &mut self.chain {
+            chain.restart(self.tokens.len());
+        }
         if let Some(logprobs) = &mut self.prompt_logprobs {
             logprobs.clear();
         }
@@ -192,7 +283,11 @@ impl Sequence {
             let tapped = activations.taps.iter().zip(vectors).map(read).collect();
             self.sender.send(RowEvent::Tapped(tapped));
         }
-        let usage = Usage { prompt_tokens: self.prompt_len, generated_tokens: self.generated() };
+        let usage = Usage {
+            prompt_tokens: self.prompt_len,
+            cached_tokens: self.cached,
+            generated_tokens: self.generated(),
+        };
         self.sender.send(RowEvent::Finished { reason, usage });
         Life::Ended
     }

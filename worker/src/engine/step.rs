@@ -31,7 +31,6 @@ pub(super) struct Active {
     batch: Batch,
     plan: Plan,
     running_states: Vec<RowState>,
-    waiting_states: Vec<RowState>,
     /// Per share of the plan: where its outputs start in the batch, and the position of the first.
     outputs: Vec<RowOutputs>,
     /// Shares in the order in which their rows are in the batch: those that leave it in mid-step last.
@@ -68,7 +67,6 @@ impl Active {
             batch: batch_for(&needs, rows),
             plan: Plan::default(),
             running_states: Vec::with_capacity(rows),
-            waiting_states: Vec::with_capacity(limits.max_waiting_rows as usize),
             outputs: Vec::with_capacity(rows),
             order: Vec::with_capacity(rows),
             sampler: Sampler::with_vocabulary(config.vocab_size),
@@ -106,26 +104,30 @@ impl Active {
         limits: &EngineConfig,
         totals: &mut Totals,
     ) {
+        // Rows of one prompt take turns at the prefill budget, so the younger find what the older have computed.
+        let pool = &mut self.cache.pool;
+        totals.cached_tokens += running.iter_mut().map(|row| u64::from(row.reuse(pool))).sum::<u64>();
         self.running_states.clear();
         self.running_states.extend(running.iter().map(Sequence::state));
-        self.waiting_states.clear();
-        self.waiting_states
-            .extend(waiting.iter().take(limits.max_running_rows as usize).map(Sequence::state));
         let budget = StepBudget {
             max_running_rows: limits.max_running_rows.max(1),
             prefill_chunk_tokens: limits.prefill_chunk_tokens,
-            free_blocks: self.cache.free(),
+            free_blocks: pool.free(),
         };
-        schedule(&self.running_states, &self.waiting_states, budget, &mut self.plan);
+        let waiting_states = waiting.iter().map(|row| row.state_with_found(pool));
+        schedule(&self.running_states, waiting_states, budget, &mut self.plan);
 
         // Who steps back is younger than who runs, and older than who waits.
         for mut row in running.drain(self.plan.keep_running..).rev() {
-            self.cache.give_back(&mut row.blocks);
-            row.step_back();
+            row.step_back(pool);
             waiting.insert(0, row);
             totals.preemptions += 1;
         }
-        running.extend(waiting.drain(..self.plan.admit));
+        // Found blocks are held before any block is taken, so that they are still there.
+        for mut row in waiting.drain(..self.plan.admit) {
+            totals.cached_tokens += u64::from(row.reuse(pool));
+            running.push(row);
+        }
 
         let computed = self.compute(base, running);
         self.batch.clear();
@@ -143,10 +145,10 @@ impl Active {
                 }
             }
         }
-        let cache = &mut self.cache;
+        let pool = &mut self.cache.pool;
         running.retain_mut(|row| {
             if row.ended {
-                cache.give_back(&mut row.blocks);
+                row.release(pool);
             }
             !row.ended
         });
@@ -163,7 +165,7 @@ impl Active {
             let share = &self.plan.shares[share];
             let row = &mut running[share.row];
             for _ in 0..share.new_blocks {
-                row.blocks.push(self.cache.take().expect("the plan counted the free blocks"));
+                row.blocks.push(self.cache.pool.take().expect("the plan counted the free blocks"));
             }
             let (start, tokens) = (row.computed, share.tokens);
             let from = row.outputs_from(tokens);
@@ -188,7 +190,9 @@ impl Active {
         let width = base.layout.config.hidden_size;
         self.decoder.forward(base, &mut self.cache, &self.batch, &mut self.workspace, None)?;
         for (share, _) in self.plan.shares.iter().zip(&self.outputs) {
-            running[share.row].computed += share.tokens;
+            let row = &mut running[share.row];
+            row.computed += share.tokens;
+            row.register(&mut self.cache.pool);
         }
         self.workspace.with_captured(|captured| {
             let mut active = self.batch.active().iter();
@@ -206,7 +210,7 @@ impl Active {
         let mut next = 0;
         for start in (0..self.batch.outputs()).step_by(group) {
             let end = (start + group).min(self.batch.outputs());
-            let (outputs, sampler) = (&self.outputs, &mut self.sampler);
+            let (outputs, sampler, pool) = (&self.outputs, &mut self.sampler, &mut self.cache.pool);
             self.decoder.logits(base, &self.batch, &self.workspace, start..end, |_, logits| {
                 for (output, logits) in (start..end).zip(logits.rows()) {
                     while outputs[next].end <= output {
@@ -222,8 +226,8 @@ impl Active {
                     row.ended = row.take_logits(position, logits, sampler) == Life::Ended;
                     counts.generated_tokens += (row.tokens.len() - known) as u64;
                     if long_from == Some(known as u32) && row.tokens.len() > known {
-                        // A longer sequence is rotated otherwise, all of it. Its blocks are its own and stay.
-                        row.step_back();
+                        // A longer sequence is rotated otherwise, all of it.
+                        row.step_back(pool);
                     }
                 }
             })?;

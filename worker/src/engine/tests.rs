@@ -1,7 +1,10 @@
 //! Properties of the running engine, on small random models made in memory: a batch means nothing, nothing is left behind.
 
+mod prefix;
+
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use futures::executor::block_on;
@@ -13,6 +16,7 @@ use serde_json::json;
 use super::handle::*;
 use super::row::*;
 use super::{Engine, memory};
+use crate::lens::FilledLens;
 use crate::lens::inject::{Injection, Operation};
 use crate::lens::lora::LoraFolder;
 use crate::lens::tap::{ActivationError, Activations, Positions, Site, Tap, Tapped};
@@ -89,6 +93,7 @@ fn limits_to(context: u32, layout: &BaseLayout, chunk: u32, rows: u32, spare_blo
         max_running_rows: rows,
         prefill_chunk_tokens: chunk,
         max_waiting_rows: 2048,
+        prefix_cache: true,
     };
     let needs = memory::BaseNeeds::of(&layout.config, layout.dtype, &limits);
     let blocks = u64::from(needs.min_blocks + spare_blocks) * needs.block_bytes;
@@ -113,14 +118,13 @@ async fn install(engine: &EngineHandle, layout: &BaseLayout, seed: u64) -> BaseI
     engine.install_base(FilledBase::new(layout.clone(), region)).await.unwrap()
 }
 
-/// Writes and loads a LoRA lens with random tensors.
-async fn load_lens(engine: &EngineHandle, base: BaseId, config: &Arc<ModelConfig>, seed: u64) -> LensId {
-    let dir = tempfile::tempdir().unwrap();
+/// Writes a LoRA lens with random tensors.
+fn write_lens(dir: &Path, config: &ModelConfig, seed: u64) {
     let rank = 3 + (seed % 5) as usize;
     let targets =
         if seed.is_multiple_of(2) { json!(["q_proj", "v_proj", "down_proj"]) } else { json!("all-linear") };
     let adapter = json!({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets});
-    std::fs::write(dir.path().join("adapter_config.json"), adapter.to_string()).unwrap();
+    std::fs::write(dir.join("adapter_config.json"), adapter.to_string()).unwrap();
     let dtype = if seed.is_multiple_of(3) { Dtype::BF16 } else { Dtype::F32 };
     let mut noise = Noise(seed);
     let mut tensors = BTreeMap::new();
@@ -139,13 +143,22 @@ async fn load_lens(engine: &EngineHandle, base: BaseId, config: &Arc<ModelConfig
             }
         }
     }
-    write(&dir.path().join("adapter_model.safetensors"), &tensors);
+    write(&dir.join("adapter_model.safetensors"), &tensors);
+}
+
+/// Writes and loads such a lens.
+async fn load_lens(engine: &EngineHandle, base: BaseId, config: &ModelConfig, seed: u64) -> LensId {
+    let filled = fill_lens(engine, base, config, seed).await;
+    engine.install_lens(base, filled).await.unwrap()
+}
+
+async fn fill_lens(engine: &EngineHandle, base: BaseId, config: &ModelConfig, seed: u64) -> FilledLens {
+    let dir = tempfile::tempdir().unwrap();
+    write_lens(dir.path(), config, seed);
     let lent = engine.lend_base(base).await.unwrap();
     let folder = LoraFolder::open(dir.path(), lent.layout()).unwrap();
     let region = engine.reserve_lens(folder.layout()).await.unwrap();
-    let filled = folder.fill(region, &lent, &mut |_| ControlFlow::Continue(())).unwrap();
-    drop(lent);
-    engine.install_lens(base, filled).await.unwrap()
+    folder.fill(region, &lent, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 /// A row before it is known which ids its base and lenses have.
@@ -156,6 +169,8 @@ struct Ask {
     new: u32,
     temperature: f32,
     seed: u64,
+    /// Whether the log-probabilities of its prompt are asked for.
+    scores: bool,
     touch: Touch,
 }
 
@@ -220,8 +235,10 @@ impl Ask {
             stop_token_ids: vec![5],
             max_new_tokens: if leaves { 0 } else { self.new },
             logprobs: Some(2),
-            prompt_logprobs: (!leaves).then_some(1),
+            prompt_logprobs: (self.scores && !leaves).then_some(1),
             activations: self.touch.activations(self.prompt.len(), self.seed),
+            cache_salt: None,
+            parent: None,
         }
     }
 }
@@ -229,8 +246,18 @@ impl Ask {
 fn ask() -> impl Strategy<Value = Ask> {
     let lenses =
         prop::sample::select(vec![vec![], vec![(0, 1.0)], vec![(1, 0.5)], vec![(0, -0.75), (1, 1.0)]]);
-    let prompt = prop::collection::vec(0..VOCAB, 1..70);
+    // Many begin alike, for some blocks.
+    let stem = (prop::sample::select(vec![1, 2]), 0usize..60);
+    let rest = prop::collection::vec(0..VOCAB, 1..30);
+    let prompt = (stem, rest).prop_map(|((stem, length), rest)| {
+        let mut noise = Noise(stem);
+        let stem = (0..length).map(|_| ((noise.next() + 1.0) * 33.0) as u32);
+        stem.chain(rest).take(69).collect::<Vec<_>>()
+    });
     let touches = vec![
+        Touch::Nothing,
+        Touch::Nothing,
+        Touch::Nothing,
         Touch::Nothing,
         Touch::Nothing,
         Touch::Reads,
@@ -241,36 +268,61 @@ fn ask() -> impl Strategy<Value = Ask> {
         Touch::Writes(Operation::AddKeepingNorm { scale: 2.0 }),
     ];
     let touch = prop::sample::select(touches);
-    (prompt, lenses, 0u32..40, prop::sample::select(vec![0.0, 0.9]), any::<u64>(), touch).prop_map(
-        |(prompt, lenses, new, temperature, seed, touch)| Ask {
+    let temperature = prop::sample::select(vec![0.0, 0.9]);
+    (prompt, lenses, 0u32..40, temperature, any::<u64>(), prop::bool::weighted(0.3), touch).prop_map(
+        |(prompt, lenses, new, temperature, seed, scores, touch)| Ask {
             prompt,
             lenses,
             new,
             temperature,
             seed,
+            scores,
             touch,
         },
     )
 }
 
-/// Everything a row reported. Its f32 numbers are compared as they are: equal means equal bits here, as none is zero or NaN.
+/// Everything a row reported, but for what it found in the cache. Its f32 numbers are compared as they are: equal means equal bits
+/// here, as none is zero or NaN.
 async fn run(engine: &EngineHandle, request: RowRequest) -> Vec<RowEvent> {
     let mut stream = engine.submit(request).await.unwrap();
     let mut events = Vec::new();
     while let Some(event) = stream.next().await {
         events.push(event);
     }
-    assert!(matches!(events.last(), Some(RowEvent::Finished { .. })), "{events:?}");
+    match events.last_mut() {
+        Some(RowEvent::Finished { usage, .. }) => usage.cached_tokens = 0,
+        other => panic!("the row did not finish: {other:?}"),
+    }
     events
 }
 
-/// The rows in an engine of its own: all at once, or one after the other.
+/// What rows report that come in the same moment, before any of them is computed.
+async fn at_once(
+    engine: &EngineHandle,
+    requests: impl IntoIterator<Item = RowRequest>,
+) -> Vec<Vec<RowEvent>> {
+    let hold = engine.hold().await;
+    let mut all = join_all(requests.into_iter().map(|request| run(engine, request)));
+    assert!(futures::poll!(&mut all).is_pending());
+    drop(hold);
+    all.await
+}
+
+/// The engine after the step that is being computed.
+async fn settled(engine: &EngineHandle) -> Snapshot {
+    // Any command is answered between two steps.
+    let _ = engine.remove_lens(LensId(0)).await;
+    engine.snapshot()
+}
+
+/// The rows in an engine of its own: all at once, or one after the other. With what it looked like at the end.
 fn answers(
     layout: &BaseLayout,
     limits: EngineConfig,
     asks: &[&Ask],
     together: bool,
-) -> (Vec<Vec<RowEvent>>, u64) {
+) -> (Vec<Vec<RowEvent>>, Snapshot) {
     block_on(async {
         let engine = Engine::start(limits).unwrap();
         let base = install(&engine, layout, 7).await;
@@ -281,7 +333,10 @@ fn answers(
         ];
         let requests = asks.iter().map(|ask| ask.request(base, &lenses));
         let answers = if together {
-            join_all(requests.map(|request| run(&engine, request))).await
+            let first = at_once(&engine, requests.clone()).await;
+            // Again, with what is kept of the first time.
+            assert_eq!(at_once(&engine, requests).await, first);
+            first
         } else {
             let mut answers = Vec::new();
             for request in requests {
@@ -289,9 +344,10 @@ fn answers(
             }
             answers
         };
-        let preemptions = engine.snapshot().preemptions_total;
+        let end = settled(&engine).await;
+        assert_eq!(end.kv_blocks_free, end.kv_blocks_total);
         engine.shutdown().await;
-        (answers, preemptions)
+        (answers, end)
     })
 }
 
@@ -304,19 +360,20 @@ fn rows_are_the_same_in_any_batch(name: &str, dtype: Dtype) {
         2u32..9,
         0u32..12,
     );
-    let preemptions = std::cell::Cell::new(0);
+    let (preemptions, cached) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
     let mut runner =
         proptest::test_runner::TestRunner::new(ProptestConfig { cases: 24, ..Default::default() });
     runner
         .run(&strategy, |(asks, order, chunk, rows, spare)| {
-            let (alone, _) =
-                answers(&layout, limits(&layout, 128, 1, 0), &asks.iter().collect::<Vec<_>>(), false);
+            // Alone a row computes everything itself.
+            let alone = EngineConfig { prefix_cache: false, ..limits(&layout, 128, 1, 0) };
+            let (alone, _) = answers(&layout, alone, &asks.iter().collect::<Vec<_>>(), false);
             let mut mixed: Vec<usize> = (0..asks.len()).collect();
             mixed.sort_by_key(|&i| order.rotate_left(i as u32 * 7) ^ i as u64);
             let shuffled: Vec<&Ask> = mixed.iter().map(|&i| &asks[i]).collect();
-            let (together, stepped_back) =
-                answers(&layout, limits(&layout, chunk, rows, spare), &shuffled, true);
-            preemptions.set(preemptions.get() + stepped_back);
+            let (together, end) = answers(&layout, limits(&layout, chunk, rows, spare), &shuffled, true);
+            preemptions.set(preemptions.get() + end.preemptions_total);
+            cached.set(cached.get() + end.prefix_cached_tokens_total);
             for (answer, &i) in together.iter().zip(&mixed) {
                 prop_assert_eq!(answer, &alone[i]);
             }
@@ -324,6 +381,7 @@ fn rows_are_the_same_in_any_batch(name: &str, dtype: Dtype) {
         })
         .unwrap();
     assert!(preemptions.get() > 0, "the schedules were so easy that no row stepped back");
+    assert!(cached.get() > 0, "no row found anything of another's");
 }
 
 #[test]
@@ -390,7 +448,7 @@ fn token(event: &RowEvent) -> Option<u32> {
 fn some_ask(seed: u64, lenses: Vec<(usize, f32)>, new: u32) -> Ask {
     let mut noise = Noise(seed);
     let prompt = (0..20).map(|_| ((noise.next() + 1.0) * 30.0) as u32 + 6).collect();
-    Ask { prompt, lenses, new, temperature: 0.0, seed, touch: Touch::Nothing }
+    Ask { prompt, lenses, new, temperature: 0.0, seed, scores: true, touch: Touch::Nothing }
 }
 
 fn tapped(events: &[RowEvent]) -> &[Tapped] {
@@ -473,9 +531,16 @@ fn a_row_that_leaves_early_has_read_what_it_would_have_read() {
         let mut early = whole.clone();
         early.activations.stop_layer = Some(1);
         let beside = some_ask(6, vec![], 5).request(base, &[]);
-        let heartbeat = engine.heartbeat();
+        let mut beats = Vec::new();
+        for request in [&early, &whole] {
+            settled(&engine).await;
+            let before = engine.heartbeat();
+            run(&engine, request.clone()).await;
+            settled(&engine).await;
+            beats.push(engine.heartbeat() - before);
+        }
+        assert_eq!(beats[0] + 1, beats[1], "one of two blocks was computed, after the same commands");
         let alone = run(&engine, early.clone()).await;
-        assert!(engine.heartbeat() - heartbeat < 2 + 4, "one block and the commands");
         let mixed = join_all([&early, &beside, &whole, &early].map(|row| run(&engine, row.clone()))).await;
         assert_eq!((&mixed[0], &mixed[3]), (&alone, &alone));
         assert_eq!(tapped(&mixed[2]), tapped(&alone));

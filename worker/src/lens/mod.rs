@@ -45,6 +45,8 @@ pub struct FilledLens {
     pub(crate) layout: LensLayout,
     pub(crate) region: Region,
     pub(crate) effects: Effects,
+    /// Digest of its files, when it is known.
+    pub(crate) digest: Option<Arc<str>>,
 }
 
 /// What one lens, or several together, do to the rows of a step.
@@ -92,7 +94,15 @@ impl FilledLens {
     pub fn new(base: Arc<ModelConfig>, layout: LensLayout, region: Region) -> Self {
         assert_eq!(region.len() as u64, layout.bytes, "the region was reserved for this layout");
         let effects = Effects::of(&layout);
-        Self { base, layout, region, effects }
+        Self { base, layout, region, effects, digest: None }
+    }
+
+    /// The lens with the digest of its files. Lenses with equal digests find each other's keys and values in the cache, also
+    /// after one was evicted and loaded again; without one, an installation finds only its own.
+    #[must_use]
+    pub fn with_digest(mut self, digest: impl Into<Arc<str>>) -> Self {
+        self.digest = Some(digest.into());
+        self
     }
 
     /// A vector as the kernels take it.

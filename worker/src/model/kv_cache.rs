@@ -1,8 +1,7 @@
-//! The KV cache: blocks of sixteen positions, handed out lowest first, in a region that can shrink and grow while rows run.
+//! The KV cache: blocks of sixteen positions, in a region that can shrink and grow while rows run. Whose they are says the
+//! [`BlockPool`]; here are their bytes.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-
+use super::block_pool::BlockPool;
 use super::config::ModelConfig;
 use super::weights::Dtype;
 use crate::engine::arena::Region;
@@ -25,35 +24,19 @@ pub fn cache_shape(config: &ModelConfig, dtype: Dtype) -> CacheShape {
     }
 }
 
-/// All blocks, and which of them no row holds.
+/// The blocks of a base, and their bytes.
 #[derive(Debug)]
 pub struct KvCache {
     shape: CacheShape,
     region: Region,
-    total: u32,
-    free: BinaryHeap<Reverse<u32>>,
+    /// Who holds which block.
+    pub pool: BlockPool,
 }
 
 impl KvCache {
     /// A cache without blocks, in a region of reserved addresses. [`Self::resize`] gives it some.
     pub(crate) fn new(shape: CacheShape, region: Region) -> Self {
-        let most = region.span() / shape.block_bytes();
-        Self { shape, region, total: 0, free: BinaryHeap::with_capacity(most.min(1 << 20)) }
-    }
-
-    /// Blocks in all.
-    pub fn total(&self) -> u32 {
-        self.total
-    }
-
-    /// Blocks no row holds.
-    pub fn free(&self) -> u32 {
-        self.free.len() as u32
-    }
-
-    /// Blocks that rows hold.
-    pub fn used(&self) -> u32 {
-        self.total - self.free()
+        Self { shape, region, pool: BlockPool::default() }
     }
 
     /// The most blocks it can grow to.
@@ -61,37 +44,37 @@ impl KvCache {
         u32::try_from(self.region.span() / self.shape.block_bytes()).unwrap_or(u32::MAX)
     }
 
-    /// Takes the lowest free block.
-    pub fn take(&mut self) -> Option<u32> {
-        self.free.pop().map(|Reverse(block)| block)
-    }
-
-    /// Gives a row's blocks back.
-    pub fn give_back(&mut self, blocks: &mut Vec<u32>) {
-        self.free.extend(blocks.drain(..).map(Reverse));
-    }
-
     /// Changes how many blocks there are. When it shrinks, blocks that rows hold beyond the end are moved down and their
     /// tables rewritten; there must be as many as rows hold.
     pub(crate) fn resize<'a>(&mut self, total: u32, tables: impl Iterator<Item = &'a mut Vec<u32>>) {
-        assert!(total >= self.used() && total <= self.limit(), "rows hold more blocks, or there is no room");
-        let bytes = u64::from(total) * self.shape.block_bytes() as u64;
-        if total >= self.total {
+        assert!(total <= self.limit(), "there is no room for so many blocks");
+        let size = self.shape.block_bytes();
+        let bytes = u64::from(total) * size as u64;
+        if total >= self.pool.total() {
             self.region.set_charged(bytes);
-            self.free.extend((self.total..total).map(Reverse));
-        } else {
-            for block in tables.flatten().filter(|block| **block >= total) {
-                // Lowest first: while a row holds a block beyond the end, some block before it is free.
-                let to = self.take().expect("there are as many blocks as rows hold");
-                let size = self.shape.block_bytes();
-                let from = *block as usize * size;
-                self.region.bytes_mut().copy_within(from..from + size, to as usize * size);
-                *block = to;
-            }
-            self.free.retain(|Reverse(block)| *block < total);
-            self.region.set_charged(bytes);
+            self.pool.resize(total);
+            return;
         }
-        self.total = total;
+        let moves = self.pool.resize(total);
+        for &(from, to) in &moves {
+            let from = from as usize * size;
+            self.region.bytes_mut().copy_within(from..from + size, to as usize * size);
+        }
+        for block in tables.flatten().filter(|block| **block >= total) {
+            let moved = moves.binary_search_by_key(block, |(from, _)| *from);
+            *block = moves[moved.expect("every held block beyond the end has moved")].1;
+        }
+        self.region.set_charged(bytes);
+    }
+
+    /// Makes every number in a kept block not-a-number, and says how many blocks that are.
+    #[cfg(test)]
+    pub(crate) fn poison_kept(&mut self) -> u32 {
+        let size = self.shape.block_bytes();
+        for block in self.pool.kept_blocks() {
+            self.region.bytes_mut()[block as usize * size..][..size].fill(0xff);
+        }
+        self.pool.kept()
     }
 
     /// The blocks as the kernels take them.
@@ -114,18 +97,18 @@ mod tests {
         let mut cache = KvCache::new(shape, region);
         cache.resize(20, std::iter::empty());
         let mut rows: Vec<Vec<u32>> =
-            (0..5).map(|_| (0..4).map(|_| cache.take().expect("20 blocks")).collect()).collect();
-        assert_eq!(cache.take(), None);
+            (0..5).map(|_| (0..4).map(|_| cache.pool.take().expect("20 blocks")).collect()).collect();
+        assert_eq!(cache.pool.take(), None);
         for block in rows.iter().flatten() {
             cache.region.bytes_mut()[*block as usize * size..][..size].fill(*block as u8 + 1);
         }
         let expected: Vec<Vec<u8>> =
             rows.iter().map(|row| row.iter().map(|b| *b as u8 + 1).collect()).collect();
         for row in [1, 0] {
-            cache.give_back(&mut rows[row]);
+            cache.pool.give_back(&mut rows[row], 0);
         }
         cache.resize(12, rows.iter_mut());
-        assert_eq!((cache.total(), cache.free(), arena.used().kv_bytes), (12, 0, 12 * size as u64));
+        assert_eq!((cache.pool.total(), cache.pool.free(), arena.used().kv_bytes), (12, 0, 12 * size as u64));
         for (row, expected) in rows.iter().zip(&expected).skip(2) {
             for (block, fill) in row.iter().zip(expected) {
                 assert!(*block < 12);
@@ -134,7 +117,7 @@ mod tests {
         }
         cache.resize(64, rows.iter_mut());
         let mut held: Vec<u32> = rows.into_iter().flatten().collect();
-        held.extend(std::iter::from_fn(|| cache.take()));
+        held.extend(std::iter::from_fn(|| cache.pool.take()));
         held.sort();
         assert_eq!(held, (0..64).collect::<Vec<_>>(), "every block is held once or free once");
     }

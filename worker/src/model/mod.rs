@@ -1,5 +1,6 @@
 //! What a base is: its architecture, its weights, and how it computes a ragged batch.
 
+pub mod block_pool;
 pub mod chat_template;
 pub mod config;
 pub mod decoder;

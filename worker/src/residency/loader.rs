@@ -78,7 +78,10 @@ pub async fn load_lens(
     if !lens.files.are_unchanged() {
         return Err(LoadError::Changed);
     }
-    engine.install_lens(base, filled).await.map_err(|e| LoadError::Failed(internal(&e)))
+    engine
+        .install_lens(base, filled.with_digest(lens.files.digest))
+        .await
+        .map_err(|e| LoadError::Failed(internal(&e)))
 }
 
 /// Loads a base; it is resident then, not active.

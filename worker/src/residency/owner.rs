@@ -316,6 +316,7 @@ impl Owner {
             prefill_chunk_tokens: document.batching.prefill_chunk_tokens,
             // The queue is ours: the engine is given no more than it can soon compute, and takes all of it.
             max_waiting_rows: document.batching.max_running_rows.saturating_mul(2).saturating_add(16),
+            prefix_cache: true,
         };
         self.wanted_limits = (limits != self.limits || self.reconfiguring).then_some(limits);
         self.reconfigure_at = Instant::now();
@@ -554,6 +555,7 @@ mod tests {
             max_running_rows: 1,
             prefill_chunk_tokens: 1,
             max_waiting_rows: 1,
+            prefix_cache: true,
         }
     }
 
