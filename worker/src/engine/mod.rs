@@ -3,7 +3,7 @@
 //! - [`handle`]: how everyone else talks to it; start here. [`row`]: what a row is asked and answers.
 //! - [`arena`] and [`memory`]: device memory, and the sums that decide what fits.
 //! - `chain`: which KV blocks a row shares with others; the tree they form is [`crate::model::block_pool`].
-//! - [`schedule`] (pure): which rows compute how many tokens next. `sequence`: one row's life. [`sampler`] and `cut`: logits to token.
+//! - [`schedule`] (pure): which rows compute how many tokens next; `pace` (pure): how many of them may be of prompts. `sequence`: one row's life. [`sampler`] and `cut`: logits to token.
 //! - `step`: one step, from schedule to tokens. This file: the loop around it, and commands between steps.
 
 pub mod arena;
@@ -11,6 +11,7 @@ mod chain;
 mod cut;
 pub mod handle;
 pub mod memory;
+mod pace;
 pub mod row;
 pub mod sampler;
 pub mod schedule;

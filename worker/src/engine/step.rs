@@ -3,12 +3,14 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use candle_core::Result;
 
 use super::arena::Region;
 use super::handle::{BaseId, EngineConfig};
 use super::memory::BaseNeeds;
+use super::pace::Pace;
 use super::row::RowFailure;
 use super::sampler::Sampler;
 use super::schedule::{Plan, RowState, StepBudget, schedule};
@@ -30,6 +32,7 @@ pub(super) struct Active {
     decoder: Decoder,
     batch: Batch,
     plan: Plan,
+    pace: Pace,
     running_states: Vec<RowState>,
     /// Per share of the plan: where its outputs start in the batch, and the position of the first.
     outputs: Vec<RowOutputs>,
@@ -66,6 +69,7 @@ impl Active {
             decoder: Decoder::new(config, pool, heartbeat),
             batch: batch_for(&needs, rows),
             plan: Plan::default(),
+            pace: Pace::default(),
             running_states: Vec::with_capacity(rows),
             outputs: Vec::with_capacity(rows),
             order: Vec::with_capacity(rows),
@@ -109,9 +113,10 @@ impl Active {
         totals.cached_tokens += running.iter_mut().map(|row| u64::from(row.reuse(pool))).sum::<u64>();
         self.running_states.clear();
         self.running_states.extend(running.iter().map(Sequence::state));
+        let rows_decode = self.running_states.iter().any(|row| row.pending() == 1);
         let budget = StepBudget {
             max_running_rows: limits.max_running_rows.max(1),
-            prefill_chunk_tokens: limits.prefill_chunk_tokens,
+            prefill_chunk_tokens: self.pace.prompt_tokens(rows_decode, limits.prefill_chunk_tokens),
             free_blocks: pool.free(),
         };
         let waiting_states = waiting.iter().map(|row| row.state_with_found(pool));
@@ -129,7 +134,13 @@ impl Active {
             running.push(row);
         }
 
+        let begun = Instant::now();
         let computed = self.compute(base, running);
+        if rows_decode {
+            let prompt_tokens =
+                self.plan.shares.iter().map(|share| share.tokens).filter(|&tokens| tokens > 1);
+            self.pace.learn(prompt_tokens.sum(), begun.elapsed().as_secs_f64());
+        }
         self.batch.clear();
         totals.steps += 1;
         match computed {
