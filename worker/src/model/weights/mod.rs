@@ -1,0 +1,355 @@
+//! The weights of a base: which tensors it has, and where each is in device memory.
+//!
+//! [`BaseFolder::open`] reads only headers. It maps every tensor to a place in one [`Region`], with q, k and v, and gate and
+//! up, laid beside each other so that they are one matrix for the kernels. Matrices keep one dtype and are packed into the
+//! kernels' panels while they are read, which takes the same bytes; an embedding that is not also the head is only ever
+//! looked up and stays row by row. Vectors (norms and biases) are always f32.
+//!
+//! This file is what lies in memory; [`folder`] is how it gets there.
+
+mod folder;
+
+use std::sync::Arc;
+
+pub(crate) use folder::read_json;
+pub use folder::{BASE_SIDE_FILES, BaseError, BaseFolder, base_files};
+
+use super::config::ModelConfig;
+use super::lora::{Site, modules};
+use crate::engine::arena::Region;
+use crate::kernels::matmul::{Packed, PackedShape, Weight};
+use crate::kernels::ops::Table;
+
+/// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Dtype {
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    BF16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+        })
+    }
+}
+
+/// A matrix in device memory, row-major `[outputs, inputs]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Matrix {
+    /// Bytes from the start of the region.
+    pub offset: usize,
+    /// Rows.
+    pub outputs: usize,
+    /// Columns.
+    pub inputs: usize,
+    /// Kind of numbers.
+    pub dtype: Dtype,
+}
+
+/// A matrix in device memory, packed for [`crate::kernels::matmul`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedMatrix {
+    /// Bytes from the start of the region.
+    pub offset: usize,
+    /// Outputs, inputs and kind of numbers.
+    pub shape: PackedShape,
+}
+
+/// An embedding in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Embedding {
+    /// A table of its own.
+    Rows(Matrix),
+    /// The head.
+    Tied(PackedMatrix),
+}
+
+/// An f32 vector in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vector {
+    /// Bytes from the start of the region.
+    pub offset: usize,
+    /// Numbers.
+    pub len: usize,
+}
+
+/// Where the tensors of one decoder block are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Norm before attention.
+    pub attention_norm: Vector,
+    /// q, k and v below each other.
+    pub qkv: PackedMatrix,
+    /// Their biases.
+    pub qkv_bias: Option<Vector>,
+    /// Norm on every head of q and of k.
+    pub qk_norm: Option<(Vector, Vector)>,
+    /// Output of attention.
+    pub o: PackedMatrix,
+    /// Its bias.
+    pub o_bias: Option<Vector>,
+    /// Norm on what attention adds to the residual stream.
+    pub post_attention_norm: Option<Vector>,
+    /// Norm before the feed-forward block.
+    pub mlp_norm: Vector,
+    /// gate and up below each other.
+    pub gate_up: PackedMatrix,
+    /// Their biases.
+    pub gate_up_bias: Option<Vector>,
+    /// Output of the feed-forward block.
+    pub down: PackedMatrix,
+    /// Its bias.
+    pub down_bias: Option<Vector>,
+    /// Norm on what the feed-forward block adds to the residual stream.
+    pub post_mlp_norm: Option<Vector>,
+}
+
+/// Where everything of a base is, and how many bytes that takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BaseLayout {
+    /// The architecture.
+    pub config: Arc<ModelConfig>,
+    /// Bytes of the region.
+    pub bytes: u64,
+    /// Dtype of all matrices.
+    pub dtype: Dtype,
+    /// Embedding.
+    pub embedding: Embedding,
+    /// Decoder blocks.
+    pub layers: Vec<Layer>,
+    /// Norm before the head.
+    pub final_norm: Vector,
+    /// Head; the embedding when they are tied.
+    pub head: PackedMatrix,
+}
+
+/// A tensor file's content on its way to a place in the region.
+struct Move {
+    tensor: String,
+    shape: Vec<usize>,
+    dtype: Dtype,
+    /// One is added to every number.
+    plus_one: bool,
+    place: Place,
+}
+
+/// Where a tensor goes.
+enum Place {
+    /// Number by number, from this offset.
+    Plain(usize),
+    /// Into a packed matrix, from this output on.
+    Panels(PackedMatrix, usize),
+}
+
+/// Places of a region start at multiples of this, a cache line.
+const ALIGNMENT: usize = 64;
+
+/// Lays tensors out one after the other.
+struct Planner {
+    dtype: Dtype,
+    norm_plus_one: bool,
+    end: usize,
+    moves: Vec<Move>,
+}
+
+impl Planner {
+    fn start(&mut self) -> usize {
+        self.end = self.end.next_multiple_of(ALIGNMENT);
+        self.end
+    }
+
+    fn push(&mut self, tensor: String, shape: Vec<usize>, dtype: Dtype) {
+        let bytes = shape.iter().product::<usize>() * dtype.bytes();
+        self.moves.push(Move { tensor, shape, dtype, place: Place::Plain(self.end), plus_one: false });
+        self.end += bytes;
+    }
+
+    fn rows(&mut self, prefix: String, outputs: usize, inputs: usize) -> Matrix {
+        let (offset, dtype) = (self.start(), self.dtype);
+        self.push(format!("{prefix}.weight"), vec![outputs, inputs], dtype);
+        Matrix { offset, outputs, inputs, dtype }
+    }
+
+    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> PackedMatrix {
+        let outputs = parts.iter().map(|p| p.1).sum();
+        let shape = PackedShape { outputs, inputs, dtype: self.dtype };
+        let matrix = PackedMatrix { offset: self.start(), shape };
+        let mut first_output = 0;
+        for (prefix, outputs) in parts {
+            self.moves.push(Move {
+                tensor: format!("{prefix}.weight"),
+                shape: vec![*outputs, inputs],
+                dtype: self.dtype,
+                place: Place::Panels(matrix, first_output),
+                plus_one: false,
+            });
+            first_output += outputs;
+        }
+        self.end += shape.bytes();
+        matrix
+    }
+
+    fn bias(&mut self, has: bool, parts: &[(String, usize)]) -> Option<Vector> {
+        let offset = self.start();
+        has.then(|| {
+            for (prefix, outputs) in parts {
+                self.push(format!("{prefix}.bias"), vec![*outputs], Dtype::F32);
+            }
+            Vector { offset, len: parts.iter().map(|p| p.1).sum() }
+        })
+    }
+
+    fn norm(&mut self, prefix: String, len: usize) -> Vector {
+        let offset = self.start();
+        self.push(format!("{prefix}.weight"), vec![len], Dtype::F32);
+        self.moves.last_mut().expect("pushed above").plus_one = self.norm_plus_one;
+        Vector { offset, len }
+    }
+
+    fn layer(&mut self, c: &ModelConfig, index: usize) -> Layer {
+        let at = |name: &str| format!("model.layers.{index}.{name}");
+        let parts = |site| -> Vec<(String, usize)> {
+            modules(c).iter().filter(|m| m.site == site).map(|m| (at(m.name), m.outputs)).collect()
+        };
+        let [qkv, o, gate_up, down] = Site::ALL.map(parts);
+        let sandwich = c.sandwich_norms;
+        // Architectures without the outer norms call the inner one by where it comes after.
+        let mlp_norm = if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        Layer {
+            attention_norm: self.norm(at("input_layernorm"), c.hidden_size),
+            qkv: self.matrix(&qkv, c.hidden_size),
+            qkv_bias: self.bias(c.qkv_bias, &qkv),
+            qk_norm: c.qk_norm.then(|| {
+                (self.norm(at("self_attn.q_norm"), c.head_dim), self.norm(at("self_attn.k_norm"), c.head_dim))
+            }),
+            o: self.matrix(&o, c.q_size()),
+            o_bias: self.bias(c.o_bias, &o),
+            post_attention_norm: sandwich.then(|| self.norm(at("post_attention_layernorm"), c.hidden_size)),
+            mlp_norm: self.norm(at(mlp_norm), c.hidden_size),
+            gate_up: self.matrix(&gate_up, c.hidden_size),
+            gate_up_bias: self.bias(c.mlp_bias, &gate_up),
+            down: self.matrix(&down, c.intermediate_size),
+            down_bias: self.bias(c.mlp_bias, &down),
+            post_mlp_norm: sandwich.then(|| self.norm(at("post_feedforward_layernorm"), c.hidden_size)),
+        }
+    }
+}
+
+impl BaseLayout {
+    /// Where everything of a base of this architecture goes, with matrices of this dtype.
+    pub fn of(config: &Arc<ModelConfig>, dtype: Dtype) -> Self {
+        Self::plan(config, dtype).0
+    }
+
+    fn plan(config: &Arc<ModelConfig>, dtype: Dtype) -> (Self, Vec<Move>) {
+        let mut planner = Planner { dtype, norm_plus_one: config.norm_plus_one, end: 0, moves: Vec::new() };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = match config.tie_word_embeddings {
+            true => Embedding::Tied(planner.matrix(&[("model.embed_tokens".into(), vocab)], hidden)),
+            false => Embedding::Rows(planner.rows("model.embed_tokens".into(), vocab, hidden)),
+        };
+        let layers = (0..config.layers).map(|index| planner.layer(config, index)).collect();
+        let final_norm = planner.norm("model.norm".into(), config.hidden_size);
+        let head = match embedding {
+            Embedding::Tied(head) => head,
+            Embedding::Rows(_) => planner.matrix(&[("lm_head".into(), vocab)], hidden),
+        };
+        let bytes = planner.start() as u64;
+        let config = config.clone();
+        (Self { config, bytes, dtype, embedding, layers, final_norm, head }, planner.moves)
+    }
+}
+
+/// A base whose weights are all in place.
+#[derive(Debug)]
+pub struct FilledBase {
+    pub(crate) layout: BaseLayout,
+    pub(crate) region: Region,
+}
+
+impl FilledBase {
+    /// Takes a region that was filled by other means than a folder, laid out as `layout`.
+    pub fn new(layout: BaseLayout, region: Region) -> Self {
+        assert_eq!(region.len() as u64, layout.bytes, "the region was reserved for this layout");
+        Self { layout, region }
+    }
+
+    /// Where everything is.
+    pub fn layout(&self) -> &BaseLayout {
+        &self.layout
+    }
+
+    /// A matrix as the kernels take it. [`Packed::row`] reads it row by row.
+    pub(crate) fn matrix(&self, matrix: &PackedMatrix) -> Packed<'_> {
+        matrix.of(self.region.bytes())
+    }
+
+    /// The embedding as the kernels take it.
+    pub(crate) fn embedding(&self) -> Table<'_> {
+        match &self.layout.embedding {
+            Embedding::Rows(matrix) => Table::Rows(matrix.of(self.region.bytes())),
+            Embedding::Tied(matrix) => Table::Packed(self.matrix(matrix)),
+        }
+    }
+
+    /// One row of a block's matrix, in f32: the weights that an output is computed with.
+    pub(crate) fn row(&self, layer: usize, site: Site, output: usize, row: &mut [f32]) {
+        let layer = &self.layout.layers[layer];
+        let matrix = match site {
+            Site::Qkv => &layer.qkv,
+            Site::O => &layer.o,
+            Site::GateUp => &layer.gate_up,
+            Site::Down => &layer.down,
+        };
+        self.matrix(matrix).row(output, row);
+    }
+
+    /// A vector as the kernels take it.
+    pub(crate) fn vector(&self, vector: &Vector) -> &[f32] {
+        vector.of(self.region.bytes())
+    }
+}
+
+impl PackedMatrix {
+    /// This matrix in the bytes of its region.
+    pub(crate) fn of(self, region: &[u8]) -> Packed<'_> {
+        Packed::new(self.shape, &region[self.offset..][..self.shape.bytes()])
+    }
+}
+
+impl Vector {
+    /// This vector in the bytes of its region.
+    pub(crate) fn of(self, region: &[u8]) -> &[f32] {
+        bytemuck::cast_slice(&region[self.offset..][..self.len * 4])
+    }
+}
+
+impl Matrix {
+    /// This matrix in the bytes of its region.
+    pub(crate) fn of<'a>(&self, bytes: &'a [u8]) -> Weight<'a> {
+        let bytes = &bytes[self.offset..][..self.outputs * self.inputs * self.dtype.bytes()];
+        match self.dtype {
+            Dtype::F32 => Weight::F32(bytemuck::cast_slice(bytes)),
+            Dtype::BF16 => Weight::BF16(bytemuck::cast_slice(bytes)),
+            Dtype::F16 => Weight::F16(bytemuck::cast_slice(bytes)),
+        }
+    }
+}
