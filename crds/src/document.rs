@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     condition::reason,
-    group::{Dtype, LensKind, ModelGroup},
+    group::{Base, Dtype, LensKind, ModelGroup, Quantization},
     placement::{ModelPlacement, ModelPlacementSpec},
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
@@ -99,23 +99,33 @@ pub struct DocumentBase {
     /// Number format in memory; absent: as stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
+    /// What is done to its matrices; absent: nothing.
+    #[serde(default, skip_serializing_if = "is_not_quantized")]
+    pub quantization: Quantization,
 }
 
-/// Identity of what is active on a worker: which weights, in which number format.
+fn is_not_quantized(quantization: &Quantization) -> bool {
+    *quantization == Quantization::None
+}
+
+/// Identity of what is active on a worker: which weights, in which number format, quantized or not.
 ///
 /// Written `IDENTITY/DTYPE`, where IDENTITY is the declared digest, or the URI where none is
 /// declared (then two spellings of one place count as two bases), and DTYPE `stored` when absent.
+/// `/Q8_0` follows when it is quantized.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct BaseKey(pub String);
 
 impl BaseKey {
     /// The key of a base.
-    pub fn of(source: &Source, dtype: Option<Dtype>) -> Self {
+    pub fn of(base: &Base) -> Self {
+        let source = &base.source;
         let identity = source.digest.as_deref().unwrap_or(source.uri.trim_end_matches('/'));
-        match dtype {
-            Some(dtype) => Self(format!("{identity}/{dtype:?}")),
-            None => Self(format!("{identity}/stored")),
+        let dtype = base.dtype.map_or("stored".into(), |dtype| format!("{dtype:?}"));
+        match base.quantization.unwrap_or_default() {
+            Quantization::None => Self(format!("{identity}/{dtype}")),
+            quantization => Self(format!("{identity}/{dtype}/{quantization:?}")),
         }
     }
 }
@@ -398,9 +408,10 @@ fn document_group(name: &str, group: &ModelGroup) -> DocumentGroup {
         uid: group.metadata.uid.clone().unwrap_or_default(),
         generation: group.metadata.generation.unwrap_or_default(),
         base: DocumentBase {
-            key: BaseKey::of(&base.source, base.dtype),
+            key: BaseKey::of(base),
             source: base.source.clone(),
             dtype: base.dtype,
+            quantization: base.quantization.unwrap_or_default(),
         },
         lenses,
     }

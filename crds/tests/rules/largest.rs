@@ -44,7 +44,7 @@ fn group() -> Value {
         "kind": "ModelGroup",
         "metadata": {"name": "a".repeat(63)},
         "spec": {
-            "base": {"source": source("pvc://models/"), "dtype": "BF16"},
+            "base": {"source": source("pvc://models/"), "dtype": "BF16", "quantization": "Q8_0"},
             "lenses": (0..256).map(lens).collect::<Vec<_>>(),
         },
     })
