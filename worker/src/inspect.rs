@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::lens::LensError;
 use crate::lens::lora::{LoraFolder, lora_files};
 use crate::model::config::ModelConfig;
-use crate::model::weights::{BaseError, BaseFolder, BaseLayout, Dtype, base_files};
+use crate::model::weights::{BaseError, BaseFolder, BaseLayout, Dtype, Quantization, base_files};
 use crate::residency::resolve::{HashedFile, digest_of};
 
 /// What to look at.
@@ -90,6 +90,7 @@ fn inspect_base(path: &Path) -> Result<(), InspectError> {
     for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
         println!("  {dtype}: {}", BaseLayout::of(config, dtype).bytes);
     }
+    println!("  Q8_0: {}", base.layout().quantized(Quantization::Q8_0).bytes);
     Ok(())
 }
 

@@ -44,7 +44,7 @@ pub(super) struct Decode<'a> {
 
 impl Loaded {
     pub(super) async fn load(args: &BenchArgs) -> Result<Self, BenchError> {
-        let folder = BaseFolder::open(&args.base, None)?;
+        let folder = BaseFolder::open(&args.base, None)?.quantized(args.quantization);
         let config = folder.config().clone();
         let lens_folder = |path: &std::path::PathBuf| {
             LoraFolder::open(path, folder.layout())

@@ -18,7 +18,7 @@ use crate::engine::row::RowFailure;
 use crate::kernels::simd::InstructionSet;
 use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::LensError;
-use crate::model::weights::{BaseError, BaseFolder};
+use crate::model::weights::{BaseError, BaseFolder, Quantization};
 use engine::{Decode, Loaded, SHORT};
 use probe::Probe;
 use report::median;
@@ -32,6 +32,9 @@ pub struct BenchArgs {
     /// Folder of a lens over it. May be repeated; with several, rows of a batch take turns among them.
     #[arg(long = "lens", value_name = "FOLDER")]
     pub lenses: Vec<PathBuf>,
+    /// What is done to the base's matrices while they are loaded: None or Q8_0.
+    #[arg(long, default_value = "None", value_parser = parse_quantization)]
+    pub quantization: Quantization,
     /// Rounds of all measurements.
     #[arg(long, default_value_t = 7)]
     pub rounds: usize,
@@ -101,6 +104,14 @@ pub enum BenchError {
         /// What it must be.
         why: &'static str,
     },
+}
+
+fn parse_quantization(text: &str) -> Result<Quantization, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "none" => Ok(Quantization::None),
+        "q8_0" => Ok(Quantization::Q8_0),
+        _ => Err(format!("`{text}` is none of None, Q8_0")),
+    }
 }
 
 /// Share of the best round's bandwidth below which a round counts as disturbed.
@@ -218,7 +229,7 @@ async fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
 }
 
 fn measure_reads(args: &BenchArgs) -> Result<Report, BenchError> {
-    let bytes = BaseFolder::open(&args.base, None)?.layout().bytes;
+    let bytes = BaseFolder::open(&args.base, None)?.quantized(args.quantization).layout().bytes;
     let probe = Probe::new(bytes)?;
     let pool = Pool::new(allowed_threads());
     probe.pass(&pool);

@@ -22,7 +22,7 @@ use crate::lens::lora::LoraFolder;
 use crate::lens::tap::{ActivationError, Activations, Positions, Site, Tap, Tapped};
 use crate::model::config::ModelConfig;
 use crate::model::tensor_file::tests::write;
-use crate::model::weights::{BaseLayout, Dtype, FilledBase};
+use crate::model::weights::{BaseLayout, Dtype, FilledBase, PackedMatrix, Quantization};
 
 const VOCAB: u32 = 67;
 const WIDTH: usize = 36;
@@ -106,6 +106,14 @@ async fn install(engine: &EngineHandle, layout: &BaseLayout, seed: u64) -> BaseI
     let mut noise = Noise(seed);
     // All as matrices of the layout's dtype first, then the vectors in f32.
     noise.fill(region.bytes_mut(), layout.dtype, 0.35);
+    if layout.quantization == Quantization::Q8_0 {
+        let matrices = layout.layers.iter().flat_map(|l| [l.qkv, l.o, l.gate_up, l.down]);
+        for PackedMatrix { offset, shape } in matrices.chain([layout.head]) {
+            let mut rows = vec![0; shape.outputs * shape.inputs * shape.row_dtype().bytes()];
+            noise.fill(&mut rows, shape.row_dtype(), 0.35);
+            shape.pack(0, &rows, &mut region.bytes_mut()[offset..][..shape.bytes()]);
+        }
+    }
     let vectors = layout.layers.iter().flat_map(|l| {
         let norms =
             [Some(l.attention_norm), Some(l.mlp_norm), l.qkv_bias, l.o_bias, l.down_bias, l.gate_up_bias];
@@ -352,7 +360,10 @@ fn answers(
 }
 
 fn rows_are_the_same_in_any_batch(name: &str, dtype: Dtype) {
-    let layout = BaseLayout::of(&config(name), dtype);
+    rows_over_a_base_are_the_same(&BaseLayout::of(&config(name), dtype));
+}
+
+fn rows_over_a_base_are_the_same(layout: &BaseLayout) {
     let strategy = (
         prop::collection::vec(ask(), 2..9),
         any::<u64>(),
@@ -366,12 +377,12 @@ fn rows_are_the_same_in_any_batch(name: &str, dtype: Dtype) {
     runner
         .run(&strategy, |(asks, order, chunk, rows, spare)| {
             // Alone a row computes everything itself.
-            let alone = EngineConfig { prefix_cache: false, ..limits(&layout, 128, 1, 0) };
-            let (alone, _) = answers(&layout, alone, &asks.iter().collect::<Vec<_>>(), false);
+            let alone = EngineConfig { prefix_cache: false, ..limits(layout, 128, 1, 0) };
+            let (alone, _) = answers(layout, alone, &asks.iter().collect::<Vec<_>>(), false);
             let mut mixed: Vec<usize> = (0..asks.len()).collect();
             mixed.sort_by_key(|&i| order.rotate_left(i as u32 * 7) ^ i as u64);
             let shuffled: Vec<&Ask> = mixed.iter().map(|&i| &asks[i]).collect();
-            let (together, end) = answers(&layout, limits(&layout, chunk, rows, spare), &shuffled, true);
+            let (together, end) = answers(layout, limits(layout, chunk, rows, spare), &shuffled, true);
             preemptions.set(preemptions.get() + end.preemptions_total);
             cached.set(cached.get() + end.prefix_cached_tokens_total);
             for (answer, &i) in together.iter().zip(&mixed) {
@@ -397,6 +408,14 @@ fn rows_are_the_same_in_any_batch_in_bf16() {
 #[test]
 fn rows_are_the_same_in_any_batch_in_f16() {
     rows_are_the_same_in_any_batch("Qwen3ForCausalLM", Dtype::F16);
+}
+
+#[test]
+fn rows_are_the_same_in_any_batch_over_a_quantized_base() {
+    // With an embedding of its own, and one that is read out of the quantized head.
+    for (name, dtype) in [("LlamaForCausalLM", Dtype::BF16), ("Gemma2ForCausalLM", Dtype::F32)] {
+        rows_over_a_base_are_the_same(&BaseLayout::of(&config(name), dtype).quantized(Quantization::Q8_0));
+    }
 }
 
 #[test]

@@ -188,7 +188,7 @@ impl<'a> Settle<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::matmul::{Linear, Packed, PackedShape, RowsDelta, Scratch, Weight, linear};
+    use super::super::matmul::{Format, Linear, Packed, PackedShape, RowsDelta, Scratch, Weight, linear};
     use super::super::threads::Pool;
     use crate::model::weights::Dtype;
 
@@ -197,7 +197,8 @@ mod tests {
     const INPUTS: usize = 37;
     const OUTPUTS: usize = 91;
     const RANK: usize = 3;
-    const SHAPE: PackedShape = PackedShape { outputs: OUTPUTS, inputs: INPUTS, dtype: Dtype::F32 };
+    const SHAPE: PackedShape =
+        PackedShape { outputs: OUTPUTS, inputs: INPUTS, format: Format::Plain(Dtype::F32) };
     /// Two parts beside each other, the second with a bias of its own.
     const PARTS: [(usize, usize); 2] = [(0, 50), (50, 41)];
 

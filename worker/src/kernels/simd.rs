@@ -69,12 +69,21 @@ pub(crate) trait Simd {
     type V: Copy;
     /// Sixteen pairs of bf16.
     type Pairs: Copy;
+    /// Sixteen groups of four bytes.
+    type Quads: Copy;
+    /// One such group, in all lanes, ready to be multiplied.
+    type Quad: Copy;
+    /// Sixteen whole numbers of 32 bits.
+    type Ints: Copy;
     /// Whether a tile of four by four vectors fits the registers; else it is two by two.
     const WIDE: bool;
     /// Most rows of a tile of sums that stays in registers, with the vectors beside it.
     const TILE_ROWS: usize;
     /// Most vectors of sums in such a tile.
     const TILE_VECTORS: usize;
+    /// The same where sums are whole numbers and weights bytes.
+    const BYTE_TILE_ROWS: usize;
+    const BYTE_TILE_VECTORS: usize;
     /// Runs a loop as a function of its own.
     unsafe fn call<K: Kernel>(kernel: K);
     unsafe fn splat(x: f32) -> Self::V;
@@ -101,6 +110,14 @@ pub(crate) trait Simd {
             to[i] = round_pair(from[2 * i], from[2 * i + 1]);
         }
     }
+    unsafe fn zero_ints() -> Self::Ints;
+    unsafe fn ints_to_floats(x: Self::Ints) -> Self::V;
+    /// Sixty-four signed bytes.
+    unsafe fn load_quads(from: *const u8) -> Self::Quads;
+    /// Four signed bytes, none of them -128.
+    unsafe fn splat_quad(from: *const u32) -> Self::Quad;
+    /// In every lane: the four products, added to `c`. Exact where no byte is -128.
+    unsafe fn dot_quads(a: Self::Quads, b: Self::Quad, c: Self::Ints) -> Self::Ints;
     /// Asks for a cache line that will be read soon.
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
@@ -276,9 +293,14 @@ pub(crate) struct Portable;
 impl Simd for Portable {
     type V = [f32; LANES];
     type Pairs = [u32; LANES];
+    type Quads = [[i8; 4]; LANES];
+    type Quad = [i8; 4];
+    type Ints = [i32; LANES];
     const WIDE: bool = false;
     const TILE_ROWS: usize = 2;
     const TILE_VECTORS: usize = 2;
+    const BYTE_TILE_ROWS: usize = 2;
+    const BYTE_TILE_VECTORS: usize = 2;
     unsafe fn call<K: Kernel>(kernel: K) {
         // SAFETY: the caller's contract.
         unsafe { kernel.run::<Self>() }
@@ -348,6 +370,33 @@ impl Simd for Portable {
         }
         c
     }
+    #[inline(always)]
+    unsafe fn zero_ints() -> Self::Ints {
+        [0; LANES]
+    }
+    #[inline(always)]
+    unsafe fn ints_to_floats(x: Self::Ints) -> Self::V {
+        x.map(|x| x as f32)
+    }
+    #[inline(always)]
+    unsafe fn load_quads(from: *const u8) -> Self::Quads {
+        // SAFETY: as above.
+        unsafe { from.cast::<Self::Quads>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat_quad(from: *const u32) -> Self::Quad {
+        // SAFETY: as above.
+        unsafe { *from }.to_ne_bytes().map(|byte| byte as i8)
+    }
+    #[inline(always)]
+    unsafe fn dot_quads(a: Self::Quads, b: Self::Quad, mut c: Self::Ints) -> Self::Ints {
+        for i in 0..LANES {
+            for j in 0..4 {
+                c[i] += i32::from(a[i][j]) * i32::from(b[j]);
+            }
+        }
+        c
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -387,10 +436,16 @@ mod x86 {
     impl<const BF16: bool> Simd for Avx512<BF16> {
         type V = __m512;
         type Pairs = __m512i;
+        type Quads = (__m256i, __m256i);
+        type Quad = ByteQuad;
+        type Ints = (__m256i, __m256i);
         const WIDE: bool = true;
         // Twenty-four sums, two weights and one input of thirty-two registers.
         const TILE_ROWS: usize = 12;
         const TILE_VECTORS: usize = 24;
+        // In halves of it: twenty-four sums, two weights, an input and its size, ones and a product.
+        const BYTE_TILE_ROWS: usize = 12;
+        const BYTE_TILE_VECTORS: usize = 12;
         #[inline(always)]
         unsafe fn call<K: Kernel>(kernel: K) {
             unsafe { if BF16 { run_avx512_bf16(kernel) } else { run_avx512(kernel) } }
@@ -456,8 +511,58 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn zero_ints() -> Self::Ints {
+            unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
+        }
+        #[inline(always)]
+        unsafe fn ints_to_floats(x: Self::Ints) -> Self::V {
+            unsafe {
+                let low = _mm512_castsi256_si512(x.0);
+                _mm512_cvtepi32_ps(_mm512_inserti64x4::<1>(low, x.1))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_quads(from: *const u8) -> Self::Quads {
+            unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
+        }
+        #[inline(always)]
+        unsafe fn splat_quad(from: *const u32) -> Self::Quad {
+            unsafe { ByteQuad::splat(from) }
+        }
+        #[inline(always)]
+        unsafe fn dot_quads(a: Self::Quads, b: Self::Quad, c: Self::Ints) -> Self::Ints {
+            unsafe { (b.dot(a.0, c.0), b.dot(a.1, c.1)) }
+        }
+        #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
+    /// Four signed bytes in all lanes of 256 bits, and their sizes: AVX2 multiplies unsigned bytes by signed ones only. What
+    /// AVX-512 has beyond that needs machines to test it on, so it does the same by halves.
+    #[derive(Clone, Copy)]
+    pub(super) struct ByteQuad {
+        signed: __m256i,
+        size: __m256i,
+    }
+
+    impl ByteQuad {
+        #[inline(always)]
+        unsafe fn splat(from: *const u32) -> Self {
+            unsafe {
+                let signed = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                Self { signed, size: _mm256_abs_epi8(signed) }
+            }
+        }
+
+        /// Nothing saturates: two products of at most 127² fit sixteen bits.
+        #[inline(always)]
+        unsafe fn dot(self, a: __m256i, c: __m256i) -> __m256i {
+            unsafe {
+                let pairs = _mm256_maddubs_epi16(self.size, _mm256_sign_epi8(a, self.signed));
+                _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            }
         }
     }
 
@@ -466,9 +571,14 @@ mod x86 {
     impl Simd for Avx2 {
         type V = (__m256, __m256);
         type Pairs = (__m256i, __m256i);
+        type Quads = (__m256i, __m256i);
+        type Quad = ByteQuad;
+        type Ints = (__m256i, __m256i);
         const WIDE: bool = false;
         const TILE_ROWS: usize = 4;
         const TILE_VECTORS: usize = 4;
+        const BYTE_TILE_ROWS: usize = 4;
+        const BYTE_TILE_VECTORS: usize = 4;
         #[inline(always)]
         unsafe fn call<K: Kernel>(kernel: K) {
             unsafe { run_avx2(kernel) }
@@ -543,6 +653,26 @@ mod x86 {
                 }
             }
             unsafe { (half(a.0, b.0, c.0), half(a.1, b.1, c.1)) }
+        }
+        #[inline(always)]
+        unsafe fn zero_ints() -> Self::Ints {
+            unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
+        }
+        #[inline(always)]
+        unsafe fn ints_to_floats(x: Self::Ints) -> Self::V {
+            unsafe { (_mm256_cvtepi32_ps(x.0), _mm256_cvtepi32_ps(x.1)) }
+        }
+        #[inline(always)]
+        unsafe fn load_quads(from: *const u8) -> Self::Quads {
+            unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
+        }
+        #[inline(always)]
+        unsafe fn splat_quad(from: *const u32) -> Self::Quad {
+            unsafe { ByteQuad::splat(from) }
+        }
+        #[inline(always)]
+        unsafe fn dot_quads(a: Self::Quads, b: Self::Quad, c: Self::Ints) -> Self::Ints {
+            unsafe { (b.dot(a.0, c.0), b.dot(a.1, c.1)) }
         }
         #[inline(always)]
         unsafe fn prefetch(at: *const u8) {

@@ -55,7 +55,11 @@ pub struct SingleRow {
 impl SingleRow {
     /// Loads a base.
     pub fn open(folder: &Path, dtype: Option<Dtype>, context_tokens: u32) -> Result<Self, SingleError> {
-        let folder = BaseFolder::open(folder, dtype)?;
+        Self::load(BaseFolder::open(folder, dtype)?, context_tokens)
+    }
+
+    /// Loads a base whose folder is open.
+    pub fn load(folder: BaseFolder, context_tokens: u32) -> Result<Self, SingleError> {
         let arena = Arena::new(1 << 30)?;
         let region = arena.reserve(Part::Base, folder.layout().bytes)?;
         let base = folder.fill(region, &mut |_| ControlFlow::Continue(()))?;

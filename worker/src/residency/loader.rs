@@ -93,10 +93,11 @@ pub async fn load_base(
     if !base.files.are_unchanged() {
         return Err(LoadError::Changed);
     }
-    let (path, dtype) = (base.files.folder.clone(), base.dtype);
+    let (path, dtype, quantization) = (base.files.folder.clone(), base.dtype, base.layout.quantization);
     let opened = on_loader_thread(move || BaseFolder::open(&path, dtype).map_err(|e| base_failure(&e)))
         .await
-        .map_err(LoadError::Failed)?;
+        .map_err(LoadError::Failed)?
+        .quantized(quantization);
     let region = engine.reserve_base(opened.layout()).await.map_err(|e| reserve_error(&e))?;
     let filled = on_loader_thread(move || {
         let mut progress = |p: crate::model::tensor_file::Progress| {

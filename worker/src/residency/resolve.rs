@@ -19,7 +19,9 @@ use crate::lens::{LensError, LensFailure};
 use crate::model::config::ModelConfig;
 use crate::model::tensor_file::TensorFileError;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::weights::{BASE_SIDE_FILES, BaseError, BaseFolder, BaseLayout, Dtype, base_files};
+use crate::model::weights::{
+    BASE_SIDE_FILES, BaseError, BaseFolder, BaseLayout, Dtype, Quantization, base_files,
+};
 use crate::telemetry::chain;
 
 /// What is needed to find sources.
@@ -93,6 +95,14 @@ pub fn engine_dtype(dtype: group::Dtype) -> Dtype {
         group::Dtype::F32 => Dtype::F32,
         group::Dtype::F16 => Dtype::F16,
         group::Dtype::BF16 => Dtype::BF16,
+    }
+}
+
+/// The same for what is done to the matrices.
+pub fn engine_quantization(quantization: group::Quantization) -> Quantization {
+    match quantization {
+        group::Quantization::None => Quantization::None,
+        group::Quantization::Q8_0 => Quantization::Q8_0,
     }
 }
 
@@ -191,7 +201,9 @@ impl Resolver {
         let names = base_files(&folder.path).map_err(|e| base_failure(&e))?;
         let dtype = base.dtype.map(engine_dtype);
         folder.file("config.json")?;
-        let opened = BaseFolder::open(&folder.path, dtype).map_err(|e| base_failure(&e))?;
+        let opened = BaseFolder::open(&folder.path, dtype)
+            .map_err(|e| base_failure(&e))?
+            .quantized(engine_quantization(base.quantization));
         let tokenizer = Tokenizer::open(&folder.path, opened.config())
             .map_err(|e| Failure::new(FailureReason::Malformed, chain(&e)))?;
         let files = self.check_files(folder, names, &base.source, "spec.base.source.digest")?;
@@ -297,7 +309,8 @@ pub fn base_failure(error: &BaseError) -> Failure {
         BaseError::Io { source, .. } => return io_failure(source, &error.to_string()),
         BaseError::File(file) => tensor_file_reason(file),
         BaseError::Config(crate::model::config::ConfigError::Unsupported { .. })
-        | BaseError::UnexpectedTensor(_) => FailureReason::UnsupportedTensors,
+        | BaseError::UnexpectedTensor(_)
+        | BaseError::TooLarge { .. } => FailureReason::UnsupportedTensors,
         BaseError::Config(_)
         | BaseError::Index { .. }
         | BaseError::MissingTensor(_)

@@ -1,6 +1,6 @@
 //! `y = x Wᵀ + b`, with every row's own low-rank deltas on top.
 //!
-//! - [`packed`]: how a base's matrix lies in memory. `tile`: the loops over it.
+//! - [`packed`]: how a base's matrix lies in memory. `tile`: the loops over it. [`q8_0`]: quantized weights and inputs.
 //! - `delta`: low-rank deltas, which lie row by row.
 //!
 //! Threads share the outputs. Inside a share, weights are read from memory once, in tiles of rows × outputs that only change
@@ -11,18 +11,20 @@
 //! F32 and F16 matrices are multiplied in f32. For a BF16 matrix every input is rounded to bf16 first, on every instruction
 //! set, and products and sums are f32: what the dot-product instructions do. With `u = 2⁻⁸`, the error of an output is
 //! at most `u · Σ |w x|` from rounding (half a unit in the last of 8 bits, per input) plus `k · 2⁻²⁴ · Σ |w x|` from adding.
-//! Deltas are always computed in f32 from inputs that were not rounded.
+//! For a quantized matrix inputs are quantized too: [`q8_0`] says how, and how exact that is. Deltas are always computed in
+//! f32 from inputs that were not rounded.
 #![allow(unsafe_code)]
 
 mod delta;
 pub mod packed;
+pub mod q8_0;
 #[cfg(test)]
 mod tests;
 mod tile;
 
 use half::{bf16, f16};
 
-pub use packed::{PANEL, Packed, PackedShape};
+pub use packed::{Format, PANEL, Packed, PackedShape};
 
 use super::finish::{Gain, finish};
 use super::simd::{LANES, launch};
@@ -203,12 +205,12 @@ pub fn linear(
     delta::down(pool, &linear, deltas, x, &mut scratch.ranks);
 
     let work = rows * linear.outputs() * linear.inputs();
-    let groups = linear.weight.shape.groups();
-    if scratch.inputs.len() < rows * groups {
-        scratch.inputs.resize(rows * groups, 0);
+    let words = linear.weight.shape.input_words();
+    if scratch.inputs.len() < rows * words {
+        scratch.inputs.resize(rows * words, 0);
     }
     let packed = Shared(scratch.inputs.as_mut_ptr());
-    let shares = if rows * groups < WORTH_SHARING { 1 } else { pool.threads() };
+    let shares = if rows * words < WORTH_SHARING { 1 } else { pool.threads() };
     pool.run(shares, &|share| {
         launch(PackInputs { x, rows, linear: &linear, share, shares, to: packed.get() });
     });

@@ -2,21 +2,41 @@
 //!
 //! Outputs are cut into panels of [`PANEL`]. A panel has, for each *group* of inputs in order, the numbers of that group
 //! for all its outputs beside each other. A group is two inputs of bf16 (a 32-bit lane, which is what dot-product
-//! instructions take) and one input of any other dtype. So a vector load gives one group of sixteen outputs, it is
-//! multiplied by one broadcast group of a row, and no sum crosses lanes. The last panel is narrower where outputs end,
-//! rounded up to sixteen; missing numbers are zero.
+//! instructions take), one input of any other dtype, and a block of thirty-two inputs of [`Q8_0`](super::q8_0): the scales of
+//! all outputs of the panel, then their numbers, four inputs to a 32-bit lane. So a vector load gives one group (of a block, an
+//! eighth) of sixteen outputs, it is multiplied by one broadcast group of a row, and no sum crosses lanes. The last panel is
+//! narrower where outputs end, rounded up to sixteen; missing numbers are zero.
 //!
-//! Packing adds no byte to a matrix whose outputs are a multiple of sixteen (and whose inputs are even, for bf16). It is the
-//! same for every instruction set.
+//! Packing adds no byte to a matrix whose outputs are a multiple of sixteen (and whose inputs are even, for bf16, or whole
+//! blocks). It is the same for every instruction set.
 
 use half::{bf16, f16};
 
+use super::q8_0;
 use crate::model::weights::Dtype;
 
 /// Outputs that lie beside each other.
 pub const PANEL: usize = 32;
 /// Outputs are rounded up to this.
 const LANES: usize = super::LANES;
+
+/// How the numbers of a packed matrix are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Each by itself.
+    Plain(Dtype),
+    /// As whole numbers of eight bits, with a scale for every thirty-two inputs of an output.
+    Q8_0,
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Plain(dtype) => dtype.fmt(f),
+            Self::Q8_0 => f.write_str("Q8_0"),
+        }
+    }
+}
 
 /// The shape of a packed matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,16 +45,25 @@ pub struct PackedShape {
     pub outputs: usize,
     /// Columns of the matrix.
     pub inputs: usize,
-    /// Kind of numbers.
-    pub dtype: Dtype,
+    /// How its numbers are kept.
+    pub format: Format,
 }
 
 impl PackedShape {
+    /// The dtype of rows that [`Self::pack`] takes.
+    pub fn row_dtype(&self) -> Dtype {
+        match self.format {
+            Format::Plain(dtype) => dtype,
+            Format::Q8_0 => Dtype::F32,
+        }
+    }
+
     /// Inputs in a group.
     pub(crate) fn group(&self) -> usize {
-        match self.dtype {
-            Dtype::BF16 => 2,
-            Dtype::F16 | Dtype::F32 => 1,
+        match self.format {
+            Format::Plain(Dtype::BF16) => 2,
+            Format::Plain(Dtype::F16 | Dtype::F32) => 1,
+            Format::Q8_0 => q8_0::BLOCK,
         }
     }
 
@@ -45,12 +74,28 @@ impl PackedShape {
 
     /// Bytes of one group of one output.
     fn unit(&self) -> usize {
-        self.group() * self.dtype.bytes()
+        match self.format {
+            Format::Plain(dtype) => self.group() * dtype.bytes(),
+            Format::Q8_0 => q8_0::BLOCK_BYTES,
+        }
+    }
+
+    /// Words of one row of inputs, as tiles take it.
+    pub(super) fn input_words(&self) -> usize {
+        match self.format {
+            Format::Plain(_) => self.groups(),
+            Format::Q8_0 => self.groups() * q8_0::BLOCK_WORDS,
+        }
+    }
+
+    /// Bytes of one output.
+    pub fn row_bytes(&self) -> usize {
+        self.groups() * self.unit()
     }
 
     /// Bytes of the matrix.
     pub fn bytes(&self) -> usize {
-        self.outputs.next_multiple_of(LANES) * self.groups() * self.unit()
+        self.outputs.next_multiple_of(LANES) * self.row_bytes()
     }
 
     /// Where a panel starts, and how many outputs it is wide.
@@ -60,31 +105,34 @@ impl PackedShape {
     }
 
     /// Puts consecutive rows of the matrix, from `first_output` on, into their places in `to`, the bytes of the whole matrix.
+    /// Rows are numbers of [`Self::row_dtype`].
     pub fn pack(&self, first_output: usize, rows: &[u8], to: &mut [u8]) {
         assert_eq!(to.len(), self.bytes(), "the place was reserved for this matrix");
-        match self.unit() {
-            4 => self.pack_units::<4>(first_output, rows, to),
-            _ => self.pack_units::<2>(first_output, rows, to),
-        }
-    }
-
-    fn pack_units<const U: usize>(&self, first_output: usize, rows: &[u8], to: &mut [u8]) {
-        let row_bytes = self.inputs * self.dtype.bytes();
+        let row_bytes = self.inputs * self.row_dtype().bytes();
         assert_eq!(rows.len() % row_bytes.max(1), 0, "whole rows");
         for (index, row) in rows.chunks_exact(row_bytes).enumerate() {
             let output = first_output + index;
             let (start, width) = self.panel(output / PANEL);
-            let panel = &mut to[start..start + width * self.groups() * U];
-            let (units, rest) = row.as_chunks::<U>();
-            let mut groups = panel.chunks_exact_mut(width * U);
-            let column = output % PANEL * U;
-            for (unit, group) in units.iter().zip(&mut groups) {
-                group[column..column + U].copy_from_slice(unit);
-            }
-            if let Some(group) = groups.next() {
-                group[column..column + rest.len()].copy_from_slice(rest);
+            let panel = &mut to[start..start + width * self.row_bytes()];
+            let place = (width, output % PANEL);
+            match (self.format, self.unit()) {
+                (Format::Q8_0, _) => q8_0::pack(row, place, panel),
+                (Format::Plain(_), 4) => pack_units::<4>(row, place, panel),
+                (Format::Plain(_), _) => pack_units::<2>(row, place, panel),
             }
         }
+    }
+}
+
+/// Puts one row's numbers into a column of a panel of some width.
+fn pack_units<const U: usize>(row: &[u8], (width, column): (usize, usize), panel: &mut [u8]) {
+    let (units, rest) = row.as_chunks::<U>();
+    let mut groups = panel.chunks_exact_mut(width * U);
+    for (unit, group) in units.iter().zip(&mut groups) {
+        group[column * U..][..U].copy_from_slice(unit);
+    }
+    if let Some(group) = groups.next() {
+        group[column * U..][..rest.len()].copy_from_slice(rest);
     }
 }
 
@@ -111,20 +159,21 @@ impl<'a> Packed<'a> {
         assert!(output < shape.outputs && to.len() == shape.inputs, "one row of the matrix");
         let (start, width) = shape.panel(output / PANEL);
         let column = output % PANEL;
-        match shape.dtype {
-            Dtype::F32 => {
+        match shape.format {
+            Format::Q8_0 => q8_0::row(&self.bytes[start..], (width, column), to),
+            Format::Plain(Dtype::F32) => {
                 let panel: &[f32] = bytemuck::cast_slice(&self.bytes[start..]);
                 for (to, group) in to.iter_mut().zip(panel.chunks_exact(width)) {
                     *to = group[column];
                 }
             }
-            Dtype::F16 => {
+            Format::Plain(Dtype::F16) => {
                 let panel: &[f16] = bytemuck::cast_slice(&self.bytes[start..]);
                 for (to, group) in to.iter_mut().zip(panel.chunks_exact(width)) {
                     *to = group[column].to_f32();
                 }
             }
-            Dtype::BF16 => {
+            Format::Plain(Dtype::BF16) => {
                 let panel: &[[bf16; 2]] = bytemuck::cast_slice(&self.bytes[start..]);
                 for (to, group) in to.chunks_mut(2).zip(panel.chunks_exact(width)) {
                     for (to, number) in to.iter_mut().zip(group[column]) {

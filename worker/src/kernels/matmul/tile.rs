@@ -4,19 +4,23 @@
 //! number is used. Where inputs are cut into stretches for the cache, a sum rests in memory and goes on from the same bits.
 #![allow(unsafe_code)]
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
 
-use super::packed::{PANEL, Packed};
+use super::packed::{Format, PANEL, Packed};
+use super::q8_0::{self, Q8_0};
 use super::{Linear, Range};
 use crate::kernels::simd::{Element, Kernel, LANES, Simd, round_pair};
 use crate::model::weights::Dtype;
 
-/// Groups of inputs after which rows take turns, so that a stretch of a panel (128 KiB at most) stays in the cache.
-const STRETCH: usize = 1024;
+/// Bytes of a panel after which rows take turns, so that such a stretch stays in the cache.
+const STRETCH_BYTES: usize = 128 << 10;
 /// Rows that are worked on while a stretch is in the cache; a multiple of every tile's rows.
 const BLOCK_ROWS: usize = 96;
 /// How far ahead of a single tile its weights are asked for, in bytes. Measured: between 4 and 32 KiB it hardly matters.
 const AHEAD: usize = 16 << 10;
+const CACHE_LINE: usize = 64;
 
 /// How the rows of a step are cut into tiles: as few as can be, and as equal.
 #[derive(Debug, Clone, Copy)]
@@ -27,8 +31,8 @@ pub(super) struct Tiles {
 
 impl Tiles {
     #[inline(always)]
-    pub(super) fn of<S: Simd>(rows: usize) -> Self {
-        Self { rows, tiles: rows.div_ceil(S::TILE_ROWS) }
+    fn of<S: Simd, E: Operand>(rows: usize) -> Self {
+        Self { rows, tiles: rows.div_ceil(E::tile::<S>().0) }
     }
 
     #[inline(always)]
@@ -37,11 +41,29 @@ impl Tiles {
     }
 }
 
-/// An element of a packed matrix.
-trait Operand: Element {
+/// What a packed matrix consists of.
+pub(super) trait Operand {
+    /// Bytes of a group of one output.
+    const BYTES: usize;
+    /// Words of a group of one row of inputs.
+    const WORDS: usize;
+    /// Most rows of a tile of sums that stays in registers, and most vectors.
+    fn tile<S: Simd>() -> (usize, usize);
+    /// Adds the products of one group to the sums of M rows and N vectors: the group's weights of a panel, the width of
+    /// the panel and the first output, the group's inputs of all rows.
+    unsafe fn add_group<S: Simd, const M: usize, const N: usize>(
+        weights: *const u8,
+        at: (usize, usize),
+        inputs: *const u32,
+        sums: &mut [[S::V; N]; M],
+    );
+}
+
+/// A number of a packed matrix that is kept by itself.
+trait Number: Element {
     type Weights<S: Simd>: Copy;
     type Input<S: Simd>: Copy;
-    /// Inputs in a group.
+    /// Numbers in a group.
     const GROUP: usize;
     /// One group of sixteen outputs.
     unsafe fn weights<S: Simd>(from: *const Self) -> Self::Weights<S>;
@@ -51,7 +73,40 @@ trait Operand: Element {
 }
 
 // SAFETY of the blocks below: the caller's contract of `Simd`.
-impl Operand for bf16 {
+impl<E: Number> Operand for E {
+    const BYTES: usize = E::GROUP * size_of::<E>();
+    const WORDS: usize = 1;
+
+    #[inline(always)]
+    fn tile<S: Simd>() -> (usize, usize) {
+        (S::TILE_ROWS, S::TILE_VECTORS)
+    }
+
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "counted loops are what unrolls under target features")]
+    unsafe fn add_group<S: Simd, const M: usize, const N: usize>(
+        weights: *const u8,
+        (_, column): (usize, usize),
+        inputs: *const u32,
+        sums: &mut [[S::V; N]; M],
+    ) {
+        unsafe {
+            let weights = weights.cast::<E>().add(column * E::GROUP);
+            let mut w = [E::weights::<S>(weights); N];
+            for n in 1..N {
+                w[n] = E::weights::<S>(weights.add(n * LANES * E::GROUP));
+            }
+            for r in 0..M {
+                let x = E::input::<S>(inputs.add(r));
+                for n in 0..N {
+                    sums[r][n] = E::multiply_add::<S>(w[n], x, sums[r][n]);
+                }
+            }
+        }
+    }
+}
+
+impl Number for bf16 {
     type Weights<S: Simd> = S::Pairs;
     type Input<S: Simd> = S::Pairs;
     const GROUP: usize = 2;
@@ -69,9 +124,9 @@ impl Operand for bf16 {
     }
 }
 
-macro_rules! operand_in_f32 {
+macro_rules! number_in_f32 {
     ($element:ty) => {
-        impl Operand for $element {
+        impl Number for $element {
             type Weights<S: Simd> = S::V;
             type Input<S: Simd> = S::V;
             const GROUP: usize = 1;
@@ -90,11 +145,11 @@ macro_rules! operand_in_f32 {
         }
     };
 }
-operand_in_f32!(f32);
-operand_in_f32!(f16);
+number_in_f32!(f32);
+number_in_f32!(f16);
 
 /// Puts some tiles' rows of x beside each other: for each group of inputs, that group of every row of the tile; as bf16
-/// pairs, rounded to nearest even, when the weights are.
+/// pairs, rounded to nearest even, when the weights are, and quantized when the weights are.
 pub(super) struct PackInputs<'a> {
     pub(super) x: &'a [f32],
     pub(super) rows: usize,
@@ -102,7 +157,7 @@ pub(super) struct PackInputs<'a> {
     /// Which tiles of how many shares of all tiles.
     pub(super) share: usize,
     pub(super) shares: usize,
-    /// `rows * groups`.
+    /// `rows * input words`.
     pub(super) to: *mut u32,
 }
 
@@ -110,22 +165,26 @@ impl Kernel for PackInputs<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let shape = self.linear.weight.shape;
-        let groups = shape.groups();
-        let tiles = Tiles::of::<S>(self.rows);
+        let words = shape.input_words();
+        let tiles = match shape.format {
+            Format::Plain(_) => Tiles::of::<S, f32>(self.rows),
+            Format::Q8_0 => Tiles::of::<S, Q8_0>(self.rows),
+        };
         for tile in tiles.tiles * self.share / self.shares..tiles.tiles * (self.share + 1) / self.shares {
             let (first, last) = (tiles.start(tile), tiles.start(tile + 1));
             for row in first..last {
                 let x = &self.x[row * shape.inputs..][..shape.inputs];
-                // SAFETY: `to` has a place for every group of every row, and this row is this task's.
+                // SAFETY: `to` has a place for every word of every row, and this row is this task's.
                 unsafe {
-                    let to = self.to.add(first * groups + row - first);
-                    match shape.dtype {
-                        Dtype::BF16 => pack_pairs::<S>(x, to, last - first),
-                        Dtype::F16 | Dtype::F32 => {
+                    let (to, rows) = (self.to.add(first * words + row - first), last - first);
+                    match shape.format {
+                        Format::Plain(Dtype::BF16) => pack_pairs::<S>(x, to, rows),
+                        Format::Plain(Dtype::F16 | Dtype::F32) => {
                             for (i, x) in x.iter().enumerate() {
-                                *to.add(i * (last - first)) = x.to_bits();
+                                *to.add(i * rows) = x.to_bits();
                             }
                         }
+                        Format::Q8_0 => q8_0::pack_inputs(x, to, rows),
                     }
                 }
             }
@@ -154,7 +213,7 @@ unsafe fn pack_pairs<S: Simd>(x: &[f32], to: *mut u32, stride: usize) {
 }
 
 /// The sums of a block of rows on one panel.
-struct Block<E> {
+struct Block {
     tiles: Tiles,
     /// Tiles of this block.
     first: usize,
@@ -162,7 +221,7 @@ struct Block<E> {
     groups: usize,
     /// Rows of x, as [`PackInputs`] laid them.
     inputs: *const u32,
-    panel: *const E,
+    panel: *const u8,
     /// Outputs of the panel.
     width: usize,
     /// `[rows of the block, PANEL]`.
@@ -176,10 +235,11 @@ impl Kernel for Range<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: `linear` checked the lengths.
         unsafe {
-            match self.linear.weight.shape.dtype {
-                Dtype::F32 => self.panels::<S, f32>(self.linear.weight),
-                Dtype::BF16 => self.panels::<S, bf16>(self.linear.weight),
-                Dtype::F16 => self.panels::<S, f16>(self.linear.weight),
+            match self.linear.weight.shape.format {
+                Format::Plain(Dtype::F32) => self.panels::<S, f32>(self.linear.weight),
+                Format::Plain(Dtype::BF16) => self.panels::<S, bf16>(self.linear.weight),
+                Format::Plain(Dtype::F16) => self.panels::<S, f16>(self.linear.weight),
+                Format::Q8_0 => self.panels::<S, Q8_0>(self.linear.weight),
             }
         }
     }
@@ -188,9 +248,9 @@ impl Kernel for Range<'_> {
 impl Range<'_> {
     #[inline(always)]
     unsafe fn panels<S: Simd, E: Operand>(&self, weight: Packed<'_>) {
-        let tiles = Tiles::of::<S>(self.rows);
+        let tiles = Tiles::of::<S, E>(self.rows);
         let groups = weight.shape.groups();
-        let block_tiles = BLOCK_ROWS / S::TILE_ROWS;
+        let block_tiles = BLOCK_ROWS / E::tile::<S>().0;
         let mut sums = [0.0_f32; BLOCK_ROWS * PANEL];
         for panel in self.first / PANEL..self.last.div_ceil(PANEL) {
             let (start, width) = weight.shape.panel(panel);
@@ -206,12 +266,12 @@ impl Range<'_> {
                         last,
                         groups,
                         inputs: self.inputs,
-                        panel: weight.bytes.as_ptr().add(start).cast::<E>(),
+                        panel: weight.bytes.as_ptr().add(start),
                         width,
                         sums: sums.as_mut_ptr(),
                         prefetch: last == tiles.tiles,
                     }
-                    .sum::<S>();
+                    .sum::<S, E>();
                     self.finish(tiles.start(first)..tiles.start(last), outputs.clone(), &sums);
                 }
                 first = last;
@@ -245,17 +305,18 @@ impl Range<'_> {
     }
 }
 
-impl<E: Operand> Block<E> {
+impl Block {
     #[inline(always)]
-    unsafe fn sum<S: Simd>(&self) {
-        let group_bytes = self.width * E::GROUP * size_of::<E>();
+    unsafe fn sum<S: Simd, E: Operand>(&self) {
+        let group_bytes = self.width * E::BYTES;
+        let stretch = STRETCH_BYTES / (PANEL * E::BYTES);
         let count = self.last - self.first;
         let mut group = 0;
         while group < self.groups {
-            let groups = (self.groups - group).min(STRETCH);
+            let groups = (self.groups - group).min(stretch);
             // SAFETY: groups and rows exist; what is prefetched need not.
             unsafe {
-                let weights = self.panel.cast::<u8>().add(group * group_bytes);
+                let weights = self.panel.add(group * group_bytes);
                 for tile in self.first..self.last {
                     let (row, end) = (self.tiles.start(tile), self.tiles.start(tile + 1));
                     let rows = end - row;
@@ -270,17 +331,17 @@ impl<E: Operand> Block<E> {
                             (weights.wrapping_add(groups * group_bytes + own), step)
                         }
                     };
-                    let stretch = Stretch::<E> {
+                    let stretch = Stretch {
                         groups,
-                        inputs: self.inputs.add(row * self.groups + group * rows),
-                        weights: weights.cast(),
+                        inputs: self.inputs.add((row * self.groups + group * rows) * E::WORDS),
+                        weights,
                         width: self.width,
                         sums: self.sums.add((row - self.tiles.start(self.first)) * PANEL),
                         resume: group > 0,
                         ahead,
                         step,
                     };
-                    stretch.rows::<S>(rows);
+                    stretch.rows::<S, E>(rows);
                 }
             }
             group += groups;
@@ -289,10 +350,10 @@ impl<E: Operand> Block<E> {
 }
 
 /// Some rows on one stretch of a panel.
-struct Stretch<E> {
+struct Stretch {
     groups: usize,
     inputs: *const u32,
-    weights: *const E,
+    weights: *const u8,
     width: usize,
     sums: *mut f32,
     /// Whether there are sums to go on from.
@@ -301,13 +362,13 @@ struct Stretch<E> {
     step: usize,
 }
 
-impl<E: Operand> Stretch<E> {
+impl Stretch {
     #[inline(always)]
-    unsafe fn rows<S: Simd>(&self, rows: usize) {
+    unsafe fn rows<S: Simd, E: Operand>(&self, rows: usize) {
         macro_rules! rows {
             ($($m:literal)*) => {
                 match rows {
-                    $($m if $m <= S::TILE_ROWS => unsafe { self.columns::<S, $m>() },)*
+                    $($m if $m <= E::tile::<S>().0 => unsafe { self.columns::<S, E, $m>() },)*
                     _ => unreachable!("a tile has at most as many rows"),
                 }
             };
@@ -317,14 +378,14 @@ impl<E: Operand> Stretch<E> {
     }
 
     #[inline(always)]
-    unsafe fn columns<S: Simd, const M: usize>(&self) {
+    unsafe fn columns<S: Simd, E: Operand, const M: usize>(&self) {
         // SAFETY: the vectors are inside of the panel.
         unsafe {
-            if self.width == PANEL && 2 * M <= S::TILE_VECTORS {
-                S::call(Tile::<E, M, 2> { stretch: self, column: 0 });
+            if self.width == PANEL && 2 * M <= E::tile::<S>().1 {
+                S::call(Tile::<E, M, 2> { stretch: self, column: 0, operand: PhantomData });
             } else {
                 for column in (0..self.width).step_by(LANES) {
-                    S::call(Tile::<E, M, 1> { stretch: self, column });
+                    S::call(Tile::<E, M, 1> { stretch: self, column, operand: PhantomData });
                 }
             }
         }
@@ -333,19 +394,20 @@ impl<E: Operand> Stretch<E> {
 
 /// M rows by N vectors.
 struct Tile<'a, E, const M: usize, const N: usize> {
-    stretch: &'a Stretch<E>,
+    stretch: &'a Stretch,
     /// First output.
     column: usize,
+    operand: PhantomData<E>,
 }
 
 impl<E: Operand, const M: usize, const N: usize> Kernel for Tile<'_, E, M, N> {
     #[inline(always)]
     #[allow(clippy::needless_range_loop, reason = "counted loops are what unrolls under target features")]
     unsafe fn run<S: Simd>(self) {
-        let Stretch { groups, mut inputs, weights, width, sums: to, resume, mut ahead, step } = *self.stretch;
+        let Stretch { groups, mut inputs, mut weights, width, sums: to, resume, mut ahead, step } =
+            *self.stretch;
         // SAFETY: the caller's contract: all groups of M rows and N vectors exist.
         unsafe {
-            let mut weights = weights.add(self.column * E::GROUP);
             let to = to.add(self.column);
             let mut sums = [[S::splat(0.0); N]; M];
             if resume {
@@ -358,22 +420,14 @@ impl<E: Operand, const M: usize, const N: usize> Kernel for Tile<'_, E, M, N> {
             for _ in 0..groups {
                 // Below three rows the hardware's own prefetching is as good.
                 if M > 2 && N == 2 {
-                    S::prefetch(ahead);
-                    S::prefetch(ahead.wrapping_add(64));
+                    for line in 0..PANEL * E::BYTES / CACHE_LINE {
+                        S::prefetch(ahead.wrapping_add(line * CACHE_LINE));
+                    }
                     ahead = ahead.wrapping_add(step);
                 }
-                let mut w = [E::weights::<S>(weights); N];
-                for n in 1..N {
-                    w[n] = E::weights::<S>(weights.add(n * LANES * E::GROUP));
-                }
-                for r in 0..M {
-                    let x = E::input::<S>(inputs.add(r));
-                    for n in 0..N {
-                        sums[r][n] = E::multiply_add::<S>(w[n], x, sums[r][n]);
-                    }
-                }
-                weights = weights.add(width * E::GROUP);
-                inputs = inputs.add(M);
+                E::add_group::<S, M, N>(weights, (width, self.column), inputs, &mut sums);
+                weights = weights.add(width * E::BYTES);
+                inputs = inputs.add(M * E::WORDS);
             }
             for r in 0..M {
                 for n in 0..N {

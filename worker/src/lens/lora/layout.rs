@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::adapter_config::{AdapterConfig, Biases, CONFIG};
 use super::targets::{Adapted, EMBEDDING, HEAD, Site as Place, Whole, replaceable, sites};
-use crate::kernels::matmul::PackedShape;
+use crate::kernels::matmul::{Format, PackedShape};
 use crate::lens::{LensError, LensLayout};
 use crate::model::config::ModelConfig;
 use crate::model::lora::{
@@ -148,7 +148,7 @@ pub(super) fn plan(
 struct Planner<'a> {
     config: &'a AdapterConfig,
     base: &'a ModelConfig,
-    /// An embedding or a head is held as the base's own are, which is also what PEFT does with them.
+    /// An embedding or a head is held as the base's own are before they are quantized, which is also what PEFT does with them.
     table_dtype: Dtype,
     file: &'a TensorFile,
     end: usize,
@@ -274,7 +274,7 @@ impl Planner<'_> {
 
     fn head(&mut self, tensor: String) -> Result<PackedMatrix, LensError> {
         let (rows, columns, dtype) = (self.tokens(&tensor)?, self.base.hidden_size, self.table_dtype);
-        let shape = PackedShape { outputs: rows, inputs: columns, dtype };
+        let shape = PackedShape { outputs: rows, inputs: columns, format: Format::Plain(dtype) };
         let matrix = PackedMatrix { offset: self.place(shape.bytes()), shape };
         self.moves.push(Move { tensor, rows, columns, dtype, to: To::Panels(matrix) });
         Ok(matrix)

@@ -2,11 +2,14 @@
 //! memory. A tensor that is missing, that has another shape, or that this architecture does not know is refused by name.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{BaseLayout, Dtype, FilledBase, Move, Place};
+use super::{BaseLayout, Dtype, FilledBase, Move, PackedMatrix, Place, Quantization};
 use crate::engine::arena::Region;
+use crate::kernels::matmul::Format;
+use crate::kernels::matmul::q8_0::LARGEST;
 use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
 use crate::model::tensor_names::own_name;
@@ -53,6 +56,12 @@ pub enum BaseError {
     /// A tensor that this architecture does not have, and that would change what it computes.
     #[error("tensor `{0}` is not part of this architecture")]
     UnexpectedTensor(String),
+    /// A tensor has a number that quantization cannot hold.
+    #[error("tensor `{tensor}` has a number beyond ±{LARGEST}, which Q8_0 cannot hold")]
+    TooLarge {
+        /// The tensor.
+        tensor: String,
+    },
 }
 
 /// A folder in the Hugging Face layout whose headers have been read and checked.
@@ -159,7 +168,7 @@ impl BaseFolder {
             Some(dtype) => dtype,
             None => stored_dtype(&files, &tensors)?,
         };
-        let (layout, moves) = BaseLayout::plan(&config, dtype);
+        let (layout, moves) = BaseLayout::plan(&config, dtype, Quantization::None);
         let mut known = BTreeMap::new();
         for wanted in &moves {
             let (file, name) =
@@ -183,6 +192,13 @@ impl BaseFolder {
             return Err(BaseError::UnexpectedTensor((*tensor).clone()));
         }
         Ok(Self { layout, files, tensors, moves })
+    }
+
+    /// The same folder, to be quantized like this while it is read. The numbers that are quantized are those of the files,
+    /// whatever dtype was asked for.
+    pub fn quantized(mut self, quantization: Quantization) -> Self {
+        (self.layout, self.moves) = BaseLayout::plan(&self.layout.config, self.layout.dtype, quantization);
+        self
     }
 
     /// The architecture.
@@ -217,19 +233,41 @@ impl BaseFolder {
                         weights.iter_mut().for_each(|weight| *weight += 1.0);
                     }
                 }
-                Place::Panels(matrix, mut output) => {
+                Place::Panels(matrix, output) => {
                     let to = &mut region.bytes_mut()[matrix.offset..][..matrix.shape.bytes()];
-                    let row_bytes = matrix.shape.inputs * wanted.dtype.bytes();
-                    file.read_rows(name, wanted.dtype, matrix.shape.inputs, &mut |rows| {
-                        matrix.shape.pack(output, rows, to);
-                        output += rows.len() / row_bytes;
-                        written(rows.len() as u64)
-                    })?;
+                    fill_panels(file, name, (matrix, output), to, &mut written)?;
                 }
             }
         }
         Ok(FilledBase { layout: self.layout.clone(), region })
     }
+}
+
+/// Packs a tensor from this output on. `written` is told the bytes of the packed matrix.
+fn fill_panels(
+    file: &TensorFile,
+    tensor: &str,
+    (matrix, mut output): (PackedMatrix, usize),
+    to: &mut [u8],
+    written: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<(), BaseError> {
+    let (shape, dtype) = (matrix.shape, matrix.shape.row_dtype());
+    let mut too_large = false;
+    let result = file.read_rows(tensor, dtype, shape.inputs, &mut |rows| {
+        too_large = shape.format == Format::Q8_0 && !fits_q8_0(rows);
+        if too_large {
+            return ControlFlow::Break(());
+        }
+        shape.pack(output, rows, to);
+        let outputs = rows.len() / (shape.inputs * dtype.bytes());
+        output += outputs;
+        written((outputs * shape.row_bytes()) as u64)
+    });
+    if too_large { Err(BaseError::TooLarge { tensor: tensor.into() }) } else { Ok(result?) }
+}
+
+fn fits_q8_0(numbers: &[u8]) -> bool {
+    numbers.as_chunks().0.iter().fold(true, |fit, b| fit & (f32::from_ne_bytes(*b).abs() <= LARGEST))
 }
 
 /// Tensors that may be there and mean nothing: a head beside a tied embedding, and frequencies that follow from the
@@ -262,7 +300,10 @@ fn stored_dtype(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::arena::{Arena, Part};
+    use crate::model::lora::Site;
     use crate::model::tensor_file::tests::write;
+    use crate::model::weights::Embedding;
     use serde_json::{Value, json};
 
     type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
@@ -274,7 +315,7 @@ mod tests {
 
     fn tensors() -> Tensors {
         let config = Arc::new(ModelConfig::parse(&config().to_string()).unwrap());
-        let (_, moves) = BaseLayout::plan(&config, Dtype::BF16);
+        let (_, moves) = BaseLayout::plan(&config, Dtype::BF16, Quantization::None);
         let zeros = |m: Move| {
             let bytes = vec![0; m.shape.iter().product::<usize>() * 2];
             (m.tensor, (Dtype::BF16, m.shape, bytes))
@@ -359,5 +400,50 @@ mod tests {
         write(&dir.path().join("b.safetensors"), &all);
         index(&shard);
         assert!(matches!(refused(dir.path()), BaseError::Index { .. }), "a tensor in two shards");
+    }
+
+    #[test]
+    fn a_base_is_quantized_while_it_is_read() {
+        let numbers = |name: &str, index: usize| (name.len() + 7 * index) as f32 * 0.37 % 2.0 - 1.0;
+        let mut stored = tensors();
+        for (name, (dtype, shape, bytes)) in &mut stored {
+            let count = shape.iter().product::<usize>();
+            let (kind, width) = if name.contains("mlp") { (Dtype::F32, 4) } else { (Dtype::BF16, 2) };
+            *bytes = (0..count).flat_map(|i| numbers(name, i).to_le_bytes()[4 - width..].to_vec()).collect();
+            *dtype = kind;
+        }
+        let fill = |stored: &Tensors| {
+            let base = BaseFolder::open(folder(stored).path(), Some(Dtype::BF16)).unwrap();
+            let base = base.quantized(Quantization::Q8_0);
+            let arena = Arena::new(1 << 28).unwrap();
+            let region = arena.reserve(Part::Base, base.layout().bytes).unwrap();
+            let mut done = 0;
+            let filled = base.fill(region, &mut |progress| {
+                done = progress.done_bytes;
+                ControlFlow::Continue(())
+            });
+            // Beside what was written there is only what fills cache lines and panels.
+            assert!(filled.is_err() || (done <= base.layout().bytes && done > base.layout().bytes / 4));
+            filled
+        };
+        let base = fill(&stored).unwrap();
+        assert_eq!((base.layout.dtype, base.layout.quantization), (Dtype::BF16, Quantization::Q8_0));
+        let mut row = [0.0; 12];
+        base.row(0, Site::Down, 3, &mut row);
+        for (index, got) in row.iter().enumerate() {
+            // Half a step, and the scale's own rounding.
+            let want = numbers("model.layers.0.mlp.down_proj.weight", 3 * 12 + index);
+            assert!((got - want).abs() <= 0.5 / 127.0 + want.abs() / 2048.0, "{index}: {got} {want}");
+        }
+        let Embedding::Rows(table) = base.layout.embedding else { panic!("this base has its own embedding") };
+        assert_eq!(table.dtype, Dtype::BF16, "what is looked up is not quantized");
+
+        let (_, _, bytes) = stored.get_mut("model.layers.0.mlp.down_proj.weight").unwrap();
+        bytes[..4].copy_from_slice(&1e7_f32.to_le_bytes());
+        let error = fill(&stored).unwrap_err();
+        assert!(
+            matches!(&error, BaseError::TooLarge { tensor } if tensor.ends_with("down_proj.weight")),
+            "{error}"
+        );
     }
 }

@@ -1,11 +1,11 @@
 //! The weights of a base: which tensors it has, and where each is in device memory.
 //!
 //! [`BaseFolder::open`] reads only headers. It maps every tensor to a place in one [`Region`], with q, k and v, and gate and
-//! up, laid beside each other so that they are one matrix for the kernels. Matrices keep one dtype and are packed into the
-//! kernels' panels while they are read, which takes the same bytes; an embedding that is not also the head is only ever
-//! looked up and stays row by row. Vectors (norms and biases) are always f32.
+//! up, laid beside each other so that they are one matrix for the kernels. Matrices keep one dtype, or are quantized, and are
+//! packed into the kernels' panels while they are read; an embedding that is not also the head is only ever looked up and
+//! stays row by row, in the dtype. Vectors (norms and biases) are always f32.
 //!
-//! This file is what lies in memory; [`folder`] is how it gets there.
+//! This file is what lies in memory; `folder` is how it gets there.
 
 mod folder;
 
@@ -17,7 +17,7 @@ pub use folder::{BASE_SIDE_FILES, BaseError, BaseFolder, base_files};
 use super::config::ModelConfig;
 use super::lora::{Site, modules};
 use crate::engine::arena::Region;
-use crate::kernels::matmul::{Packed, PackedShape, Weight};
+use crate::kernels::matmul::{Format, Packed, PackedShape, Weight};
 use crate::kernels::ops::Table;
 
 /// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
@@ -51,6 +51,17 @@ impl std::fmt::Display for Dtype {
     }
 }
 
+/// How a base's matrices are quantized, and so read faster and held in fewer bytes. Embeddings that are only looked up,
+/// norms and biases are not; nor is anything that a lens brings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Quantization {
+    /// Not at all.
+    #[default]
+    None,
+    /// Eight bits and a scale for every thirty-two numbers; see [`crate::kernels::matmul::q8_0`].
+    Q8_0,
+}
+
 /// A matrix in device memory, row-major `[outputs, inputs]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Matrix {
@@ -69,7 +80,7 @@ pub struct Matrix {
 pub struct PackedMatrix {
     /// Bytes from the start of the region.
     pub offset: usize,
-    /// Outputs, inputs and kind of numbers.
+    /// Outputs, inputs and how numbers are kept.
     pub shape: PackedShape,
 }
 
@@ -129,8 +140,10 @@ pub struct BaseLayout {
     pub config: Arc<ModelConfig>,
     /// Bytes of the region.
     pub bytes: u64,
-    /// Dtype of all matrices.
+    /// Dtype of what is not quantized, and of the KV cache.
     pub dtype: Dtype,
+    /// What is done to the matrices that are multiplied.
+    pub quantization: Quantization,
     /// Embedding.
     pub embedding: Embedding,
     /// Decoder blocks.
@@ -165,6 +178,7 @@ const ALIGNMENT: usize = 64;
 /// Lays tensors out one after the other.
 struct Planner {
     dtype: Dtype,
+    format: Format,
     norm_plus_one: bool,
     end: usize,
     moves: Vec<Move>,
@@ -190,14 +204,14 @@ impl Planner {
 
     fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> PackedMatrix {
         let outputs = parts.iter().map(|p| p.1).sum();
-        let shape = PackedShape { outputs, inputs, dtype: self.dtype };
+        let shape = PackedShape { outputs, inputs, format: self.format };
         let matrix = PackedMatrix { offset: self.start(), shape };
         let mut first_output = 0;
         for (prefix, outputs) in parts {
             self.moves.push(Move {
                 tensor: format!("{prefix}.weight"),
                 shape: vec![*outputs, inputs],
-                dtype: self.dtype,
+                dtype: shape.row_dtype(),
                 place: Place::Panels(matrix, first_output),
                 plus_one: false,
             });
@@ -256,11 +270,21 @@ impl Planner {
 impl BaseLayout {
     /// Where everything of a base of this architecture goes, with matrices of this dtype.
     pub fn of(config: &Arc<ModelConfig>, dtype: Dtype) -> Self {
-        Self::plan(config, dtype).0
+        Self::plan(config, dtype, Quantization::None).0
     }
 
-    fn plan(config: &Arc<ModelConfig>, dtype: Dtype) -> (Self, Vec<Move>) {
-        let mut planner = Planner { dtype, norm_plus_one: config.norm_plus_one, end: 0, moves: Vec::new() };
+    /// The same base, quantized like this.
+    pub fn quantized(&self, quantization: Quantization) -> Self {
+        Self::plan(&self.config, self.dtype, quantization).0
+    }
+
+    fn plan(config: &Arc<ModelConfig>, dtype: Dtype, quantization: Quantization) -> (Self, Vec<Move>) {
+        let format = match quantization {
+            Quantization::None => Format::Plain(dtype),
+            Quantization::Q8_0 => Format::Q8_0,
+        };
+        let norm_plus_one = config.norm_plus_one;
+        let mut planner = Planner { dtype, format, norm_plus_one, end: 0, moves: Vec::new() };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = match config.tie_word_embeddings {
             true => Embedding::Tied(planner.matrix(&[("model.embed_tokens".into(), vocab)], hidden)),
@@ -274,7 +298,7 @@ impl BaseLayout {
         };
         let bytes = planner.start() as u64;
         let config = config.clone();
-        (Self { config, bytes, dtype, embedding, layers, final_norm, head }, planner.moves)
+        (Self { config, bytes, dtype, quantization, embedding, layers, final_norm, head }, planner.moves)
     }
 }
 
