@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use turret_tests::parity::{case, case_folders, demo, fixtures, report};
-use turret_worker::model::weights::Dtype;
+use turret_tests::parity::{case, case_folders, demo, fixtures, quantized, report};
+use turret_worker::model::weights::{Dtype, Quantization};
 
 fn main() -> Result<ExitCode> {
     // Test runners ask a binary for its list of tests; this one is a single table.
@@ -23,10 +23,12 @@ fn main() -> Result<ExitCode> {
     anyhow::ensure!(!cases.is_empty(), "no folder below {} has an expected.json", folder.display());
     for folder in cases {
         lines.extend(runtime.block_on(case::check(&folder))?);
+        lines.extend(quantized::check(&folder)?);
     }
     if foreign.is_none() {
-        for dtype in [Some(Dtype::F32), None] {
-            lines.extend(runtime.block_on(demo::check(&fixtures().join("demo"), dtype))?);
+        let plain = Quantization::None;
+        for numbers in [(Some(Dtype::F32), plain), (None, plain), (None, Quantization::Q8_0)] {
+            lines.extend(runtime.block_on(demo::check(&fixtures().join("demo"), numbers))?);
         }
     }
     let failed = report(&lines, foreign.is_some());

@@ -226,6 +226,32 @@ async fn the_same_files_under_two_names_are_held_once() {
 }
 
 #[tokio::test]
+async fn a_quantized_base_is_another_base_in_fewer_bytes_and_answers_the_same() {
+    let family = Family::default()
+        .group("plain", &lens_uri("base"))
+        .group("small", &lens_uri("base"))
+        .group("also-small", &lens_uri("base"))
+        .quantized("small")
+        .quantized("also-small")
+        .lens("plain", "terse", &lens_uri("lenses/terse"))
+        .lens("small", "terse", &lens_uri("lenses/terse"));
+    let worker = Worker::start(&{ family }.document());
+    worker.settled().await;
+    let (messages, answer) = sky("a:terse");
+    for model in ["small:terse", "plain:terse", "small:terse"] {
+        assert_eq!(worker.chat(model, &messages).await.as_ref(), Ok(&answer), "{model}");
+    }
+    let (messages, answer) = sky("a");
+    assert_eq!(worker.chat("also-small", &messages).await, Ok(answer));
+    let report = worker.wait("released", |r| r.state.running_rows == 0).await;
+    assert_eq!(report.bases.len(), 2, "equal keys share a base: {:#?}", report.bases);
+    let bytes = |group: &str| report.base_of(group).unwrap().bytes.unwrap();
+    assert_eq!(bytes("small"), bytes("also-small"));
+    // A number takes 34/32 bytes in place of four; norms and biases stay.
+    assert!(bytes("small") * 3 < bytes("plain"), "{:#?}", report.bases);
+}
+
+#[tokio::test]
 async fn broken_lenses_are_named_with_their_reason_the_others_serve_and_they_heal() {
     let folder = tempfile::tempdir().unwrap();
     let place = |name: &str| folder.path().join(name);

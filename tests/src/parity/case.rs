@@ -29,8 +29,8 @@ struct Row {
 
 /// How far transformers is from its f32 numbers when it computes in bf16.
 #[derive(Deserialize)]
-struct Bound {
-    root_mean_square: f64,
+pub(super) struct Bound {
+    pub(super) root_mean_square: f64,
 }
 
 #[derive(Deserialize)]

@@ -6,10 +6,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Deserialize;
 use turret_worker::model::chat_template::ChatInput;
-use turret_worker::model::weights::Dtype;
+use turret_worker::model::weights::{BaseFolder, Dtype, Quantization};
 
 use super::Line;
-use super::engine::{greedy, load_base, load_lens, start};
+use super::engine::{greedy, load_lens, load_opened, start};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -34,14 +34,20 @@ struct Case {
 }
 
 /// Asks both bases and every lens everything that is recorded: per base in one mixed batch, and both bases in one engine, one
-/// after the other active.
-pub async fn check(folder: &Path, dtype: Option<Dtype>) -> Result<Vec<Line>> {
+/// after the other active. Their answers are sure enough (the margins of their tokens are) to be the same when the bases are
+/// quantized.
+pub async fn check(folder: &Path, (dtype, quantization): (Option<Dtype>, Quantization)) -> Result<Vec<Line>> {
     let expected: Expected = serde_json::from_str(&std::fs::read_to_string(folder.join("expected.json"))?)?;
-    let kind = dtype.map_or("stored".into(), |d| d.to_string());
+    let kind = match quantization {
+        Quantization::None => dtype.map_or("stored".into(), |d| d.to_string()),
+        Quantization::Q8_0 => "Q8_0".into(),
+    };
     let engine = start()?;
     let mut bases = BTreeMap::new();
     for (name, model) in &expected.bases {
-        let mut base = load_base(&engine, &folder.join(&model.path), dtype).await?;
+        let path = folder.join(&model.path);
+        let files = BaseFolder::open(&path, dtype)?.quantized(quantization);
+        let mut base = load_opened(&engine, &path, files).await?;
         for (lens, lens_model) in &model.lenses {
             load_lens(&engine, &mut base, lens, &folder.join(&lens_model.path)).await?;
         }

@@ -65,7 +65,11 @@ pub fn start() -> Result<EngineHandle> {
 
 /// Loads a base, not yet active.
 pub async fn load_base(engine: &EngineHandle, folder: &Path, dtype: Option<Dtype>) -> Result<Loaded> {
-    let files = BaseFolder::open(folder, dtype)?;
+    load_opened(engine, folder, BaseFolder::open(folder, dtype)?).await
+}
+
+/// The same for a folder that is open.
+pub async fn load_opened(engine: &EngineHandle, folder: &Path, files: BaseFolder) -> Result<Loaded> {
     let tokenizer = Tokenizer::open(folder, files.config())?;
     let region = engine.reserve_base(files.layout()).await?;
     let filled = files.fill(region, &mut |_| ControlFlow::Continue(()))?;

@@ -7,12 +7,14 @@
 //!
 //! Computed in f32. In bf16, as most bases are served, a tiny model's logits are off by a percent or more whoever computes
 //! them, so the bound is what transformers does itself: where a case has `bf16.json`, the logits in bf16 may be no
-//! further from the f32 ones (root of the mean square) than those of transformers in bf16 are.
+//! further from the f32 ones (root of the mean square) than those of transformers in bf16 are. [`quantized`] says how a Q8_0 base
+//! is checked.
 
 pub mod activations;
 pub mod case;
 pub mod demo;
 pub mod engine;
+pub mod quantized;
 
 use std::path::{Path, PathBuf};
 

@@ -43,6 +43,12 @@ impl Family {
         self
     }
 
+    /// Has a group's base held in Q8_0.
+    pub fn quantized(mut self, group: &str) -> Self {
+        self.groups.get_mut(group).unwrap()["base"]["quantization"] = "Q8_0".into();
+        self
+    }
+
     /// Adds a lens to a group, or replaces it.
     pub fn lens(mut self, group: &str, name: &str, uri: &str) -> Self {
         self.set_lens(group, name, json!({"name": name, "source": {"uri": uri}}));
