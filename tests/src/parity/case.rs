@@ -11,7 +11,7 @@ use turret_worker::model::single::SingleRow;
 use turret_worker::model::weights::{BaseFolder, Dtype};
 
 use super::engine::{greedy, load_base, load_lens, start};
-use super::{Line, Outcome, activations};
+use super::{Line, Outcome, activations, verbalizer};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -164,9 +164,11 @@ pub async fn check(folder: &Path) -> Result<Vec<Line>> {
     let (more, checked) =
         activations::check(&case, folder, (&engine, &mut base), &mut single, &numbers).await?;
     lines.extend(more);
+    let verbalizers = verbalizer::check(&case, folder, (&engine, &base), &mut single, &mut lines).await?;
 
     for name in lens_folders(folder)? {
-        if !rows.contains_key(&name) && !checked.contains(&name.as_str()) {
+        let covered = checked.contains(&name.as_str()) || verbalizers.contains(&name);
+        if !rows.contains_key(&name) && !covered {
             let why = "no numbers of a plain LoRA are recorded for it".into();
             let subject = format!("{case}:{name}");
             lines.push(Line { subject, what: "load".into(), outcome: Outcome::Unsupported(why) });

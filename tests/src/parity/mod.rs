@@ -15,6 +15,7 @@ pub mod case;
 pub mod demo;
 pub mod engine;
 pub mod quantized;
+pub mod verbalizer;
 
 use std::path::{Path, PathBuf};
 

@@ -39,6 +39,27 @@ pub struct Injection {
     pub prefill_only: bool,
 }
 
+/// A learned map between residual vectors, `W v + b`: what is written is then a projection of what was read.
+#[derive(Debug, Clone, Copy)]
+pub struct Projection<'a> {
+    /// `[outputs, inputs]`, output by output.
+    pub weight: &'a [f32],
+    /// One number per output, or none.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl Projection<'_> {
+    /// The projection of one vector. Sums run in order, in f64, so that the result depends on nothing else.
+    pub fn of(&self, vector: &[f32]) -> Vec<f32> {
+        assert_eq!(self.weight.len() % vector.len(), 0, "the projection takes vectors of another width");
+        let dot =
+            |row: &[f32]| row.iter().zip(vector).map(|(w, v)| f64::from(*w) * f64::from(*v)).sum::<f64>();
+        let rows = self.weight.chunks_exact(vector.len()).enumerate();
+        rows.map(|(output, row)| (dot(row) + self.bias.map_or(0.0, |bias| f64::from(bias[output]))) as f32)
+            .collect()
+    }
+}
+
 impl Injection {
     /// The vector for a position of a row with a prompt of this many tokens.
     pub fn vector(&self, position: u32, prompt: u32, width: usize) -> Option<&[f32]> {
@@ -105,6 +126,14 @@ mod tests {
         let [x, y] = result(Operation::AddKeepingNorm { scale: 1.0 }, [5.0, 2.0]);
         assert!((x - 4.0).abs() < 1e-6 && (y - 3.0).abs() < 1e-6, "(8, 6) as long as (3, 4): ({x}, {y})");
         assert_eq!(result(Operation::AddKeepingNorm { scale: 1.0 }, [-3.0, -4.0]), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_projection_is_a_matrix_and_a_bias() {
+        let projection =
+            Projection { weight: &[1.0, 2.0, 0.0, -1.0, 3.0, 3.0], bias: Some(&[0.5, 0.0, -1.0]) };
+        assert_eq!(projection.of(&[10.0, 1.0]), [12.5, -1.0, 32.0]);
+        assert_eq!(Projection { bias: None, ..projection }.of(&[10.0, 1.0]), [12.0, -1.0, 33.0]);
     }
 
     #[test]
