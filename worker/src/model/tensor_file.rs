@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype as Stored, Metadata, TensorInfo};
 
+use super::tensor_header;
 use super::weights::Dtype;
 
 /// The largest header that is read: room for a hundred thousand tensors.
@@ -105,7 +106,7 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<Self, TensorFileError> {
         let io = |source| TensorFileError::Io { path: path.into(), source };
         let malformed = |what: String| TensorFileError::Malformed { path: path.into(), what };
-        let file = File::open(path).map_err(io)?;
+        let file = super::file::open(path).map_err(io)?;
         let found = file.metadata().map_err(io)?.len();
         let truncated = |expected| TensorFileError::Truncated { path: path.into(), found, expected };
         if found < 8 {
@@ -124,9 +125,8 @@ impl TensorFile {
         }
         let mut header = vec![0; header_bytes as usize];
         file.read_exact_at(&mut header, 8).map_err(io)?;
-        let metadata: Metadata =
-            serde_json::from_slice(&header).map_err(|e| malformed(format!("header: {e}")))?;
-        let expected = 8 + header_bytes + metadata.data_len() as u64;
+        let metadata = tensor_header::parse(&header).map_err(|e| malformed(format!("header: {e}")))?;
+        let expected = (8 + header_bytes).saturating_add(metadata.data_len() as u64);
         if found < expected {
             return Err(truncated(expected));
         }

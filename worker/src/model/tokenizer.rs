@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::bounded_json::{self, Place};
 use super::chat_template::{ChatInput, ChatTemplate, TemplateError};
 use super::config::{ConfigError, ModelConfig, parse_token_ids};
+use super::tokenizer_file::{guarded, parse, remember_nothing};
 use super::weights::{BaseError, read_json};
 
 /// Why a tokenizer cannot be used.
@@ -66,15 +68,28 @@ impl Tokenizer {
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and `generation_config.json`; all but the first may be
     /// absent.
     pub fn open(folder: &Path, config: &ModelConfig) -> Result<Self, TokenizerError> {
-        let path = folder.join("tokenizer.json");
-        let text = read(&path)?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(text)
-            .map_err(|e| TokenizerError::Malformed { path, what: e.to_string() })?;
-        // Both are settings of training runs; a request's text is never cut or padded.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| TokenizerError::Convert(format!("set up: {e}")))?;
+        Self::read(folder, config, |_| {})
+    }
 
-        let settings = read_object(&folder.join("tokenizer_config.json"))?;
+    /// The same, of a lens. Lenses come and go, and what the library remembers of words outlives their tokenizers: these
+    /// remember none.
+    pub fn open_for_lens(folder: &Path, config: &ModelConfig) -> Result<Self, TokenizerError> {
+        Self::read(folder, config, remember_nothing)
+    }
+
+    fn read(
+        folder: &Path,
+        config: &ModelConfig,
+        adjust: impl FnOnce(&mut tokenizers::Tokenizer),
+    ) -> Result<Self, TokenizerError> {
+        let path = folder.join("tokenizer.json");
+        let mut tokenizer = parse(&read(&path)?).map_err(|what| TokenizerError::Malformed { path, what })?;
+        adjust(&mut tokenizer);
+
+        let settings = read_object(&folder.join("tokenizer_config.json"), &|place| {
+            let [key, ..] = place else { return false };
+            !(key.ends_with("_token") || key == "chat_template")
+        })?;
         let special_tokens = special_tokens(&settings);
         let template_file = folder.join("chat_template.jinja");
         let source =
@@ -82,7 +97,7 @@ impl Tokenizer {
         let eos = special_tokens.get("eos_token").and_then(|token| tokenizer.token_to_id(token));
         let template = source.map(|source| ChatTemplate::new(&source, special_tokens)).transpose()?;
 
-        let generation = read_object(&folder.join("generation_config.json"))?;
+        let generation = read_object(&folder.join("generation_config.json"), &|_| false)?;
         let mut stop_token_ids = match generation.get("eos_token_id") {
             None | Some(Value::Null) => config.eos_token_ids.clone(),
             ids => parse_token_ids(ids).ok_or_else(|| {
@@ -103,17 +118,14 @@ impl Tokenizer {
     /// Token ids of a text. `add_special_tokens` adds what the tokenizer puts around a text (a BOS, usually); the
     /// text of a chat template has its own.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.0.tokenizer.encode_fast(text, add_special_tokens);
-        encoding
-            .map(|e| e.get_ids().to_vec())
+        guarded(|| self.0.tokenizer.encode_fast(text, add_special_tokens))
+            .map(|encoding| encoding.get_ids().to_vec())
             .map_err(|e| TokenizerError::Convert(format!("encode the text: {e}")))
     }
 
     /// Text of token ids.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
-        self.0
-            .tokenizer
-            .decode(ids, skip_special_tokens)
+        guarded(|| self.0.tokenizer.decode(ids, skip_special_tokens))
             .map_err(|e| TokenizerError::Convert(format!("decode tokens: {e}")))
     }
 
@@ -194,18 +206,22 @@ impl TextStream {
     }
 }
 
+/// Largest file of a tokenizer: twice that of a published one with a vocabulary of 262,144.
+const MAX_BYTES: u64 = 64 << 20;
+/// Values that are read of a settings file.
+const MAX_VALUES: usize = 1 << 14;
+
 fn read(path: &Path) -> Result<String, TokenizerError> {
-    read_json(path).map_err(|e| TokenizerError::Read(Box::new(e)))
+    read_json(path, MAX_BYTES).map_err(|e| TokenizerError::Read(Box::new(e)))
 }
 
-/// A JSON object that may be absent.
-fn read_object(path: &Path) -> Result<Value, TokenizerError> {
+/// A JSON object that may be absent, without what `skip` tells to leave out.
+fn read_object(path: &Path, skip: &dyn Fn(Place<'_>) -> bool) -> Result<Value, TokenizerError> {
     if !path.exists() {
         return Ok(Value::Object(Default::default()));
     }
-    let malformed = |what: String| TokenizerError::Malformed { path: path.into(), what };
-    let value: Value = serde_json::from_str(&read(path)?).map_err(|e| malformed(e.to_string()))?;
-    if value.is_object() { Ok(value) } else { Err(malformed("it is not an object".into())) }
+    let object = bounded_json::object(&read(path)?, MAX_VALUES, skip);
+    object.map(Value::Object).map_err(|what| TokenizerError::Malformed { path: path.into(), what })
 }
 
 /// `bos_token` and the like: a string, or an object with the string as its `content`.

@@ -4,7 +4,7 @@
 //! same. A file that changes while it is read has no digest.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -54,7 +54,7 @@ pub struct Hasher {
 impl Hasher {
     /// Identity of a file and SHA-256 of its content, hex.
     pub fn sha256(&self, path: &Path) -> io::Result<(FileIdentity, String)> {
-        let mut file = File::open(path)?;
+        let mut file = crate::model::file::open(path)?;
         let identity = FileIdentity::of(&file.metadata()?);
         if let Some(known) = self.memo.lock().get(&identity) {
             return Ok((identity, known.clone()));

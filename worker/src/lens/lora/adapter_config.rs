@@ -6,10 +6,13 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::lens::LensError;
+use crate::model::excerpt::{complaint, excerpt};
+use crate::model::file::read_text;
 
 /// Name of the config in a LoRA folder.
 pub(super) const CONFIG: &str = "adapter_config.json";
-const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// A parsed config takes up to forty times its text.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Keys that say nothing about what is computed with the trained tensors.
 const IGNORED_KEYS: &[&str] = &[
@@ -123,9 +126,11 @@ impl AdapterConfig {
     /// Reads the config of a LoRA folder and refuses by name what is not computed.
     pub(super) fn read(folder: &Path) -> Result<Self, LensError> {
         let path = folder.join(CONFIG);
-        let text = read_text(&path, MAX_CONFIG_BYTES)?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|e| LensError::Malformed { path: path.clone(), what: e.to_string() })?;
+        let malformed = |what| LensError::Malformed { path: path.clone(), what };
+        let text = read_text(&path, MAX_CONFIG_BYTES)
+            .map_err(|source| LensError::Io { path: path.clone(), source })?
+            .map_err(malformed)?;
+        let config: Self = serde_json::from_str(&text).map_err(|e| malformed(complaint(&e)))?;
         config.refuse_unsupported()?;
         Ok(config)
     }
@@ -164,28 +169,11 @@ impl AdapterConfig {
 
 /// A setting that is not computed.
 pub(super) fn unsupported(key: &str, value: &Value) -> LensError {
-    LensError::UnsupportedSetting { key: key.into(), value: brief(value) }
-}
-
-/// A text file of a lens, refused beyond a size.
-pub(super) fn read_text(path: &Path, max_bytes: u64) -> Result<String, LensError> {
-    use std::io::Read;
-    let io = |source| LensError::Io { path: path.into(), source };
-    let mut text = String::new();
-    std::fs::File::open(path).map_err(io)?.take(max_bytes + 1).read_to_string(&mut text).map_err(io)?;
-    if text.len() as u64 > max_bytes {
-        let what = format!("it is larger than {max_bytes} bytes");
-        return Err(LensError::Malformed { path: path.into(), what });
-    }
-    Ok(text)
+    LensError::UnsupportedSetting { key: excerpt(key, 80), value: brief(value) }
 }
 
 fn brief(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    excerpt(&value.to_string(), 80)
 }
 
 fn is_empty(value: &Value) -> bool {

@@ -5,7 +5,7 @@
 //! whole. The file must hold exactly the tensors that follow from it.
 //!
 //! - [`adapter_config`] reads the config and refuses what is not computed.
-//! - [`targets`] decides which modules it is about.
+//! - [`targets`] decides which modules it is about, [`patterns`] which names a pattern means.
 //! - [`layout`] finds a place for every tensor, and refuses those that have none.
 //! - [`dora`] makes what follows from lens and base together.
 //! - [`vocabulary`] reads tokens and a template that the lens brings.
@@ -13,6 +13,7 @@
 mod adapter_config;
 mod dora;
 mod layout;
+mod patterns;
 mod targets;
 #[cfg(test)]
 mod tests;

@@ -1,10 +1,13 @@
 //! Which modules of a base a config adapts or replaces, and with which rank and scale. Patterns are matched as PEFT
 //! matches them.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use fancy_regex::Regex;
 use serde_json::Value;
 
 use super::adapter_config::{AdapterConfig, CONFIG, Names, Numbers, Patterns, unsupported};
+use super::patterns::{Compiler, Pattern, cannot_match, is_match, tails};
 use crate::lens::LensError;
 use crate::model::config::ModelConfig;
 use crate::model::lora::{Module, Norm, modules, norms};
@@ -79,20 +82,24 @@ pub(super) fn adapted(
     folder: &std::path::Path,
 ) -> Result<Vec<Adapted>, LensError> {
     let malformed = |what: String| LensError::Malformed { path: folder.join(CONFIG), what };
-    let targets = Targets::new(config).map_err(malformed)?;
-    let ranks = compile(&config.rank_pattern).map_err(malformed)?;
-    let alphas = compile(&config.alpha_pattern).map_err(malformed)?;
-    let mut adapted = Vec::new();
+    let mut compiler = Compiler::default();
+    let targets = Targets::new(config, &mut compiler).map_err(malformed)?;
+    let mut chosen = Vec::new();
     for (key, site) in sites(base) {
-        if !targets.adapts(&key).map_err(malformed)? {
-            continue;
+        if targets.adapts(&key).map_err(malformed)? {
+            chosen.push((key, site));
         }
+    }
+    let ranks = first_matches(&config.rank_pattern, &chosen, &mut compiler).map_err(malformed)?;
+    let alphas = first_matches(&config.alpha_pattern, &chosen, &mut compiler).map_err(malformed)?;
+    let mut adapted = Vec::new();
+    for (index, (key, site)) in chosen.into_iter().enumerate() {
         if config.use_dora == Some(true) && !matches!(site, Site::Block(..)) {
             let value = format!("true with `{key}` among `target_modules`");
             return Err(LensError::UnsupportedSetting { key: "use_dora".into(), value });
         }
-        let rank = first_match(&ranks, &key).map_err(malformed)?.unwrap_or(config.r);
-        let alpha = first_match(&alphas, &key).map_err(malformed)?.unwrap_or(config.lora_alpha);
+        let rank = ranks.get(&index).copied().unwrap_or(config.r);
+        let alpha = alphas.get(&index).copied().unwrap_or(config.lora_alpha);
         if rank.fract() != 0.0 || !(1.0..=MAX_RANK as f64).contains(&rank) {
             return Err(malformed(format!("the rank of `{key}` is {rank}; 1 to {MAX_RANK} is possible")));
         }
@@ -111,99 +118,117 @@ pub(super) fn adapted(
 
 /// All modules that `modules_to_save` names. PEFT takes every module whose name ends so.
 pub(super) fn saved(config: &AdapterConfig, base: &ModelConfig) -> Result<Vec<(String, Whole)>, LensError> {
-    let names = config.modules_to_save.as_deref().unwrap_or_default();
-    for name in names {
-        if !replaceable(base).any(|(key, _)| key.ends_with(name.as_str())) {
-            return Err(unsupported("modules_to_save", &Value::from(name.as_str())));
+    let names: BTreeSet<&str> = config.modules_to_save.iter().flatten().map(String::as_str).collect();
+    for name in &names {
+        if !replaceable(base).any(|(key, _)| key.ends_with(name)) {
+            return Err(unsupported("modules_to_save", &Value::from(*name)));
         }
-        let linear =
-            |(key, site): &(String, Site)| matches!(site, Site::Block(..)) && key.ends_with(name.as_str());
+        let linear = |(key, site): &(String, Site)| matches!(site, Site::Block(..)) && key.ends_with(name);
         if let Some((key, _)) = sites(base).find(linear) {
             let value =
                 format!("{name} (which holds `{key}`; norms, the embedding and the head can be saved)");
             return Err(LensError::UnsupportedSetting { key: "modules_to_save".into(), value });
         }
     }
-    Ok(replaceable(base).filter(|(key, _)| names.iter().any(|n| key.ends_with(n.as_str()))).collect())
+    Ok(replaceable(base).filter(|(key, _)| names.iter().any(|n| key.ends_with(n))).collect())
 }
 
 /// Which modules are adapted, as PEFT decides it.
 struct Targets<'a> {
     config: &'a AdapterConfig,
-    include: Option<Regex>,
-    exclude: Option<Regex>,
-    saved: Vec<Regex>,
+    include: Chosen<'a>,
+    exclude: Chosen<'a>,
+    saved: Vec<Pattern>,
     /// Finds a layer's number in a module's name.
     layers: Vec<Regex>,
+    wanted_layers: BTreeSet<u64>,
+}
+
+/// What a config chooses modules by.
+enum Chosen<'a> {
+    Nothing,
+    AllLinear,
+    Regex(Regex),
+    Names(BTreeSet<&'a str>),
+}
+
+impl<'a> Chosen<'a> {
+    fn by(names: &'a Names, compiler: &mut Compiler) -> Result<Self, String> {
+        Ok(match names {
+            Names::Pattern(pattern) => Self::Regex(compiler.whole(pattern)?),
+            Names::List(names) => Self::Names(names.iter().map(String::as_str).collect()),
+        })
+    }
 }
 
 impl<'a> Targets<'a> {
-    fn new(config: &'a AdapterConfig) -> Result<Self, String> {
+    fn new(config: &'a AdapterConfig, compiler: &mut Compiler) -> Result<Self, String> {
         let include = match &config.target_modules {
-            Names::Pattern(pattern) if !is_all_linear(pattern) => Some(full_match(pattern)?),
-            _ => None,
+            Names::Pattern(pattern) if is_all_linear(pattern) => Chosen::AllLinear,
+            names => Chosen::by(names, compiler)?,
         };
         let exclude = match &config.exclude_modules {
-            Some(Names::Pattern(pattern)) if !pattern.is_empty() => Some(full_match(pattern)?),
-            _ => None,
+            None => Chosen::Nothing,
+            Some(Names::Pattern(pattern)) if pattern.is_empty() => Chosen::Nothing,
+            Some(names) => Chosen::by(names, compiler)?,
         };
-        if include.is_some() && config.layers_to_transform.is_some() {
+        if matches!(include, Chosen::Regex(_)) && config.layers_to_transform.is_some() {
             return Err("`layers_to_transform` cannot be combined with a regex in `target_modules`".into());
         }
-        let saved = config.modules_to_save.iter().flatten();
-        let saved =
-            saved.map(|name| regex(&format!(r"^(?:(^|.*\.){name}($|\..*))"))).collect::<Result<_, _>>()?;
+        let saved: BTreeSet<_> = config.modules_to_save.iter().flatten().collect();
+        let saved = saved.into_iter().map(|name| compiler.inside(name)).collect::<Result<_, _>>()?;
         let patterns = match &config.layers_pattern {
-            None => Vec::new(),
-            Some(Names::Pattern(pattern)) if pattern.is_empty() => Vec::new(),
-            Some(Names::Pattern(pattern)) => vec![pattern.as_str()],
-            Some(Names::List(patterns)) => patterns.iter().map(String::as_str).collect(),
+            None => &[][..],
+            Some(Names::Pattern(pattern)) if pattern.is_empty() => &[],
+            Some(Names::Pattern(pattern)) => std::slice::from_ref(pattern),
+            Some(Names::List(patterns)) => patterns.as_slice(),
         };
         let layers = match patterns.is_empty() {
-            true => vec![regex(r"^.*?\.[^.]*\.(?P<idx>\d+)\.")?],
-            false => patterns
-                .iter()
-                .map(|pattern| regex(&format!(r"^(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.")))
-                .collect::<Result<_, _>>()?,
+            true => vec![compiler.any_index()?],
+            false => patterns.iter().map(|p| compiler.before_index(p)).collect::<Result<_, _>>()?,
         };
-        Ok(Self { config, include, exclude, saved, layers })
+        let wanted_layers = match &config.layers_to_transform {
+            None => BTreeSet::new(),
+            Some(Numbers::One(layer)) => BTreeSet::from([*layer]),
+            Some(Numbers::List(layers)) => layers.iter().copied().collect(),
+        };
+        Ok(Self { config, include, exclude, saved, layers, wanted_layers })
     }
 
     fn adapts(&self, key: &str) -> Result<bool, String> {
-        let excluded = match (&self.exclude, &self.config.exclude_modules) {
-            (Some(regex), _) => is_match(regex, key)?,
-            (None, Some(Names::List(names))) => is_named(names, key),
-            _ => false,
+        let excluded = match &self.exclude {
+            Chosen::Regex(regex) => is_match(regex, key)?,
+            Chosen::Names(names) => is_named(names, key),
+            Chosen::Nothing | Chosen::AllLinear => false,
         };
         if excluded {
             return Ok(false);
         }
         for saved in &self.saved {
-            if is_match(saved, key)? {
+            if saved.is_match(key)? {
                 return Ok(false);
             }
         }
-        match (&self.include, &self.config.target_modules) {
-            (Some(regex), _) => is_match(regex, key),
-            (None, Names::List(names)) if names.iter().any(|name| name == key) => Ok(true),
-            (None, Names::List(names)) => Ok(is_named(names, key) && self.has_layer(key)?),
+        match &self.include {
+            Chosen::Regex(regex) => is_match(regex, key),
+            Chosen::Names(names) if names.contains(key) => Ok(true),
+            Chosen::Names(names) => Ok(is_named(names, key) && self.has_layer(key)?),
             // "all-linear" leaves the head out, and an embedding is not linear.
-            (None, Names::Pattern(_)) => Ok(key.starts_with("model.layers.") && self.has_layer(key)?),
+            Chosen::AllLinear => Ok(key.starts_with("model.layers.") && self.has_layer(key)?),
+            Chosen::Nothing => Ok(false),
         }
     }
 
     fn has_layer(&self, key: &str) -> Result<bool, String> {
-        let wanted = match &self.config.layers_to_transform {
+        match &self.config.layers_to_transform {
             None => return Ok(true),
             Some(Numbers::List(layers)) if layers.is_empty() => return Ok(true),
-            Some(Numbers::List(layers)) => layers.as_slice(),
-            Some(Numbers::One(layer)) => std::slice::from_ref(layer),
-        };
+            Some(_) => {}
+        }
         for pattern in &self.layers {
-            let found =
-                pattern.captures(key).map_err(|e| format!("`layers_pattern` cannot be matched: {e}"))?;
+            let found = pattern.captures(key).map_err(|e| cannot_match(pattern, &e))?;
             if let Some(index) = found.and_then(|found| found.name("idx")?.as_str().parse().ok()) {
-                return Ok(wanted.contains(&index));
+                return Ok(self.wanted_layers.contains(&index));
             }
         }
         Ok(false)
@@ -214,38 +239,25 @@ fn is_all_linear(pattern: &str) -> bool {
     pattern.eq_ignore_ascii_case("all-linear")
 }
 
-fn is_named(names: &[String], key: &str) -> bool {
-    names
-        .iter()
-        .any(|name| key == name || key.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.')))
+fn is_named(names: &BTreeSet<&str>, key: &str) -> bool {
+    tails(key).any(|tail| names.contains(tail))
 }
 
-fn regex(pattern: &str) -> Result<Regex, String> {
-    Regex::new(pattern).map_err(|e| format!("`{pattern}` is no regular expression: {e}"))
-}
-
-/// Python's `re.fullmatch`.
-fn full_match(pattern: &str) -> Result<Regex, String> {
-    Regex::new(&format!("^(?:{pattern})$")).map_err(|e| format!("`{pattern}` is no regular expression: {e}"))
-}
-
-fn is_match(regex: &Regex, key: &str) -> Result<bool, String> {
-    regex.is_match(key).map_err(|e| format!("`{}` cannot be matched: {e}", regex.as_str()))
-}
-
-fn compile(patterns: &Patterns) -> Result<Vec<(Regex, f64)>, String> {
-    patterns
-        .0
-        .iter()
-        .map(|(pattern, value)| Ok((full_match(&format!(r"(.*\.)?({pattern})"))?, *value)))
-        .collect()
-}
-
-fn first_match(patterns: &[(Regex, f64)], key: &str) -> Result<Option<f64>, String> {
-    for (pattern, value) in patterns {
-        if is_match(pattern, key)? {
-            return Ok(Some(*value));
+/// For each module, by its place in the list, the number of the first pattern that means it. One pattern is compiled at
+/// a time.
+fn first_matches(
+    patterns: &Patterns,
+    modules: &[(String, Site)],
+    compiler: &mut Compiler,
+) -> Result<BTreeMap<usize, f64>, String> {
+    let mut found = BTreeMap::new();
+    for (pattern, number) in &patterns.0 {
+        let pattern = compiler.at_end(pattern)?;
+        for (index, (key, _)) in modules.iter().enumerate() {
+            if !found.contains_key(&index) && pattern.is_match(key)? {
+                found.insert(index, *number);
+            }
         }
     }
-    Ok(None)
+    Ok(found)
 }

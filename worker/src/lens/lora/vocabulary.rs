@@ -26,7 +26,7 @@ pub(super) fn open(
     config.vocab_size = layout.replaced.vocab_size().unwrap_or(base.vocab_size);
     config.eos_token_ids = spoken.stop_token_ids().to_vec();
     config.eos_token_ids.retain(|id| (*id as usize) < config.vocab_size);
-    let tokenizer = Tokenizer::open(folder, &config)
+    let tokenizer = Tokenizer::open_for_lens(folder, &config)
         .map_err(|source| LensError::Tokenizer { path: folder.join(TOKENIZER), source })?;
     if let Some(token) = tokenizer.token(config.vocab_size as u32) {
         return Err(LensError::BaseMismatch {

@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use crate::model::excerpt::excerpt;
+
 /// Why a `config.json` is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -21,6 +23,9 @@ pub enum ConfigError {
         /// What would be right.
         expected: &'static str,
     },
+    /// Widths whose product no file could hold.
+    #[error("config.json: a model of these sizes has more than 17592186044416 weights")]
+    TooLarge,
     /// A valid setting that this engine does not compute.
     #[error("config.json: `{key}` = {value} is not supported; {supported}")]
     Unsupported {
@@ -35,6 +40,9 @@ pub enum ConfigError {
 
 /// Larger numbers than any published model has, and small enough that no product of two of them overflows.
 const LIMIT: u64 = 1 << 24;
+/// Factors, divisors and caps. Within these, an f32 holds what is computed from them.
+pub(super) const SANE: std::ops::RangeInclusive<f64> = 1e-6..=1e9;
+const SANE_TEXT: &str = "a number between 0.000001 and 1000000000";
 
 /// A token id, a list of them, or nothing.
 pub(crate) fn parse_token_ids(value: Option<&Value>) -> Option<Vec<u32>> {
@@ -46,13 +54,8 @@ pub(crate) fn parse_token_ids(value: Option<&Value>) -> Option<Vec<u32>> {
     }
 }
 
-/// A value as it may stand in a message: short, whatever the file holds.
 fn brief(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(60) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    excerpt(&value.to_string(), 60)
 }
 
 /// One object of the file.
@@ -91,17 +94,22 @@ impl<'a> Keys<'a> {
         self.map.keys()
     }
 
+    /// A key with where it is.
+    fn name(&self, key: &str) -> String {
+        format!("{}{}", self.path, excerpt(key, 60))
+    }
+
     pub(super) fn missing(&self, key: &str) -> ConfigError {
-        ConfigError::Missing(format!("{}{key}", self.path))
+        ConfigError::Missing(self.name(key))
     }
 
     pub(super) fn invalid(&self, key: &str, expected: &'static str) -> ConfigError {
         let value = self.get(key).map_or_else(|| "absent".to_owned(), brief);
-        ConfigError::Invalid { key: format!("{}{key}", self.path), value, expected }
+        ConfigError::Invalid { key: self.name(key), value, expected }
     }
 
     pub(super) fn unsupported(&self, key: &str, value: &Value, supported: &'static str) -> ConfigError {
-        ConfigError::Unsupported { key: format!("{}{key}", self.path), value: brief(value), supported }
+        ConfigError::Unsupported { key: self.name(key), value: brief(value), supported }
     }
 
     pub(super) fn optional_count(&self, key: &str) -> Result<Option<usize>, ConfigError> {
@@ -128,9 +136,7 @@ impl<'a> Keys<'a> {
 
     pub(super) fn positive(&self, key: &str) -> Result<Option<f64>, ConfigError> {
         match self.number(key)? {
-            Some(number) if !(number > 0.0 && number.is_finite() && (number as f32).is_finite()) => {
-                Err(self.invalid(key, "a number above 0"))
-            }
+            Some(number) if !SANE.contains(&number) => Err(self.invalid(key, SANE_TEXT)),
             number => Ok(number),
         }
     }
@@ -140,8 +146,8 @@ impl<'a> Keys<'a> {
         let numbers: Option<Vec<f64>> =
             value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
         match numbers {
-            Some(numbers) if numbers.iter().all(|n| *n > 0.0 && n.is_finite()) => Ok(Some(numbers)),
-            _ => Err(self.invalid(key, "a list of numbers above 0")),
+            Some(numbers) if numbers.iter().all(|n| SANE.contains(n)) => Ok(Some(numbers)),
+            _ => Err(self.invalid(key, "a list of numbers between 0.000001 and 1000000000")),
         }
     }
 

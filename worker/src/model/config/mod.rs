@@ -9,6 +9,7 @@ mod rope;
 
 use serde_json::Value;
 
+use super::excerpt::complaint;
 pub use keys::ConfigError;
 use keys::Keys;
 pub(crate) use keys::parse_token_ids;
@@ -54,6 +55,11 @@ impl Architecture {
 
 /// Gemma 3 with an image encoder, whose text model is `text_config`.
 const WITH_IMAGES: &str = "Gemma3ForConditionalGeneration";
+
+/// Thirty times those of the deepest published model.
+const MAX_LAYERS: usize = 4096;
+/// Ten times those of the largest published model, and few enough that no sum of their bytes overflows.
+const MAX_WEIGHTS: u128 = 1 << 44;
 
 /// What a layer's attention sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,7 +216,7 @@ impl Defaults {
 impl ModelConfig {
     /// Reads and checks the text of a `config.json`.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let value: Value = serde_json::from_str(text).map_err(|e| ConfigError::Malformed(e.to_string()))?;
+        let value: Value = serde_json::from_str(text).map_err(|e| ConfigError::Malformed(complaint(&e)))?;
         let Value::Object(map) = value else {
             return Err(ConfigError::Malformed("the top level is not an object".into()));
         };
@@ -230,6 +236,9 @@ impl ModelConfig {
 
         let hidden_size = keys.count("hidden_size", default.hidden_size)?;
         let layers = keys.count("num_hidden_layers", default.layers)?;
+        if layers > MAX_LAYERS {
+            return Err(keys.invalid("num_hidden_layers", "at most 4096"));
+        }
         let heads = keys.count("num_attention_heads", default.heads)?;
         let absent_kv_heads = default.kv_heads.filter(|_| !keys.has("num_key_value_heads"));
         let kv_heads = keys.optional_count("num_key_value_heads")?.or(absent_kv_heads).unwrap_or(heads);
@@ -249,8 +258,9 @@ impl ModelConfig {
         }
         let default_eps = if architecture == Architecture::Phi3 { 1e-5 } else { 1e-6 };
         let eps = keys.number("rms_norm_eps")?.unwrap_or(default_eps);
-        if !(eps > 0.0 && eps < 1.0) {
-            return Err(keys.invalid("rms_norm_eps", "a number between 0 and 1"));
+        // Of zeros, a norm is zeros over the root of it.
+        if !(1e-30..1.0).contains(&eps) {
+            return Err(keys.invalid("rms_norm_eps", "a number above 1e-30 and below 1"));
         }
         let max_position_embeddings =
             keys.count("max_position_embeddings", default.max_position_embeddings)?;
@@ -267,7 +277,7 @@ impl ModelConfig {
         // The outer config of a model with images has the last word.
         let tied = outer.flag("tie_word_embeddings")?.or(keys.flag("tie_word_embeddings")?);
         let eos = if outer.get("eos_token_id").is_some() { &outer } else { &keys };
-        Ok(Self {
+        let config = Self {
             architecture,
             hidden_size,
             intermediate_size: keys.count("intermediate_size", default.intermediate_size)?,
@@ -298,7 +308,19 @@ impl ModelConfig {
             stored_dtype: stored_dtype(&outer)?.or(stored_dtype(&keys)?),
             eos_token_ids: parse_token_ids(eos.get("eos_token_id"))
                 .ok_or_else(|| eos.invalid("eos_token_id", "a token id or a list of token ids"))?,
-        })
+        };
+        match config.weights() <= MAX_WEIGHTS {
+            true => Ok(config),
+            false => Err(ConfigError::TooLarge),
+        }
+    }
+
+    /// Numbers of all matrices.
+    fn weights(&self) -> u128 {
+        let wide = |n: usize| n as u128;
+        let outputs = 2 * self.heads * self.head_dim + 2 * self.kv_heads * self.head_dim;
+        let block = wide(self.hidden_size) * wide(outputs + 3 * self.intermediate_size);
+        wide(self.layers) * block + 2 * wide(self.vocab_size) * wide(self.hidden_size)
     }
 
     /// Width of all query heads together.

@@ -3,7 +3,7 @@
 
 use serde_json::Map;
 
-use super::keys::{ConfigError, Keys};
+use super::keys::{ConfigError, Keys, SANE};
 use super::{Architecture, LayerKind};
 
 /// Rotary embedding of the layers of one kind.
@@ -224,7 +224,11 @@ fn rope(keys: &Keys<'_>, settings: &Keys<'_>, theta: f64, around: Around) -> Res
         }
         _ => RopeScaling::Default,
     };
-    Ok(Rope { theta, rotary_dim, scaling, attention_factor })
+    // What follows from other settings may be a division by nothing.
+    match SANE.contains(&attention_factor) {
+        true => Ok(Rope { theta, rotary_dim, scaling, attention_factor }),
+        false => Err(settings.invalid("attention_factor", "settings from which a factor above 0 follows")),
+    }
 }
 
 /// The share of a head that is rotated. Only Phi-3 has one.

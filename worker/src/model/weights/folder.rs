@@ -1,17 +1,22 @@
 //! A base's folder: which files it has, whether they hold exactly the tensors of its architecture, and their way into
 //! memory. A tensor that is missing, that has another shape, or that this architecture does not know is refused by name.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use serde::Deserialize;
 
 use super::{BaseLayout, Dtype, FilledBase, Move, PackedMatrix, Place, Quantization};
 use crate::engine::arena::Region;
 use crate::kernels::matmul::Format;
 use crate::kernels::matmul::q8_0::LARGEST;
 use crate::model::config::{ConfigError, ModelConfig};
+use crate::model::excerpt::{complaint, excerpt};
+use crate::model::file::read_text;
 use crate::model::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
+use crate::model::tensor_header::MAX_TENSORS;
 use crate::model::tensor_names::own_name;
 
 /// Why a base cannot be loaded.
@@ -75,8 +80,12 @@ pub struct BaseFolder {
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-/// Largest JSON file that is read from a model folder.
-const MAX_JSON_BYTES: u64 = 64 << 20;
+/// Largest list of shards: room for as many tensors as there may be.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+/// Largest `config.json`. Parsed, it may take forty times as much.
+pub(crate) const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// Files that the tensors of a base may be in, all of which are open at once.
+const MAX_SHARDS: usize = 1024;
 
 /// Files of a base folder that a worker reads beside its tensors, where they exist.
 pub const BASE_SIDE_FILES: &[&str] = &[
@@ -102,6 +111,12 @@ pub fn base_files(folder: &Path) -> Result<Vec<String>, BaseError> {
     Ok(files)
 }
 
+/// What is read of the list of shards.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
 /// The safetensors files of a base folder: one, or those that the index names.
 fn shard_names(folder: &Path) -> Result<Vec<String>, BaseError> {
     let path = folder.join(INDEX);
@@ -109,47 +124,43 @@ fn shard_names(folder: &Path) -> Result<Vec<String>, BaseError> {
         return Ok(vec![SINGLE.to_owned()]);
     }
     let malformed = |what: String| BaseError::Index { path: path.clone(), what };
-    let text = read_json(&path)?;
-    let index: serde_json::Value = serde_json::from_str(&text).map_err(|e| malformed(e.to_string()))?;
-    let map =
-        index["weight_map"].as_object().ok_or_else(|| malformed("it has no `weight_map` object".into()))?;
-    let mut names = Vec::new();
-    for (tensor, file) in map {
-        let name = file.as_str().unwrap_or("");
-        if name.is_empty() || name.contains(['/', '\\', '\0']) || name == "." || name == ".." {
-            return Err(malformed(format!("`{tensor}` is in {file}, which is not a plain file name")));
+    let text = read_json(&path, MAX_INDEX_BYTES)?;
+    let Index { weight_map } = serde_json::from_str(&text).map_err(|e| malformed(complaint(&e)))?;
+    let mut names = BTreeSet::new();
+    for (tensor, name) in weight_map {
+        // A name that is too long for the file system is one that does not exist.
+        if name.is_empty()
+            || name.contains(['/', '\\', '\0'])
+            || name == "."
+            || name == ".."
+            || name.len() > 255
+        {
+            let (tensor, name) = (excerpt(&tensor, 80), excerpt(&name, 80));
+            return Err(malformed(format!("`{tensor}` is in {name:?}, which is not a plain file name")));
         }
-        names.push(name.to_owned());
+        names.insert(name);
+        if names.len() > MAX_SHARDS {
+            return Err(malformed(format!("it names more than {MAX_SHARDS} files")));
+        }
     }
-    names.sort();
-    names.dedup();
     if names.is_empty() {
         return Err(malformed("its `weight_map` is empty".into()));
     }
-    Ok(names)
+    Ok(names.into_iter().collect())
 }
 
-/// A JSON file of a model folder as text; size-capped.
-pub(crate) fn read_json(path: &Path) -> Result<String, BaseError> {
-    use std::io::Read;
-    let io = |source| BaseError::Io { path: path.into(), source };
-    let file = std::fs::File::open(path).map_err(io)?;
-    let mut text = String::new();
-    file.take(MAX_JSON_BYTES + 1).read_to_string(&mut text).map_err(io)?;
-    if text.len() as u64 > MAX_JSON_BYTES {
-        return Err(BaseError::Index {
-            path: path.into(),
-            what: format!("it is larger than {MAX_JSON_BYTES} bytes"),
-        });
-    }
-    Ok(text)
+/// A JSON file of a model folder as text.
+pub(crate) fn read_json(path: &Path, max_bytes: u64) -> Result<String, BaseError> {
+    let text = read_text(path, max_bytes).map_err(|source| BaseError::Io { path: path.into(), source })?;
+    text.map_err(|what| BaseError::Index { path: path.into(), what })
 }
 
 impl BaseFolder {
     /// Reads `config.json` and all safetensors headers. `dtype` absent keeps the numbers as stored (with mixed ones, the
     /// smallest that holds them all).
     pub fn open(folder: &Path, dtype: Option<Dtype>) -> Result<Self, BaseError> {
-        let config = Arc::new(ModelConfig::parse(&read_json(&folder.join("config.json"))?)?);
+        let config =
+            Arc::new(ModelConfig::parse(&read_json(&folder.join("config.json"), MAX_CONFIG_BYTES)?)?);
         let mut files = Vec::new();
         let mut tensors = HashMap::new();
         for name in shard_names(folder)? {
@@ -162,7 +173,16 @@ impl BaseFolder {
                     return Err(BaseError::Index { path: file.path().into(), what });
                 }
             }
+            if tensors.len() > MAX_TENSORS {
+                let what = format!("with it there are more than {MAX_TENSORS} tensors");
+                return Err(BaseError::Index { path: file.path().into(), what });
+            }
             files.push(file);
+        }
+        // Before anything is laid out: a config may claim layers that nobody has.
+        let first_of = |layer| format!("model.layers.{layer}.input_layernorm.weight");
+        if let Some(tensor) = (0..config.layers).map(first_of).find(|tensor| !tensors.contains_key(tensor)) {
+            return Err(BaseError::MissingTensor(tensor));
         }
         let dtype = match dtype {
             Some(dtype) => dtype,
