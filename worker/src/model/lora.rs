@@ -133,7 +133,7 @@ pub struct Delta {
 impl Delta {
     /// Whether it does more than to add.
     pub fn finishes(&self) -> bool {
-        self.parts.iter().any(|part| part.gain.is_some() || part.bias.is_some())
+        self.parts.iter().any(|part| part.gain.is_some() || part.bias.is_some() || part.shift.is_some())
     }
 }
 
@@ -152,6 +152,8 @@ pub struct DeltaPart {
     pub gain: Option<GainVectors>,
     /// In place of the base's bias.
     pub bias: Option<Vector>,
+    /// Added, multiplied by the scale.
+    pub shift: Option<Vector>,
 }
 
 /// Where the numbers of a [`Gain`] are, one of each per output.
@@ -342,5 +344,6 @@ fn outputs_of<'a>(one: &'a LensUse, part: &'a DeltaPart) -> DeltaOutputs<'a> {
             scale: one.scale,
         }),
         bias: part.bias.as_ref().map(|bias| lens.vector(bias)),
+        shift: part.shift.as_ref().map(|shift| lens.vector(shift)),
     }
 }

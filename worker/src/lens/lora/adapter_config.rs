@@ -113,6 +113,9 @@ pub(super) struct AdapterConfig {
     pub(super) layers_to_transform: Option<Numbers>,
     #[serde(default)]
     pub(super) layers_pattern: Option<Names>,
+    /// Every delta has a bias of its own.
+    #[serde(default)]
+    pub(super) lora_bias: Option<bool>,
     #[serde(default)]
     init_lora_weights: Option<Value>,
     #[serde(default)]

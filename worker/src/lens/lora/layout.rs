@@ -66,6 +66,7 @@ pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> R
         let leaf = LORA
             .iter()
             .chain(&EMBEDDED)
+            .chain(&["lora_B.bias"])
             .chain(&leaves)
             .find_map(|leaf| Some((*leaf, name.strip_suffix(leaf)?.strip_suffix('.')?)));
         let Some((leaf, module)) = leaf else {
@@ -79,10 +80,10 @@ pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> R
                 );
             }
             "base_layer.weight" | "weight" => replaceable.contains_key(module),
+            "lora_B.bias" => matches!(site, Some(Place::Block(..))),
             "base_layer.bias" | "bias" => match site {
                 Some(Place::Block(_, module)) if has_bias(base, module) => true,
                 Some(_) => return refused("this base has no bias there"),
-                None if module.ends_with("lora_B") => return refused("biases of deltas are not computed"),
                 None => false,
             },
             "lora_magnitude_vector" => match site {
@@ -339,8 +340,8 @@ impl Planner<'_> {
         let mut delta = Delta { a, parts: Vec::with_capacity(parts.len()) };
         for (key, module, one, has_bias) in parts {
             let outputs = module.outputs;
-            let (mut b, mut scale, mut gain) =
-                (Matrix { offset: 0, outputs: 0, inputs: outputs, dtype: Dtype::F32 }, 0.0, None);
+            let (mut b, mut scale, mut gain, mut shift) =
+                (Matrix { offset: 0, outputs: 0, inputs: outputs, dtype: Dtype::F32 }, 0.0, None, None);
             let part_start = rank_start;
             if let Some(one) = one {
                 self.moves.push(Move {
@@ -353,6 +354,9 @@ impl Planner<'_> {
                 rank_start += one.rank;
                 b = self.transposed(tensor(key, 'B'), [outputs, one.rank])?;
                 scale = one.scale;
+                if self.config.lora_bias == Some(true) {
+                    shift = Some(self.vector(format!("{PREFIX}{key}.lora_B.bias"), outputs)?);
+                }
                 if self.config.use_dora == Some(true) {
                     gain = Some(GainVectors {
                         magnitude: self.vector(magnitude_tensor(key), outputs)?,
@@ -367,7 +371,7 @@ impl Planner<'_> {
                 false => None,
             };
             let (output_start, rank_start) = (module.output_start, part_start);
-            delta.parts.push(DeltaPart { rank_start, output_start, b, scale, gain, bias });
+            delta.parts.push(DeltaPart { rank_start, output_start, b, scale, gain, bias, shift });
         }
         Ok(Some(delta))
     }

@@ -98,6 +98,13 @@ pub(super) fn adapted(
             let value = format!("true with `{key}` among `target_modules`");
             return Err(LensError::UnsupportedSetting { key: "use_dora".into(), value });
         }
+        // DoRA has no place for it, nor has the embedding; nobody else computes it either.
+        if config.lora_bias == Some(true)
+            && (config.use_dora == Some(true) || !matches!(site, Site::Block(..)))
+        {
+            let value = format!("true with `{key}` among `target_modules`, or with `use_dora`");
+            return Err(LensError::UnsupportedSetting { key: "lora_bias".into(), value });
+        }
         let rank = ranks.get(&index).copied().unwrap_or(config.r);
         let alpha = alphas.get(&index).copied().unwrap_or(config.lora_alpha);
         if rank.fract() != 0.0 || !(1.0..=MAX_RANK as f64).contains(&rank) {
