@@ -30,11 +30,15 @@ pub struct LensLayout {
 }
 
 impl LensLayout {
-    /// Names something that both bring whole, so that no row can have both.
+    /// Names something that both bring, or that one brings and the other does not fit, so that no row can have both.
     pub fn conflict(&self, other: &Self) -> Option<&'static str> {
+        let misfit = |one: &Self, other: &Self| {
+            one.replaced.vocab_size().is_some_and(|vocab| !other.deltas.fits_vocabulary(vocab))
+        };
         self.replaced
             .conflict(&other.replaced)
             .or_else(|| self.deltas.shares_bias(&other.deltas).then_some("a bias"))
+            .or_else(|| (misfit(self, other) || misfit(other, self)).then_some("the vocabulary"))
     }
 }
 
@@ -71,7 +75,7 @@ impl Effects {
             ranks: deltas.max_ranks(),
             finishes: deltas.finishes(),
             norms: replaced.has_norms(),
-            embeddings: replaced.embedding.is_some() || deltas.embedding.is_some(),
+            embeddings: replaced.embedding.is_some() || deltas.embedding.is_some() || deltas.tokens.is_some(),
             head_tokens: replaced.head.map_or(0, |head| head.shape.outputs),
         }
     }

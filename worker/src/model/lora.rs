@@ -180,6 +180,15 @@ pub struct EmbeddingDelta {
     pub scale: f32,
 }
 
+/// Tokens with rows of their own, by what these differ from the base's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenRows {
+    /// Tokens, ascending, each with the number of its row.
+    pub tokens: Vec<(u32, u32)>,
+    /// `[tokens, hidden]`, in f32.
+    pub rows: Matrix,
+}
+
 /// Deltas of all blocks. Offsets count from the start of the lens's region.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct DeltaLayout {
@@ -189,6 +198,10 @@ pub struct DeltaLayout {
     pub embedding: Option<EmbeddingDelta>,
     /// Of the head.
     pub head: Option<Delta>,
+    /// Of single tokens of the embedding.
+    pub tokens: Option<TokenRows>,
+    /// Of single tokens of the head, whose delta they are; the embedding's where both are one.
+    pub head_tokens: Option<TokenRows>,
 }
 
 impl DeltaLayout {
@@ -210,6 +223,16 @@ impl DeltaLayout {
         };
         let mut sites = self.layers.iter().flatten().zip(other.layers.iter().flatten());
         sites.any(|(a, b)| biases(a).iter().any(|start| biases(b).contains(start)))
+    }
+
+    /// Whether those of tokens are for an embedding and a head of this many.
+    pub fn fits_vocabulary(&self, tokens: usize) -> bool {
+        let embedding = self.embedding.as_ref().is_none_or(|delta| delta.a.outputs == tokens);
+        let mut head = self.head.iter().flat_map(|delta| &delta.parts);
+        let ends = self.tokens.iter().flat_map(|own| own.tokens.last());
+        embedding
+            && head.all(|part| part.output_start + part.b.inputs <= tokens)
+            && ends.into_iter().all(|(token, _)| (*token as usize) < tokens)
     }
 
     /// Whether any of them does more than to add.

@@ -82,8 +82,14 @@ impl RowEmbeddings for EmbeddingsOf<'_> {
 
     fn add(&self, row: usize, token: usize, y: &mut [f32]) {
         for one in uses_at(self.uses, row) {
-            let Some(delta) = &one.lens.layout.deltas.embedding else { continue };
             let bytes = one.lens.region.bytes();
+            let deltas = &one.lens.layout.deltas;
+            if let Some(own) = &deltas.tokens
+                && let Ok(index) = own.tokens.binary_search_by_key(&token, |(token, _)| *token as usize)
+            {
+                add_scaled(own.rows.of(bytes), own.tokens[index].1 as usize, one.scale, y);
+            }
+            let Some(delta) = &deltas.embedding else { continue };
             let (a, b) = (delta.a.of(bytes), delta.b.of(bytes));
             for rank in 0..delta.b.outputs {
                 let mut t = [0.0];

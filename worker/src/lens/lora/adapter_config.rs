@@ -1,5 +1,6 @@
 //! `adapter_config.json`: what it may say, and what of it changes what is computed.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -77,6 +78,14 @@ pub(super) enum Numbers {
     List(Vec<u64>),
 }
 
+/// Tokens whose rows are trained: of the embedding, or by module.
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(untagged)]
+pub(super) enum TokenIndices {
+    Embedding(Vec<u32>),
+    Modules(BTreeMap<String, Vec<u32>>),
+}
+
 /// Which biases are saved with a LoRA.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -113,6 +122,8 @@ pub(super) struct AdapterConfig {
     pub(super) layers_to_transform: Option<Numbers>,
     #[serde(default)]
     pub(super) layers_pattern: Option<Names>,
+    #[serde(default)]
+    pub(super) trainable_token_indices: Option<TokenIndices>,
     /// Every delta has a bias of its own.
     #[serde(default)]
     pub(super) lora_bias: Option<bool>,

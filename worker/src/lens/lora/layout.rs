@@ -5,11 +5,12 @@ use std::collections::{HashMap, HashSet};
 
 use super::adapter_config::{AdapterConfig, Biases, CONFIG};
 use super::targets::{Adapted, EMBEDDING, HEAD, Site as Place, Whole, replaceable, sites};
+use super::tokens::Trained;
 use crate::kernels::matmul::{Format, PackedShape};
 use crate::lens::{LensError, LensLayout};
 use crate::model::config::ModelConfig;
 use crate::model::lora::{
-    Delta, DeltaLayout, DeltaPart, EmbeddingDelta, GainVectors, Module, NormSite, Site, modules,
+    Delta, DeltaLayout, DeltaPart, EmbeddingDelta, GainVectors, Module, NormSite, Site, TokenRows, modules,
 };
 use crate::model::replaced::Replaced;
 use crate::model::tensor_file::{TensorFile, TensorFileError};
@@ -45,6 +46,17 @@ pub(super) enum To {
     Panels(PackedMatrix),
 }
 
+/// What a config is about.
+#[derive(Clone, Copy)]
+pub(super) struct Modules<'a> {
+    pub(super) adapted: &'a [Adapted],
+    pub(super) saved: &'a [(String, Whole)],
+    pub(super) trained: &'a Trained,
+}
+
+/// What PEFT calls a module's rows of single tokens.
+const TRAINED: &str = "token_adapter.trainable_tokens_delta";
+
 /// Names the first tensor that no LoRA over this base has, or that is not computed, and why it cannot be used.
 pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> Result<(), LensError> {
     const LORA: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
@@ -66,7 +78,7 @@ pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> R
         let leaf = LORA
             .iter()
             .chain(&EMBEDDED)
-            .chain(&["lora_B.bias"])
+            .chain(&[TRAINED, "lora_B.bias"])
             .chain(&leaves)
             .find_map(|leaf| Some((*leaf, name.strip_suffix(leaf)?.strip_suffix('.')?)));
         let Some((leaf, module)) = leaf else {
@@ -79,7 +91,13 @@ pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> R
                     "norms, the embedding and the head can be replaced whole, this module cannot",
                 );
             }
+            "base_layer.weight" if module.ends_with("token_adapter") => {
+                return refused(
+                    "trained tokens of a resized vocabulary are not computed, save the whole embedding",
+                );
+            }
             "base_layer.weight" | "weight" => replaceable.contains_key(module),
+            TRAINED => matches!(site, Some(Place::Embedding | Place::Head)),
             "lora_B.bias" => matches!(site, Some(Place::Block(..))),
             "base_layer.bias" | "bias" => match site {
                 Some(Place::Block(_, module)) if has_bias(base, module) => true,
@@ -113,7 +131,7 @@ pub(super) fn plan(
     config: &AdapterConfig,
     base: &BaseLayout,
     file: &TensorFile,
-    (adapted, saved): (&[Adapted], &[(String, Whole)]),
+    Modules { adapted, saved, trained }: Modules<'_>,
 ) -> Result<(LensLayout, Vec<Move>), LensError> {
     let table_dtype = base.dtype;
     let base = &*base.config;
@@ -138,6 +156,7 @@ pub(super) fn plan(
         let mut delta = |site| planner.site(layer, site, &adapted);
         deltas.layers.push([delta(Site::Qkv)?, delta(Site::O)?, delta(Site::GateUp)?, delta(Site::Down)?]);
     }
+    planner.trained_tokens(trained, &mut deltas)?;
     let known: HashSet<&str> = planner.moves.iter().map(|m| m.tensor.as_str()).collect();
     if let Some(tensor) = file.names().iter().find(|tensor| !known.contains(tensor.as_str())) {
         return Err(planner.malformed(format!("{CONFIG} does not imply tensor `{tensor}`")));
@@ -289,6 +308,61 @@ impl Planner<'_> {
             b: self.transposed(tensor('B'), [self.base.hidden_size, one.rank])?,
             scale: one.scale,
         })
+    }
+
+    /// Rows of single tokens, each of which the head takes as a delta of one rank and one output.
+    fn trained_tokens(&mut self, trained: &Trained, deltas: &mut DeltaLayout) -> Result<(), LensError> {
+        for (key, tokens) in [(EMBEDDING, &trained.embedding), (HEAD, &trained.head)] {
+            if tokens.is_empty() {
+                continue;
+            }
+            let rows = match (key == HEAD && trained.is_tied, &deltas.tokens) {
+                (true, Some(embedding)) => embedding.clone(),
+                _ => self.token_rows(key, tokens)?,
+            };
+            if key == EMBEDDING {
+                if deltas.embedding.is_some() {
+                    return Err(self.beside_a_delta(key));
+                }
+                deltas.tokens = Some(rows);
+                continue;
+            }
+            if deltas.head.is_some() {
+                return Err(self.beside_a_delta(key));
+            }
+            let b = Matrix { offset: self.numbers(1).offset, outputs: 1, inputs: 1, dtype: Dtype::F32 };
+            let part = |(token, row): &(u32, u32)| DeltaPart {
+                rank_start: *row as usize,
+                output_start: *token as usize,
+                b,
+                scale: 1.0,
+                gain: None,
+                bias: None,
+                shift: None,
+            };
+            deltas.head = Some(Delta { a: rows.rows, parts: rows.tokens.iter().map(part).collect() });
+            deltas.head_tokens = Some(rows);
+        }
+        Ok(())
+    }
+
+    fn beside_a_delta(&self, key: &str) -> LensError {
+        let tensor = format!("{PREFIX}{key}.{TRAINED}");
+        LensError::UnsupportedTensor {
+            tensor,
+            why: "the module has a delta too; adapt it or train its tokens",
+        }
+    }
+
+    fn token_rows(&mut self, key: &str, tokens: &[u32]) -> Result<TokenRows, LensError> {
+        let (count, hidden, dtype) = (tokens.len(), self.base.hidden_size, Dtype::F32);
+        let tensor = format!("{PREFIX}{key}.{TRAINED}");
+        self.expect(&tensor, &[count, hidden])?;
+        let offset = self.numbers(count * hidden).offset;
+        self.moves.push(Move { tensor, rows: count, columns: hidden, dtype, to: To::Plain(offset) });
+        let mut tokens: Vec<(u32, u32)> = tokens.iter().copied().zip(0..).collect();
+        tokens.sort_unstable();
+        Ok(TokenRows { tokens, rows: Matrix { offset, outputs: count, inputs: hidden, dtype } })
     }
 
     /// The delta of a fused matrix: its adapted modules, and those of which only a bias is brought.

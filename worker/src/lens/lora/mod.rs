@@ -8,6 +8,7 @@
 //! - [`targets`] decides which modules it is about, [`patterns`] which names a pattern means.
 //! - [`layout`] finds a place for every tensor, and refuses those that have none.
 //! - [`dora`] makes what follows from lens and base together.
+//! - [`tokens`] are single ones that the lens trained.
 //! - [`vocabulary`] reads tokens and a template that the lens brings.
 
 mod adapter_config;
@@ -17,13 +18,14 @@ mod patterns;
 mod targets;
 #[cfg(test)]
 mod tests;
+mod tokens;
 mod vocabulary;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use self::adapter_config::{AdapterConfig, CONFIG};
-use self::layout::{Move, To, plan, refuse_foreign_tensors};
+use self::layout::{Modules, Move, To, plan, refuse_foreign_tensors};
 use super::{FilledLens, LensError, LensLayout};
 use crate::engine::arena::Region;
 use crate::model::config::ModelConfig;
@@ -84,7 +86,9 @@ impl LoraFolder {
         refuse_foreign_tensors(&file, &base.config)?;
         let adapted = targets::adapted(&config, &base.config, folder)?;
         let saved = targets::saved(&config, &base.config)?;
-        let (layout, moves) = plan(&config, base, &file, (&adapted, &saved))?;
+        let trained = tokens::trained(&config, &base.config)?;
+        let modules = Modules { adapted: &adapted, saved: &saved, trained: &trained };
+        let (layout, moves) = plan(&config, base, &file, modules)?;
         let base = BaseKind { config: base.config.clone(), dtype: base.dtype };
         Ok(Self { base, layout, file, moves })
     }
@@ -153,6 +157,7 @@ impl LoraFolder {
                 }
             }
         }
+        tokens::subtract_base(&self.layout, base, &mut region);
         dora::measure(&self.layout, base, &mut region, &mut || written(0))?;
         Ok(FilledLens::new(self.base.config.clone(), self.layout.clone(), region))
     }
