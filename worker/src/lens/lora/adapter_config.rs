@@ -30,8 +30,6 @@ const IGNORED_KEYS: &[&str] = &[
     "peft_version",
     "task_type",
     "runtime_config",
-    // What is tied by it is in the file twice.
-    "ensure_weight_tying",
     "qalora_group_size",
 ];
 
@@ -127,6 +125,9 @@ pub(super) struct AdapterConfig {
     /// Every delta has a bias of its own.
     #[serde(default)]
     pub(super) lora_bias: Option<bool>,
+    /// What is done to an embedding is done to a head that is the same.
+    #[serde(default)]
+    pub(super) ensure_weight_tying: Option<bool>,
     #[serde(default)]
     init_lora_weights: Option<Value>,
     #[serde(default)]

@@ -56,6 +56,9 @@ pub(super) struct Modules<'a> {
 
 /// What PEFT calls a module's rows of single tokens.
 const TRAINED: &str = "token_adapter.trainable_tokens_delta";
+/// What PEFT also saves of an embedding or a head that is brought whole, when the vocabulary was resized: the same
+/// again, and what it was before.
+const COPIES: [&str; 2] = ["modules_to_save.weight", "original_module.weight"];
 
 /// Names the first tensor that no LoRA over this base has, or that is not computed, and why it cannot be used.
 pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> Result<(), LensError> {
@@ -78,6 +81,7 @@ pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> R
         let leaf = LORA
             .iter()
             .chain(&EMBEDDED)
+            .chain(&COPIES)
             .chain(&[TRAINED, "lora_B.bias"])
             .chain(&leaves)
             .find_map(|leaf| Some((*leaf, name.strip_suffix(leaf)?.strip_suffix('.')?)));
@@ -97,7 +101,9 @@ pub(super) fn refuse_foreign_tensors(file: &TensorFile, base: &ModelConfig) -> R
                 );
             }
             "base_layer.weight" | "weight" => replaceable.contains_key(module),
-            TRAINED => matches!(site, Some(Place::Embedding | Place::Head)),
+            leaf if leaf == TRAINED || COPIES.contains(&leaf) => {
+                matches!(site, Some(Place::Embedding | Place::Head))
+            }
             "lora_B.bias" => matches!(site, Some(Place::Block(..))),
             "base_layer.bias" | "bias" => match site {
                 Some(Place::Block(_, module)) if has_bias(base, module) => true,
@@ -158,7 +164,9 @@ pub(super) fn plan(
     }
     planner.trained_tokens(trained, &mut deltas)?;
     let known: HashSet<&str> = planner.moves.iter().map(|m| m.tensor.as_str()).collect();
-    if let Some(tensor) = file.names().iter().find(|tensor| !known.contains(tensor.as_str())) {
+    let copies = planner.copies(&known)?;
+    let is_known = |tensor: &str| known.contains(tensor) || copies.contains(tensor);
+    if let Some(tensor) = file.names().iter().find(|tensor| !is_known(tensor)) {
         return Err(planner.malformed(format!("{CONFIG} does not imply tensor `{tensor}`")));
     }
     let bytes = planner.end.next_multiple_of(ALIGNMENT) as u64;
@@ -363,6 +371,24 @@ impl Planner<'_> {
         let mut tokens: Vec<(u32, u32)> = tokens.iter().copied().zip(0..).collect();
         tokens.sort_unstable();
         Ok(TokenRows { tokens, rows: Matrix { offset, outputs: count, inputs: hidden, dtype } })
+    }
+
+    /// Names of what the file holds beside whole modules and is not read.
+    fn copies(&self, known: &HashSet<&str>) -> Result<HashSet<String>, LensError> {
+        let mut copies = HashSet::new();
+        for key in [EMBEDDING, HEAD] {
+            let whole = format!("{PREFIX}{key}.weight");
+            for leaf in COPIES {
+                let copy = format!("{PREFIX}{key}.{leaf}");
+                if let Some(shape) = self.file.shape(&whole).filter(|_| known.contains(whole.as_str()))
+                    && self.file.shape(&copy).is_some()
+                {
+                    self.expect(&copy, shape)?;
+                    copies.insert(copy);
+                }
+            }
+        }
+        Ok(copies)
     }
 
     /// The delta of a fused matrix: its adapted modules, and those of which only a bias is brought.

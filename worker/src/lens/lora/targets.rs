@@ -90,6 +90,12 @@ pub(super) fn adapted(
             chosen.push((key, site));
         }
     }
+    // The head's tensors are in the file too, though the config does not name it.
+    let is_there = |site: &Site| chosen.iter().any(|(_, other)| other == site);
+    let ties = config.ensure_weight_tying == Some(true) && base.tie_word_embeddings;
+    if ties && is_there(&Site::Embedding) && !is_there(&Site::Head) {
+        chosen.push((HEAD.into(), Site::Head));
+    }
     let ranks = first_matches(&config.rank_pattern, &chosen, &mut compiler).map_err(malformed)?;
     let alphas = first_matches(&config.alpha_pattern, &chosen, &mut compiler).map_err(malformed)?;
     let mut adapted = Vec::new();

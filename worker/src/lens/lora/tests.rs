@@ -253,6 +253,14 @@ fn tensors_that_are_not_computed_are_refused_by_name() {
             UnsupportedTensors,
             "save the whole embedding",
         ),
+        (json!({}), "lm_head.original_module.weight".into(), vec![512, 64], Malformed, "original_module"),
+        (
+            json!({}),
+            format!("{q}.original_module.weight"),
+            vec![64, 64],
+            UnsupportedTensors,
+            "original_module",
+        ),
         (
             json!({}),
             "model.embed_tokens.lora_A.weight".into(),
@@ -321,4 +329,37 @@ fn a_delta_without_a_direction_and_half_a_tokenizer_are_refused() {
     let own = tokenizer(dir.path()).unwrap().unwrap();
     assert!(own.has_chat_template());
     assert!(spoken.stop_token_ids().iter().all(|id| own.stop_token_ids().contains(id)));
+}
+
+#[test]
+fn deltas_trained_tokens_and_their_biases_follow_the_scale_of_a_request() {
+    use crate::model::single::SingleRow;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/features-tied");
+    let mut row = SingleRow::open(&folder.join("model"), Some(Dtype::F32), 16).unwrap();
+    // All five trained tokens, and some others.
+    let ids = [1, 326, 4, 273, 311, 7, 90];
+    let base = row.compute(&ids, &[]).unwrap();
+    for lens in ["trained-tokens", "lora-bias", "lora-embedding-tied"] {
+        let lens = row.load_lora(&folder.join("lenses").join(lens)).unwrap();
+        let mut logits = |scale| row.compute(&ids, &[(lens.clone(), scale)]).unwrap().logits;
+        assert_eq!(logits(0.0), base.logits, "nothing of a lens is the base");
+        assert_ne!(logits(0.5), logits(1.0));
+    }
+}
+
+#[test]
+fn deltas_of_tokens_and_a_vocabulary_without_them_exclude_each_other() {
+    let over = |case: &str| {
+        let folder = fixture().join("..").join(case);
+        let text = std::fs::read_to_string(folder.join("model/config.json")).unwrap();
+        let base = BaseLayout::of(&Arc::new(ModelConfig::parse(&text).unwrap()), Dtype::F32);
+        move |lens: &str| LoraFolder::open(&folder.join("lenses").join(lens), &base).unwrap().layout().clone()
+    };
+    let tied = over("features-tied");
+    let (deltas, resized) = (tied("lora-embedding-tied"), tied("save-resized"));
+    assert!(deltas.conflict(&resized).is_some() && resized.conflict(&deltas).is_some());
+    let (some, none) = (over("features-untied")("trained-tokens"), over("features-untied")("save-resized"));
+    assert_eq!(some.conflict(&none), None, "its last token is the 342nd of 344");
+    assert!(!some.deltas.fits_vocabulary(341));
+    assert_eq!(tied("trained-tokens").conflict(&tied("lora-bias")), None);
 }
