@@ -80,8 +80,8 @@ pub enum Dtype {
 }
 
 /// How the matrices of the base are held, made from its files while they are loaded. `Q8_0`: eight
-/// bits for each number and a 16-bit scale for every 32, as in GGUF; about half the bytes of BF16 and
-/// twice the speed of decoding. `dtype` is then that of the KV cache and of what is not a matrix
+/// bits for each number and a 16-bit scale for every 32, as in GGUF; about half the bytes of BF16 to
+/// hold and to read for each token. `dtype` is then that of the KV cache and of what is not a matrix
 /// product. Lenses are applied on top and stay exact. Absent: `None`.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
