@@ -29,6 +29,10 @@ impl Room {
     pub(super) fn with_vocabulary(vocab: usize) -> Self {
         Self { near: Vec::with_capacity(FEW), blocks: Vec::with_capacity(vocab.div_ceil(BLOCK)) }
     }
+
+    pub(super) fn reserve_vocabulary(&mut self, vocab: usize) {
+        self.blocks.reserve(vocab.div_ceil(BLOCK).saturating_sub(self.blocks.len()));
+    }
 }
 
 /// How many weights, or how much of their sum, lie above a value.

@@ -33,6 +33,7 @@ impl Sampler {
     pub fn reserve_vocabulary(&mut self, vocab: usize) {
         self.weights.reserve(vocab.saturating_sub(self.weights.len()));
         self.candidates.reserve(vocab.saturating_sub(self.candidates.len()));
+        self.room.reserve_vocabulary(vocab);
     }
 
     /// Chooses the token that stands at `index` of the row's generated tokens.

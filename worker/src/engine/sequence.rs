@@ -116,6 +116,11 @@ impl Sequence {
         self.activations.as_ref()?.stop_layer
     }
 
+    /// Vectors that it reads of one token, at most.
+    pub(crate) fn taps(&self) -> usize {
+        self.tapped.len()
+    }
+
     /// Keeps a vector that a tap read.
     pub(crate) fn keep_tapped(&mut self, tap: usize, index: usize, vector: &[f32]) {
         self.tapped[tap][index * vector.len()..][..vector.len()].copy_from_slice(vector);

@@ -20,7 +20,7 @@ use crate::kernels::threads::Pool;
 use crate::lens::Effects;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Batch, Chunk, Decoder, Workspace};
-use crate::model::kv_cache::{KvCache, cache_shape};
+use crate::model::kv_cache::{KvCache, blocks_for, cache_shape};
 use crate::model::weights::FilledBase;
 
 /// The active base: what computing with it needs beside its weights.
@@ -68,7 +68,7 @@ impl Active {
             workspace: Workspace::new(config, needs.step)?,
             decoder: Decoder::new(config, pool, heartbeat),
             batch: batch_for(&needs, rows),
-            plan: Plan::default(),
+            plan: Plan { shares: Vec::with_capacity(rows), ..Plan::default() },
             pace: Pace::default(),
             running_states: Vec::with_capacity(rows),
             outputs: Vec::with_capacity(rows),
@@ -133,6 +133,9 @@ impl Active {
             totals.cached_tokens += u64::from(row.reuse(pool));
             running.push(row);
         }
+        // What rows come to need while they decode is there from the step in which they join.
+        self.batch.reserve_blocks(running.iter().map(|row| blocks_for(row.most_tokens()) as usize).sum());
+        self.workspace.reserve_captures(running.iter().map(Sequence::taps).sum());
 
         let begun = Instant::now();
         let computed = self.compute(base, running);
@@ -260,7 +263,7 @@ struct Counts {
 }
 
 fn batch_for(needs: &BaseNeeds, rows: usize) -> Batch {
-    // Tables of rows that are all as long as can be would be much; they grow to what is used, and stay so.
+    // Tables of rows that are all as long as can be would be much; they grow as such rows join, and stay so.
     let blocks = (needs.min_blocks as usize * rows).min(1 << 16);
     Batch::with_capacity(needs.step.tokens, blocks, rows * MAX_ROW_LENSES)
 }

@@ -1,14 +1,14 @@
 //! One forward pass over a ragged batch: rows in prefill and in decode, each with its own length, lenses and cache blocks.
 //!
-//! Activations are candle tensors that are allocated once, in [`Workspace::new`], for the largest step; every
-//! operation works on their first rows in place. A step allocates nothing.
+//! Activations are allocated once, in [`Workspace::new`], for the largest step; every operation works on their first
+//! rows in place. A step allocates nothing.
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use candle_core::{Result, bail};
 
 use super::config::{LayerKind, ModelConfig};
 use super::kv_cache::KvCache;
@@ -18,6 +18,7 @@ use super::residual::{ActiveRow, Touch};
 use super::rope::Frequencies;
 use super::weights::{Dtype, FilledBase, PackedMatrix, Vector};
 use crate::kernels::attention::{Query, Scoring};
+use crate::kernels::buffer::Buffer;
 use crate::kernels::matmul::{Deltas, Linear, Scratch};
 use crate::kernels::ops::{
     ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, RowEmbeddings, RowNorms, SoftCap,
@@ -83,6 +84,11 @@ impl Batch {
             vocabularies: Vec::with_capacity(tokens),
             ..Self::default()
         }
+    }
+
+    /// Makes room for the block tables of a step.
+    pub fn reserve_blocks(&mut self, blocks: usize) {
+        self.tables.reserve(blocks.saturating_sub(self.tables.len()));
     }
 
     /// Forgets all rows.
@@ -189,15 +195,17 @@ struct Angles {
 /// Activations of a base, for the largest step.
 pub struct Workspace {
     size: StepSize,
-    hidden: Tensor,
-    normed: Tensor,
-    qkv: Tensor,
-    attended: Tensor,
-    gate_up: Tensor,
-    activated: Tensor,
-    outputs: Tensor,
-    logits: Tensor,
+    hidden: Buffer,
+    normed: Buffer,
+    qkv: Buffer,
+    attended: Buffer,
+    gate_up: Buffer,
+    activated: Buffer,
+    outputs: Buffer,
+    logits: Buffer,
     angles: [Angles; 2],
+    /// Of the rows that room was made for: the most ranks of any, and what else any does.
+    promised: Effects,
     /// What taps read, `[vectors, hidden]`. Empty until a row has some.
     captured: RefCell<Vec<f32>>,
     scratch: RefCell<Scratch>,
@@ -226,21 +234,21 @@ impl Workspace {
     /// Allocates them.
     pub fn new(config: &ModelConfig, size: StepSize) -> Result<Self> {
         let c = config;
-        let tensor = |rows, width| Tensor::zeros((rows, width), DType::F32, &Device::Cpu);
         Ok(Self {
             size,
-            hidden: tensor(size.tokens, c.hidden_size)?,
-            normed: tensor(size.tokens, c.hidden_size)?,
-            qkv: tensor(size.tokens, c.q_size() + 2 * c.kv_size())?,
-            attended: tensor(size.tokens, c.q_size())?,
-            gate_up: tensor(size.tokens, 2 * c.intermediate_size)?,
-            activated: tensor(size.tokens, c.intermediate_size)?,
-            outputs: tensor(size.outputs, c.hidden_size)?,
-            logits: tensor(size.outputs, c.vocab_size)?,
+            hidden: Buffer::zeros(size.tokens, c.hidden_size)?,
+            normed: Buffer::zeros(size.tokens, c.hidden_size)?,
+            qkv: Buffer::zeros(size.tokens, c.q_size() + 2 * c.kv_size())?,
+            attended: Buffer::zeros(size.tokens, c.q_size())?,
+            gate_up: Buffer::zeros(size.tokens, 2 * c.intermediate_size)?,
+            activated: Buffer::zeros(size.tokens, c.intermediate_size)?,
+            outputs: Buffer::zeros(size.outputs, c.hidden_size)?,
+            logits: Buffer::zeros(size.outputs, c.vocab_size)?,
             angles: [Some(&c.rope), c.sliding_rope.as_ref()].map(|rope| {
                 let len = size.tokens * rope.map_or(0, |rope| rope.rotary_dim / 2);
                 Angles { cos: Vec::with_capacity(len), sin: Vec::with_capacity(len) }
             }),
+            promised: Effects::default(),
             captured: RefCell::default(),
             scratch: RefCell::new(Scratch::for_inputs(size.tokens.max(size.outputs), Self::widest_input(c))),
         })
@@ -256,33 +264,35 @@ impl Workspace {
         read(&self.captured.borrow())
     }
 
-    /// Makes room for rows whose lenses do this together.
+    /// Makes room for rows whose lenses do this together, beside any that it was made for before.
     pub fn reserve(&mut self, effects: &Effects) -> Result<()> {
-        self.reserve_scratch(effects.ranks * self.size.tokens, effects);
-        self.reserve_logits(effects)
+        let ranks = self.promised.ranks.max(effects.ranks);
+        self.promised = Effects { ranks, ..self.promised.beside(effects) };
+        let promised = self.promised;
+        self.reserve_scratch(ranks * self.size.tokens, &promised);
+        self.reserve_logits(&promised)
+    }
+
+    /// Makes room for so many vectors that taps read in one step.
+    pub fn reserve_captures(&mut self, vectors: usize) {
+        let (numbers, captured) = (vectors * self.hidden.width(), self.captured.get_mut());
+        if captured.len() < numbers {
+            captured.resize(numbers, 0.0);
+        }
     }
 
     fn reserve_scratch(&mut self, numbers: usize, effects: &Effects) {
         // What accumulates is as wide as the residual stream.
-        let hidden = self.hidden.dims()[1];
+        let hidden = self.hidden.width();
         let len = numbers + if effects.finishes { self.size.tokens * hidden } else { 0 };
         self.scratch.get_mut().reserve_ranks(len);
     }
 
     fn reserve_logits(&mut self, effects: &Effects) -> Result<()> {
-        if self.logits.dims()[1] < effects.head_tokens {
-            self.logits = Tensor::zeros((self.size.outputs, effects.head_tokens), DType::F32, &Device::Cpu)?;
+        if self.logits.width() < effects.head_tokens {
+            self.logits = Buffer::zeros(self.size.outputs, effects.head_tokens)?;
         }
         Ok(())
-    }
-}
-
-/// Reads the f32 numbers of an activation.
-pub fn with_numbers<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => Ok(read(&numbers[start..end])),
-        _ => bail!("activations are contiguous f32 on the CPU"),
     }
 }
 
@@ -372,10 +382,7 @@ impl Decoder {
             scale: config.scale_embedding.then(|| embedding_scale(config.hidden_size, base.layout.dtype)),
             own: own.as_ref().map(|own| own as &dyn RowEmbeddings),
         })?;
-        let captured = work.captured.get_mut();
-        if captured.len() < batch.captures * config.hidden_size {
-            captured.resize(batch.captures * config.hidden_size, 0.0);
-        }
+        work.reserve_captures(batch.captures);
         let mut step = Step { decoder: self, base, batch, work, rows };
         for (index, layer) in base.layout.layers.iter().enumerate() {
             step.touch(index)?;
@@ -386,7 +393,7 @@ impl Decoder {
             }
             let queries = &batch.queries[..rows];
             if let Some(observe) = &mut observe {
-                with_numbers(&work.hidden, |x| observe(index, &x[..rows * config.hidden_size]))?;
+                work.hidden.with_numbers(|x| observe(index, &x[..rows * config.hidden_size]))?;
             }
             step.norm(&work.normed, &work.hidden, &layer.attention_norm, (index, NormSite::Attention))?;
             step.project(&work.qkv, &work.normed, (&layer.qkv, &layer.qkv_bias), (index, Site::Qkv), false)?;
@@ -480,8 +487,8 @@ impl Decoder {
         }
         let (hidden, vocabulary) = (layout.config.hidden_size, layout.config.vocab_size);
         let own = (batch.effects.head_tokens > 0).then(|| &batch.vocabularies[outputs]);
-        with_numbers(&work.outputs, |outputs| {
-            with_numbers(&work.logits, |logits| {
+        work.outputs.with_numbers(|outputs| {
+            work.logits.with_numbers(|logits| {
                 read(&outputs[..rows * hidden], Logits { numbers: &logits[..numbers], vocabulary, own })
             })
         })?
@@ -522,13 +529,13 @@ impl Step<'_> {
         })
     }
 
-    fn norm(&self, to: &Tensor, from: &Tensor, weight: &Vector, site: (usize, NormSite)) -> Result<()> {
+    fn norm(&self, to: &Buffer, from: &Buffer, weight: &Vector, site: (usize, NormSite)) -> Result<()> {
         self.rms_norm((to, from), weight, site, false)
     }
 
     fn rms_norm(
         &self,
-        (to, from): (&Tensor, &Tensor),
+        (to, from): (&Buffer, &Buffer),
         weight: &Vector,
         site: (usize, NormSite),
         accumulate: bool,
@@ -554,7 +561,7 @@ impl Step<'_> {
     /// Adds a projection to the residual stream, through a norm where the architecture has one.
     fn add(
         &self,
-        from: &Tensor,
+        from: &Buffer,
         weights: (&PackedMatrix, &Option<Vector>),
         site: (usize, Site),
         norm: &Option<Vector>,
@@ -604,8 +611,8 @@ impl Step<'_> {
 
     fn project(
         &self,
-        to: &Tensor,
-        from: &Tensor,
+        to: &Buffer,
+        from: &Buffer,
         weights: (&PackedMatrix, &Option<Vector>),
         (layer, site): (usize, Site),
         accumulate: bool,
@@ -619,8 +626,8 @@ impl Step<'_> {
 
     fn multiply(
         &self,
-        to: &Tensor,
-        from: &Tensor,
+        to: &Buffer,
+        from: &Buffer,
         (matrix, bias): (&PackedMatrix, &Option<Vector>),
         deltas: &dyn Deltas,
         accumulate: bool,
