@@ -67,7 +67,7 @@ impl InstructionSet {
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, above")]
 pub(crate) trait Simd {
     type V: Copy;
-    /// Sixteen pairs of bf16.
+    /// What is multiplied at once of sixteen pairs of bf16.
     type Pairs: Copy;
     /// Sixteen groups of four bytes.
     type Quads: Copy;
@@ -95,11 +95,13 @@ pub(crate) trait Simd {
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    /// Thirty-two numbers.
-    unsafe fn load_pairs(from: *const bf16) -> Self::Pairs;
-    /// One pair in all lanes.
+    /// In how many phases pairs are multiplied: both numbers at once, or the second ones and then the first ones, widened.
+    const PAIR_PHASES: usize;
+    /// What one phase multiplies, of sixteen pairs.
+    unsafe fn load_pairs(from: *const bf16, phase: usize) -> Self::Pairs;
+    /// What one phase multiplies, of one pair, in all lanes.
     unsafe fn splat_pair(from: *const u32) -> Self::Pairs;
-    /// In every lane: the product of the second numbers, then that of the first, added to `c`.
+    /// In every lane: the products of a phase, added to `c`.
     unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::V) -> Self::V;
     /// Thirty-two numbers, each rounded to the nearest bf16, as sixteen pairs.
     #[inline(always)]
@@ -173,6 +175,14 @@ pub(crate) fn launch<K: Kernel>(kernel: K) {
         InstructionSet::Avx2 => unsafe { x86::run_avx2(kernel) },
         // SAFETY: needs nothing.
         _ => unsafe { kernel.run::<Portable>() },
+    }
+}
+
+/// Words that a pair of inputs takes where they are laid out for tiles: [`Simd::PAIR_PHASES`] of the process's instruction set.
+pub(crate) fn pair_words() -> usize {
+    match InstructionSet::get() {
+        InstructionSet::Avx512Bf16 => 1,
+        InstructionSet::Avx512 | InstructionSet::Avx2 | InstructionSet::Portable => 2,
     }
 }
 
@@ -292,10 +302,11 @@ pub(crate) struct Portable;
 
 impl Simd for Portable {
     type V = [f32; LANES];
-    type Pairs = [u32; LANES];
+    type Pairs = Self::V;
     type Quads = [[i8; 4]; LANES];
     type Quad = [i8; 4];
     type Ints = [i32; LANES];
+    const PAIR_PHASES: usize = 2;
     const WIDE: bool = false;
     const TILE_ROWS: usize = 2;
     const TILE_VECTORS: usize = 2;
@@ -353,22 +364,20 @@ impl Simd for Portable {
         b
     }
     #[inline(always)]
-    unsafe fn load_pairs(from: *const bf16) -> Self::Pairs {
+    unsafe fn load_pairs(from: *const bf16, phase: usize) -> Self::Pairs {
         // SAFETY: as above.
-        unsafe { from.cast::<Self::Pairs>().read_unaligned() }
+        let pairs = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        pairs.map(|pair| f32::from_bits(if phase == 0 { pair & 0xffff_0000 } else { pair << 16 }))
     }
     #[inline(always)]
     unsafe fn splat_pair(from: *const u32) -> Self::Pairs {
         // SAFETY: the caller's contract.
-        [unsafe { *from }; LANES]
+        [f32::from_bits(unsafe { *from }); LANES]
     }
     #[inline(always)]
-    unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, mut c: Self::V) -> Self::V {
-        for i in 0..LANES {
-            c[i] += f32::from_bits(a[i] & 0xffff_0000) * f32::from_bits(b[i] & 0xffff_0000);
-            c[i] += f32::from_bits(a[i] << 16) * f32::from_bits(b[i] << 16);
-        }
-        c
+    unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::V) -> Self::V {
+        // SAFETY: the caller's contract.
+        unsafe { Self::mul_add(a, b, c) }
     }
     #[inline(always)]
     unsafe fn zero_ints() -> Self::Ints {
@@ -439,6 +448,7 @@ mod x86 {
         type Quads = (__m256i, __m256i);
         type Quad = ByteQuad;
         type Ints = (__m256i, __m256i);
+        const PAIR_PHASES: usize = if BF16 { 1 } else { 2 };
         const WIDE: bool = true;
         // Twenty-four sums, two weights and one input of thirty-two registers.
         const TILE_ROWS: usize = 12;
@@ -486,8 +496,15 @@ mod x86 {
             unsafe { _mm512_mul_ps(a, b) }
         }
         #[inline(always)]
-        unsafe fn load_pairs(from: *const bf16) -> Self::Pairs {
-            unsafe { _mm512_loadu_si512(from.cast()) }
+        unsafe fn load_pairs(from: *const bf16, phase: usize) -> Self::Pairs {
+            unsafe {
+                let pairs = _mm512_loadu_si512(from.cast());
+                match (BF16, phase) {
+                    (true, _) => pairs,
+                    (false, 0) => _mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000)),
+                    (false, _) => _mm512_slli_epi32::<16>(pairs),
+                }
+            }
         }
         #[inline(always)]
         unsafe fn splat_pair(from: *const u32) -> Self::Pairs {
@@ -503,11 +520,7 @@ mod x86 {
                     );
                     return _mm512_dpbf16_ps(c, a, b);
                 }
-                let mask = _mm512_set1_epi32(-0x1_0000);
-                let (x, y) = (_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
-                let c = _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), c);
-                let (x, y) = (_mm512_slli_epi32::<16>(a), _mm512_slli_epi32::<16>(b));
-                _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), c)
+                _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c)
             }
         }
         #[inline(always)]
@@ -570,13 +583,15 @@ mod x86 {
 
     impl Simd for Avx2 {
         type V = (__m256, __m256);
-        type Pairs = (__m256i, __m256i);
+        type Pairs = Self::V;
         type Quads = (__m256i, __m256i);
         type Quad = ByteQuad;
         type Ints = (__m256i, __m256i);
+        const PAIR_PHASES: usize = 2;
         const WIDE: bool = false;
-        const TILE_ROWS: usize = 4;
-        const TILE_VECTORS: usize = 4;
+        // Five sums of two registers each, a weight, and an input in one: thirteen of sixteen. A sixth row is slower.
+        const TILE_ROWS: usize = 5;
+        const TILE_VECTORS: usize = 5;
         const BYTE_TILE_ROWS: usize = 4;
         const BYTE_TILE_VECTORS: usize = 4;
         #[inline(always)]
@@ -630,29 +645,26 @@ mod x86 {
             unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
         }
         #[inline(always)]
-        unsafe fn load_pairs(from: *const bf16) -> Self::Pairs {
-            unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast())) }
+        unsafe fn load_pairs(from: *const bf16, phase: usize) -> Self::Pairs {
+            #[inline(always)]
+            unsafe fn half(from: *const bf16, phase: usize) -> __m256 {
+                unsafe {
+                    let pairs = _mm256_loadu_si256(from.cast());
+                    _mm256_castsi256_ps(match phase {
+                        0 => _mm256_and_si256(pairs, _mm256_set1_epi32(-0x1_0000)),
+                        _ => _mm256_slli_epi32::<16>(pairs),
+                    })
+                }
+            }
+            unsafe { (half(from, phase), half(from.add(16), phase)) }
         }
         #[inline(always)]
         unsafe fn splat_pair(from: *const u32) -> Self::Pairs {
-            unsafe {
-                let pair = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
-                (pair, pair)
-            }
+            unsafe { Self::splat(f32::from_bits(*from)) }
         }
         #[inline(always)]
         unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::V) -> Self::V {
-            #[inline(always)]
-            unsafe fn half(a: __m256i, b: __m256i, c: __m256) -> __m256 {
-                unsafe {
-                    let mask = _mm256_set1_epi32(-0x1_0000);
-                    let (x, y) = (_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
-                    let c = _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), c);
-                    let (x, y) = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
-                    _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), c)
-                }
-            }
-            unsafe { (half(a.0, b.0, c.0), half(a.1, b.1, c.1)) }
+            unsafe { Self::mul_add(a, b, c) }
         }
         #[inline(always)]
         unsafe fn zero_ints() -> Self::Ints {

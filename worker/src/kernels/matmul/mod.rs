@@ -87,8 +87,6 @@ pub struct DeltaOutputs<'a> {
     pub gain: Option<Gain<'a>>,
     /// In place of the matrix's own bias.
     pub bias: Option<&'a [f32]>,
-    /// Added beside the bias, multiplied by the scale.
-    pub shift: Option<&'a [f32]>,
 }
 
 /// What is multiplied.
@@ -123,7 +121,7 @@ pub trait Deltas: Sync {
     fn parts(&self, index: usize) -> usize;
     /// One of its parts; the scale includes the row's own.
     fn part(&self, index: usize, part: usize) -> DeltaOutputs<'_>;
-    /// When any part here has a gain, a bias or a shift: from where on the scratch's low-rank numbers are free. `rows * outputs`
+    /// When any part here has a gain or a bias: from where on the scratch's low-rank numbers are free. `rows * outputs`
     /// numbers are used there when the product is added to something.
     fn finish_start(&self) -> Option<usize> {
         None
@@ -177,7 +175,7 @@ pub struct Scratch {
 impl Scratch {
     /// Makes room for `rows` rows of at most `inputs` numbers, which takes four bytes each.
     pub fn for_inputs(rows: usize, inputs: usize) -> Self {
-        Self { ranks: Vec::new(), inputs: vec![0; rows * inputs] }
+        Self { ranks: Vec::new(), inputs: vec![0; rows * inputs.next_multiple_of(2)] }
     }
 
     /// Makes room for so many numbers of all deltas' `A x`, and what [`Deltas::finish_start`] asks for.

@@ -13,6 +13,7 @@
 use half::{bf16, f16};
 
 use super::q8_0;
+use crate::kernels::simd::pair_words;
 use crate::model::weights::Dtype;
 
 /// Outputs that lie beside each other.
@@ -83,7 +84,8 @@ impl PackedShape {
     /// Words of one row of inputs, as tiles take it.
     pub(super) fn input_words(&self) -> usize {
         match self.format {
-            Format::Plain(_) => self.groups(),
+            Format::Plain(Dtype::BF16) => self.groups() * pair_words(),
+            Format::Plain(Dtype::F16 | Dtype::F32) => self.groups(),
             Format::Q8_0 => self.groups() * q8_0::BLOCK_WORDS,
         }
     }

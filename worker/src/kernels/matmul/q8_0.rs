@@ -127,7 +127,11 @@ pub(super) struct Q8_0;
 // SAFETY of the block below: the caller's contract of `Simd`.
 impl Operand for Q8_0 {
     const BYTES: usize = BLOCK_BYTES;
-    const WORDS: usize = BLOCK_WORDS;
+
+    #[inline(always)]
+    fn words<S: Simd>() -> usize {
+        BLOCK_WORDS
+    }
 
     #[inline(always)]
     fn tile<S: Simd>() -> (usize, usize) {

@@ -16,7 +16,7 @@ use crate::model::weights::Dtype;
 
 /// Bytes of a panel after which rows take turns, so that such a stretch stays in the cache.
 const STRETCH_BYTES: usize = 128 << 10;
-/// Rows that are worked on while a stretch is in the cache; a multiple of every tile's rows.
+/// Rows that are worked on while a stretch is in the cache, at most.
 const BLOCK_ROWS: usize = 96;
 /// How far ahead of a single tile its weights are asked for, in bytes. Measured: between 4 and 32 KiB it hardly matters.
 const AHEAD: usize = 16 << 10;
@@ -46,7 +46,7 @@ pub(super) trait Operand {
     /// Bytes of a group of one output.
     const BYTES: usize;
     /// Words of a group of one row of inputs.
-    const WORDS: usize;
+    fn words<S: Simd>() -> usize;
     /// Most rows of a tile of sums that stays in registers, and most vectors.
     fn tile<S: Simd>() -> (usize, usize);
     /// Adds the products of one group to the sums of M rows and N vectors: the group's weights of a panel, the width of
@@ -65,9 +65,13 @@ trait Number: Element {
     type Input<S: Simd>: Copy;
     /// Numbers in a group.
     const GROUP: usize;
-    /// One group of sixteen outputs.
-    unsafe fn weights<S: Simd>(from: *const Self) -> Self::Weights<S>;
-    /// One group of one row, in all lanes.
+    /// In how many phases a group is multiplied, each with a word of every row.
+    fn phases<S: Simd>() -> usize {
+        1
+    }
+    /// One phase of one group of sixteen outputs.
+    unsafe fn weights<S: Simd>(from: *const Self, phase: usize) -> Self::Weights<S>;
+    /// One phase of one group of one row, in all lanes.
     unsafe fn input<S: Simd>(from: *const u32) -> Self::Input<S>;
     unsafe fn multiply_add<S: Simd>(w: Self::Weights<S>, x: Self::Input<S>, sum: S::V) -> S::V;
 }
@@ -75,7 +79,11 @@ trait Number: Element {
 // SAFETY of the blocks below: the caller's contract of `Simd`.
 impl<E: Number> Operand for E {
     const BYTES: usize = E::GROUP * size_of::<E>();
-    const WORDS: usize = 1;
+
+    #[inline(always)]
+    fn words<S: Simd>() -> usize {
+        E::phases::<S>()
+    }
 
     #[inline(always)]
     fn tile<S: Simd>() -> (usize, usize) {
@@ -92,14 +100,16 @@ impl<E: Number> Operand for E {
     ) {
         unsafe {
             let weights = weights.cast::<E>().add(column * E::GROUP);
-            let mut w = [E::weights::<S>(weights); N];
-            for n in 1..N {
-                w[n] = E::weights::<S>(weights.add(n * LANES * E::GROUP));
-            }
-            for r in 0..M {
-                let x = E::input::<S>(inputs.add(r));
-                for n in 0..N {
-                    sums[r][n] = E::multiply_add::<S>(w[n], x, sums[r][n]);
+            for phase in 0..E::phases::<S>() {
+                let mut w = [E::weights::<S>(weights, phase); N];
+                for n in 1..N {
+                    w[n] = E::weights::<S>(weights.add(n * LANES * E::GROUP), phase);
+                }
+                for r in 0..M {
+                    let x = E::input::<S>(inputs.add(phase * M + r));
+                    for n in 0..N {
+                        sums[r][n] = E::multiply_add::<S>(w[n], x, sums[r][n]);
+                    }
                 }
             }
         }
@@ -111,8 +121,12 @@ impl Number for bf16 {
     type Input<S: Simd> = S::Pairs;
     const GROUP: usize = 2;
     #[inline(always)]
-    unsafe fn weights<S: Simd>(from: *const Self) -> S::Pairs {
-        unsafe { S::load_pairs(from) }
+    fn phases<S: Simd>() -> usize {
+        S::PAIR_PHASES
+    }
+    #[inline(always)]
+    unsafe fn weights<S: Simd>(from: *const Self, phase: usize) -> S::Pairs {
+        unsafe { S::load_pairs(from, phase) }
     }
     #[inline(always)]
     unsafe fn input<S: Simd>(from: *const u32) -> S::Pairs {
@@ -131,7 +145,7 @@ macro_rules! number_in_f32 {
             type Input<S: Simd> = S::V;
             const GROUP: usize = 1;
             #[inline(always)]
-            unsafe fn weights<S: Simd>(from: *const Self) -> S::V {
+            unsafe fn weights<S: Simd>(from: *const Self, _: usize) -> S::V {
                 unsafe { Self::load::<S>(from) }
             }
             #[inline(always)]
@@ -149,7 +163,8 @@ number_in_f32!(f32);
 number_in_f32!(f16);
 
 /// Puts some tiles' rows of x beside each other: for each group of inputs, that group of every row of the tile; as bf16
-/// pairs, rounded to nearest even, when the weights are, and quantized when the weights are.
+/// pairs, rounded to nearest even, when the weights are, and quantized when the weights are. Where the instruction set does
+/// not multiply pairs, their two numbers are widened here, once for all outputs.
 pub(super) struct PackInputs<'a> {
     pub(super) x: &'a [f32],
     pub(super) rows: usize,
@@ -201,13 +216,26 @@ unsafe fn pack_pairs<S: Simd>(x: &[f32], to: *mut u32, stride: usize) {
             let mut pairs = [0; LANES];
             S::round_pairs(x.as_ptr().add(i), pairs.as_mut_ptr());
             for (j, pair) in pairs.iter().enumerate() {
-                *to.add((i / 2 + j) * stride) = *pair;
+                put_pair::<S>(*pair, to.add((i / 2 + j) * S::PAIR_PHASES * stride), stride);
             }
             i += 2 * LANES;
         }
         while i < x.len() {
-            *to.add(i / 2 * stride) = round_pair(x[i], x.get(i + 1).copied().unwrap_or(0.0));
+            let pair = round_pair(x[i], x.get(i + 1).copied().unwrap_or(0.0));
+            put_pair::<S>(pair, to.add(i / 2 * S::PAIR_PHASES * stride), stride);
             i += 2;
+        }
+    }
+}
+
+/// The words of one pair, phase after phase.
+#[inline(always)]
+unsafe fn put_pair<S: Simd>(pair: u32, to: *mut u32, stride: usize) {
+    // SAFETY: the caller has room for every phase.
+    unsafe {
+        match S::PAIR_PHASES {
+            1 => *to = pair,
+            _ => (*to, *to.add(stride)) = (pair & 0xffff_0000, pair << 16),
         }
     }
 }
@@ -310,7 +338,10 @@ impl Block {
     unsafe fn sum<S: Simd, E: Operand>(&self) {
         let group_bytes = self.width * E::BYTES;
         let stretch = STRETCH_BYTES / (PANEL * E::BYTES);
-        let count = self.last - self.first;
+        let rows = self.tiles.start(self.first + 1) - self.tiles.start(self.first);
+        let whole = self.width == PANEL && 2 * rows <= E::tile::<S>().1;
+        let columns = if whole { 1 } else { self.width / LANES };
+        let passes = (self.last - self.first) * columns;
         let mut group = 0;
         while group < self.groups {
             let groups = (self.groups - group).min(stretch);
@@ -320,20 +351,20 @@ impl Block {
                 for tile in self.first..self.last {
                     let (row, end) = (self.tiles.start(tile), self.tiles.start(tile + 1));
                     let rows = end - row;
-                    // A single tile runs at the speed of memory: its own weights, some way ahead. Several share the work
+                    // A single pass runs at the speed of memory: its own weights, some way ahead. Several share the work
                     // of fetching the stretch that follows, a part each.
-                    let (ahead, step) = match (self.prefetch, count) {
+                    let (ahead, step) = match (self.prefetch, passes) {
                         (false, _) => (weights, 0),
                         (true, 1) => (weights.wrapping_add(AHEAD), group_bytes),
                         (true, n) => {
                             let step = group_bytes / n;
-                            let own = (tile - self.first) * groups * step;
+                            let own = (tile - self.first) * columns * groups * step;
                             (weights.wrapping_add(groups * group_bytes + own), step)
                         }
                     };
                     let stretch = Stretch {
                         groups,
-                        inputs: self.inputs.add((row * self.groups + group * rows) * E::WORDS),
+                        inputs: self.inputs.add((row * self.groups + group * rows) * E::words::<S>()),
                         weights,
                         width: self.width,
                         sums: self.sums.add((row - self.tiles.start(self.first)) * PANEL),
@@ -385,7 +416,9 @@ impl Stretch {
                 S::call(Tile::<E, M, 2> { stretch: self, column: 0, operand: PhantomData });
             } else {
                 for column in (0..self.width).step_by(LANES) {
-                    S::call(Tile::<E, M, 1> { stretch: self, column, operand: PhantomData });
+                    let ahead = self.ahead.wrapping_add(column / LANES * self.groups * self.step);
+                    let stretch = &Stretch { ahead, ..*self };
+                    S::call(Tile::<E, M, 1> { stretch, column, operand: PhantomData });
                 }
             }
         }
@@ -419,15 +452,15 @@ impl<E: Operand, const M: usize, const N: usize> Kernel for Tile<'_, E, M, N> {
             }
             for _ in 0..groups {
                 // Below three rows the hardware's own prefetching is as good.
-                if M > 2 && N == 2 {
-                    for line in 0..PANEL * E::BYTES / CACHE_LINE {
+                if M > 2 {
+                    for line in 0..(N * LANES * E::BYTES).div_ceil(CACHE_LINE) {
                         S::prefetch(ahead.wrapping_add(line * CACHE_LINE));
                     }
                     ahead = ahead.wrapping_add(step);
                 }
                 E::add_group::<S, M, N>(weights, (width, self.column), inputs, &mut sums);
                 weights = weights.add(width * E::BYTES);
-                inputs = inputs.add(M * E::WORDS);
+                inputs = inputs.add(M * E::words::<S>());
             }
             for r in 0..M {
                 for n in 0..N {
