@@ -175,6 +175,7 @@ async fn allocations_of(kind: &Kind) -> usize {
         max_running_rows: rows as u32,
         prefill_chunk_tokens: 64,
         max_waiting_rows: rows as u32,
+        prefix_cache: true,
     })
     .unwrap();
     let files = BaseFolder::open(folder.path(), Some(kind.dtype)).unwrap();
@@ -194,6 +195,8 @@ async fn allocations_of(kind: &Kind) -> usize {
         logprobs: None,
         prompt_logprobs: None,
         activations: Activations::default(),
+        cache_salt: None,
+        parent: None,
     };
     let mut requests = vec![RowRequest { activations: touch(width), ..plain.clone() }];
     for row in kind.rows {
