@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use turret_tests::parity::{case, case_folders, demo, fixtures, quantized, report};
+use turret_tests::parity::{case, case_folders, demo, fixtures, quantized, report, templates};
 use turret_worker::model::weights::{Dtype, Quantization};
 
 fn main() -> Result<ExitCode> {
@@ -26,6 +26,7 @@ fn main() -> Result<ExitCode> {
         lines.extend(quantized::check(&folder)?);
     }
     if foreign.is_none() {
+        lines.extend(templates::check(&fixtures().join("chat_templates"))?);
         let plain = Quantization::None;
         for numbers in [(Some(Dtype::F32), plain), (None, plain), (None, Quantization::Q8_0)] {
             lines.extend(runtime.block_on(demo::check(&fixtures().join("demo"), numbers))?);

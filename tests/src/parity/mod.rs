@@ -5,6 +5,8 @@
 //! logits of every position and the residual stream at every block (one sequence at a time), greedy tokens and
 //! prompt log-probabilities (through the engine, all rows of a case in one batch).
 //!
+//! Chat templates have a folder of their own, with published ones and what transformers renders with them.
+//!
 //! Computed in f32. In bf16, as most bases are served, a tiny model's logits are off by a percent or more whoever computes
 //! them, so the bound is what transformers does itself: where a case has `bf16.json`, the logits in bf16 may be no
 //! further from the f32 ones (root of the mean square) than those of transformers in bf16 are. [`quantized`] says how a Q8_0 base
@@ -15,6 +17,7 @@ pub mod case;
 pub mod demo;
 pub mod engine;
 pub mod quantized;
+pub mod templates;
 pub mod verbalizer;
 
 use std::path::{Path, PathBuf};
