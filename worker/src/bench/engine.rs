@@ -1,10 +1,15 @@
 //! The engine under test: loaded once, asked in the ways that are measured.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use futures::FutureExt as _;
 use futures::future::{join_all, try_join_all};
 
+use super::report::{median, nearest_rank};
+use super::takes::{Found, Take};
 use super::{BenchArgs, BenchError};
 use crate::device;
 use crate::engine::Engine;
@@ -12,87 +17,145 @@ use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
 use crate::engine::row::{RowEvent, RowFailure, RowLens, RowRequest, RowStream, Sampling};
 use crate::lens::lora::LoraFolder;
 use crate::lens::tap::Activations;
-use crate::model::weights::{BaseFolder, Embedding};
+use crate::model::weights::{BaseFolder, BaseLayout, Embedding};
 
 /// Rows that the engine may compute together, at least.
-const ROWS: u32 = 32;
+pub(super) const ROWS: u32 = 32;
 /// Context of the decode steps that are measured.
 pub(super) const SHORT: u32 = 128;
+/// Rows that decode while a long prompt is computed.
+const BESIDE: u32 = 4;
+/// Requests of one lens after the other, in a take of both kinds.
+const REQUESTS: usize = 12;
+/// Prompt and answer of a short request.
+const REQUEST: (u32, u32) = (8, 4);
+/// Times that a lens is loaded per take.
+const LOADS: usize = 5;
+/// Rows that are only accepted, per take.
+const ACCEPTED: usize = 50;
+/// Chunks that are tried, and for how many steps each. The small ones come last, where attention costs most.
+const CHUNKS: [(u32, usize); 7] = [(512, 1), (256, 1), (128, 2), (64, 4), (32, 8), (16, 12), (8, 16)];
+/// The usual parameters, which keep nearly all of a made-up model's flat distribution.
+const SAMPLED: Sampling = Sampling { temperature: 1.0, top_p: 0.95, top_k: 0, min_p: 0.0, seed: 1 };
 
 /// An engine with a base and lenses.
 pub(super) struct Loaded {
     engine: EngineHandle,
+    config: EngineConfig,
     base: BaseId,
-    vocab: u32,
+    layout: BaseLayout,
     /// In the order of the arguments.
-    pub(super) lenses: Vec<LensId>,
+    lenses: Vec<LensId>,
+    /// The folder of the last one, to be loaded once more.
+    spare: Option<PathBuf>,
+    /// Steps that are timed.
+    steps: u32,
+    /// Prompts so far. Each is another one, so that nothing is found in a cache that was not meant to be.
+    prompts: Cell<u64>,
     /// Bytes of weights that every step reads.
     pub(super) step_bytes: u64,
     /// Bytes of each lens.
     pub(super) lens_bytes: Vec<u64>,
 }
 
-/// Some rows that decode together.
-pub(super) struct Decode<'a> {
-    pub(super) rows: u32,
-    pub(super) context: u32,
-    /// Rows take turns among them; none for the bare base.
-    pub(super) lenses: &'a [LensId],
-    /// Steps that are timed.
-    pub(super) steps: u32,
-}
-
 impl Loaded {
     pub(super) async fn load(args: &BenchArgs) -> Result<Self, BenchError> {
         let folder = BaseFolder::open(&args.base, None)?.quantized(args.quantization);
-        let config = folder.config().clone();
-        let lens_folder = |path: &std::path::PathBuf| {
-            LoraFolder::open(path, folder.layout())
-                .map_err(|source| BenchError::Lens { path: path.clone(), source })
-        };
-        let lens_folders = args.lenses.iter().map(lens_folder).collect::<Result<Vec<_>, _>>()?;
+        let layout = folder.layout().clone();
+        let open = |path: &PathBuf| open_lens(path, &layout);
+        let lens_folders = args.lenses.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let lens_bytes: Vec<u64> = lens_folders.iter().map(|lens| lens.layout().bytes).collect();
         let rows = args.rows.iter().copied().max().unwrap_or(1).max(ROWS);
-        let context = args.context.max(args.prompt).max(SHORT) + args.tokens + 2 * rows + 16;
-        let engine = Engine::start(EngineConfig {
+        let longest = args.context.max(args.prompt).max(args.prefix).max(SHORT);
+        let config = EngineConfig {
             device_bytes: device::default_budget_bytes(device::memory_limit_bytes()),
-            lens_bytes: lens_bytes.iter().sum(),
-            max_context_tokens: context,
+            // One of them is loaded a second time.
+            lens_bytes: lens_bytes.iter().sum::<u64>() + lens_bytes.last().copied().unwrap_or(0),
+            max_context_tokens: longest + args.tokens + 2 * rows + 16,
             max_running_rows: rows,
-            prefill_chunk_tokens: args.prompt.max(SHORT),
+            prefill_chunk_tokens: args.chunk,
             max_waiting_rows: 2 * rows,
-            // Rounds repeat their prompts, and each is to be computed.
-            prefix_cache: false,
-        })?;
-        let go_on = &mut |_| ControlFlow::Continue(());
+            // No two prompts begin alike, but where that is what is measured.
+            prefix_cache: true,
+        };
+        let engine = Engine::start(config.clone())?;
         let region = engine.reserve_base(folder.layout()).await?;
-        let base = engine.install_base(folder.fill(region, go_on)?).await?;
+        let base = engine.install_base(folder.fill(region, &mut |_| ControlFlow::Continue(()))?).await?;
         engine.activate(base).await?;
-        let mut lenses = Vec::new();
-        for (lens, path) in lens_folders.iter().zip(&args.lenses) {
-            let region = engine.reserve_lens(lens.layout()).await?;
-            let lent = engine.lend_base(base).await?;
-            let filled = lens
-                .fill(region, &lent, go_on)
-                .map_err(|source| BenchError::Lens { path: path.clone(), source })?;
-            drop(lent);
-            lenses.push(engine.install_lens(base, filled).await?);
-        }
         // An embedding of its own is looked up, not read.
-        let looked_up = match folder.layout().embedding {
+        let looked_up = match layout.embedding {
             Embedding::Rows(table) => table.outputs * table.inputs * table.dtype.bytes(),
             Embedding::Tied(_) => 0,
         };
-        let step_bytes = folder.layout().bytes - looked_up as u64;
-        let vocab = config.vocab_size as u32;
-        Ok(Self { engine, base, vocab, lenses, step_bytes, lens_bytes })
+        let mut loaded = Self {
+            engine,
+            config,
+            base,
+            step_bytes: layout.bytes - looked_up as u64,
+            layout,
+            lenses: Vec::new(),
+            spare: args.lenses.last().cloned(),
+            steps: args.tokens,
+            prompts: Cell::new(0),
+            lens_bytes,
+        };
+        for path in &args.lenses {
+            let lens = loaded.load_lens(path).await?;
+            loaded.lenses.push(lens);
+        }
+        Ok(loaded)
     }
 
-    fn row(&self, number: u32, prompt: u32, new: u32, lens: Option<LensId>) -> RowRequest {
+    /// Measures.
+    pub(super) async fn take(&self, take: Take) -> Result<Vec<Found>, BenchError> {
+        match take {
+            Take::Decode { rows, lenses } => self.decode(take.name(), rows, lenses).await,
+            Take::Sampled { rows } => self.sampled(take.name(), rows).await,
+            Take::Prefill { tokens, lens } => {
+                let lens = self.lenses.first().filter(|_| lens);
+                let bytes = self.step_bytes + lens.map_or(0, |_| self.lens_bytes[0]);
+                let seconds = self.first_token(&self.row(tokens, 1, lens)).await?;
+                Ok(vec![Found { name: take.name(), tokens, bytes, seconds }])
+            }
+            Take::Prefix { tokens } => {
+                let row = self.row(tokens, 1, None);
+                let cold = self.first_token(&row).await?;
+                let again = self.first_token(&row).await?;
+                let name = |kind| format!("first token after {tokens} tokens, {kind}");
+                Ok(vec![Found::time(name("cold"), cold), Found::time(name("again"), again)])
+            }
+            Take::Requests => self.requests().await,
+            Take::Lens => self.lens().await,
+            Take::LongPrompt { tokens } => self.long_prompt(tokens).await,
+            Take::Chunks { tokens } => self.chunks(tokens).await,
+        }
+    }
+
+    pub(super) async fn shutdown(self) {
+        self.engine.shutdown().await;
+    }
+
+    async fn load_lens(&self, path: &Path) -> Result<LensId, BenchError> {
+        let folder = open_lens(path, &self.layout)?;
+        let region = self.engine.reserve_lens(folder.layout()).await?;
+        let lent = self.engine.lend_base(self.base).await?;
+        let filled = folder
+            .fill(region, &lent, &mut |_| ControlFlow::Continue(()))
+            .map_err(|source| BenchError::Lens { path: path.into(), source })?;
+        drop(lent);
+        Ok(self.engine.install_lens(self.base, filled).await?)
+    }
+
+    /// A row with a prompt that no other has.
+    fn row(&self, prompt: u32, new: u32, lens: Option<&LensId>) -> RowRequest {
+        let number = self.prompts.replace(self.prompts.get() + 1);
+        let vocab = self.layout.config.vocab_size as u64;
         RowRequest {
             base: self.base,
-            prompt: (0..prompt).map(|i| (i * 7919 + number * 104_729 + 17) % self.vocab).collect(),
-            lenses: lens.map(|lens| RowLens { lens, scale: 1.0 }).into_iter().collect(),
+            prompt: (0..u64::from(prompt))
+                .map(|i| ((i * 7919 + number * 104_729 + 17) % vocab) as u32)
+                .collect(),
+            lenses: lens.map(|&lens| RowLens { lens, scale: 1.0 }).into_iter().collect(),
             sampling: Sampling::GREEDY,
             stop_token_ids: Vec::new(),
             max_new_tokens: new,
@@ -104,50 +167,205 @@ impl Loaded {
         }
     }
 
-    /// Seconds of one step, on average over those that are timed; all rows take part in each of them.
-    pub(super) async fn decode(&self, decode: &Decode<'_>) -> Result<f64, BenchError> {
-        // Rows that begin some steps later must not end before the first one's last step.
-        let new = decode.steps + 2 * decode.rows + 8;
-        let lens = |row: u32| decode.lenses.get(row as usize % decode.lenses.len().max(1)).copied();
-        let submit = |row| self.engine.submit(self.row(row, decode.context, new, lens(row)));
-        let mut rows = try_join_all((0..decode.rows).map(submit)).await?;
-        for first in join_all(rows.iter_mut().map(token)).await {
-            first?;
-        }
-        let row = &mut rows[0];
-        token(row).await?;
+    /// Seconds from a row's submission to its first token.
+    async fn first_token(&self, row: &RowRequest) -> Result<f64, BenchError> {
+        let row = row.clone();
         let start = Instant::now();
-        for _ in 0..decode.steps {
-            token(row).await?;
-        }
-        Ok(start.elapsed().as_secs_f64() / f64::from(decode.steps))
-        // Dropping the streams cancels the rows.
-    }
-
-    /// Seconds from a prompt to its first token.
-    pub(super) async fn prefill(&self, tokens: u32, lens: Option<LensId>) -> Result<f64, BenchError> {
-        let start = Instant::now();
-        let mut row = self.engine.submit(self.row(0, tokens, 1, lens)).await?;
+        let mut row = self.engine.submit(row).await?;
         token(&mut row).await?;
         Ok(start.elapsed().as_secs_f64())
     }
 
-    /// Seconds of one short request on average, when each takes the next of these lenses.
-    pub(super) async fn requests(&self, lenses: &[LensId], count: u32) -> Result<f64, BenchError> {
-        let start = Instant::now();
-        for number in 0..count {
-            let lens = lenses.get(number as usize % lenses.len().max(1)).copied();
-            let mut row = self.engine.submit(self.row(number, 16, 4, lens)).await?;
-            for _ in 0..4 {
-                token(&mut row).await?;
-            }
+    /// Rows of which each has its first token, and the steps ahead of them that all of them take part in.
+    async fn running(
+        &self,
+        rows: u32,
+        lenses: usize,
+        sampling: Sampling,
+    ) -> Result<Vec<RowStream>, BenchError> {
+        // Rows that begin some steps later must not end before the first one's last step.
+        let new = self.steps + 2 * rows + 8;
+        let submit = |row: u32| {
+            let lens = self.lenses[..lenses].get(row as usize % lenses.max(1));
+            self.engine.submit(RowRequest { sampling, ..self.row(SHORT, new, lens) })
+        };
+        let mut rows = try_join_all((0..rows).map(submit)).await?;
+        for first in join_all(rows.iter_mut().map(token)).await {
+            first?;
         }
-        Ok(start.elapsed().as_secs_f64() / f64::from(count))
+        token(&mut rows[0]).await?;
+        Ok(rows)
     }
 
-    pub(super) async fn shutdown(self) {
-        self.engine.shutdown().await;
+    /// Seconds of one step, on average over those that are timed.
+    async fn step(&self, row: &mut RowStream) -> Result<f64, BenchError> {
+        let start = Instant::now();
+        for _ in 0..self.steps {
+            token(row).await?;
+        }
+        Ok(start.elapsed().as_secs_f64() / f64::from(self.steps))
+        // Dropping the streams cancels the rows.
     }
+
+    async fn decode(&self, name: String, rows: u32, lenses: usize) -> Result<Vec<Found>, BenchError> {
+        let mut running = self.running(rows, lenses, Sampling::GREEDY).await?;
+        let seconds = self.step(&mut running[0]).await?;
+        let bytes = self.step_bytes + self.lens_bytes[..lenses].iter().sum::<u64>();
+        Ok(vec![Found { name, tokens: rows, bytes, seconds }])
+    }
+
+    async fn sampled(&self, name: String, rows: u32) -> Result<Vec<Found>, BenchError> {
+        let mut running = self.running(rows, 0, SAMPLED).await?;
+        let before = self.engine.snapshot();
+        let seconds = self.step(&mut running[0]).await?;
+        let after = self.engine.snapshot();
+        let nanoseconds = after.step_nanoseconds_total - before.step_nanoseconds_total;
+        let model = after.model_nanoseconds_total - before.model_nanoseconds_total;
+        let steps = (after.steps_total - before.steps_total).max(1);
+        let outside = nanoseconds.saturating_sub(model) as f64 / steps as f64 / 1e9;
+        let part = Found::time(format!("{name}, outside of the model"), outside);
+        Ok(vec![Found { name, tokens: rows, bytes: self.step_bytes, seconds }, part])
+    }
+
+    async fn requests(&self) -> Result<Vec<Found>, BenchError> {
+        let pair = &self.lenses[..2];
+        let (prompt, new) = REQUEST;
+        let mut seconds = [0.0; 2];
+        // Both kinds in four turns, so that both see the same machine.
+        for (turn, number) in (0..4).flat_map(|turn| (0..REQUESTS / 2).map(move |n| (turn % 2, n))) {
+            let lens = if turn == 0 { &pair[0] } else { &pair[number % 2] };
+            let row = self.row(prompt, new, Some(lens));
+            let start = Instant::now();
+            let mut row = self.engine.submit(row).await?;
+            for _ in 0..new {
+                token(&mut row).await?;
+            }
+            seconds[turn] += start.elapsed().as_secs_f64();
+        }
+        // A step for the prompt, and one for every token but the first.
+        let bytes = u64::from(new) * (self.step_bytes + self.lens_bytes[0]);
+        let found = |kind: &str, seconds: f64| Found {
+            name: format!("request, {kind}"),
+            tokens: new,
+            bytes,
+            seconds: seconds / REQUESTS as f64,
+        };
+        Ok(vec![found("the same lens", seconds[0]), found("two lenses in turn", seconds[1])])
+    }
+
+    async fn lens(&self) -> Result<Vec<Found>, BenchError> {
+        let spare = self.spare.as_ref().expect("there is a lens");
+        let (mut loads, mut cold, mut warm) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..LOADS {
+            let start = Instant::now();
+            let lens = self.load_lens(spare).await?;
+            let load = start.elapsed().as_secs_f64();
+            loads.push(load);
+            cold.push(load + self.first_token(&self.row(REQUEST.0, 1, Some(&lens))).await?);
+            warm.push(self.first_token(&self.row(REQUEST.0, 1, Some(&lens))).await?);
+            self.engine.retire_lens(lens).await?;
+        }
+        let mut accepted = Vec::new();
+        for number in 0..ACCEPTED {
+            let row = self.row(1, 1, self.lenses.get(number % 2).or(self.lenses.first()));
+            let start = Instant::now();
+            let mut row = self.engine.submit(row).await?;
+            accepted.push(start.elapsed().as_secs_f64());
+            token(&mut row).await?;
+        }
+        Ok(vec![
+            Found::time("lens, loaded", median(&loads)),
+            Found::time("lens, switched", median(&accepted)),
+            Found::time("first token, lens evicted", median(&cold)),
+            Found::time("first token, lens resident", median(&warm)),
+        ])
+    }
+
+    /// Seconds between the tokens of rows that decode while this happens.
+    async fn gaps(row: &mut RowStream, count: usize) -> Result<Vec<f64>, BenchError> {
+        let mut gaps = Vec::with_capacity(count);
+        for _ in 0..count {
+            let start = Instant::now();
+            token(row).await?;
+            gaps.push(start.elapsed().as_secs_f64());
+        }
+        Ok(gaps)
+    }
+
+    /// Rows that decode for as long as a prompt of so many tokens can take.
+    async fn beside(&self, prompt: u32) -> Result<Vec<RowStream>, BenchError> {
+        let new = self.config.max_context_tokens - SHORT;
+        let submit = |_| self.engine.submit(self.row(SHORT, new.min(prompt), None));
+        let mut rows = try_join_all((0..BESIDE).map(submit)).await?;
+        for first in join_all(rows.iter_mut().map(token)).await {
+            first?;
+        }
+        Ok(rows)
+    }
+
+    async fn long_prompt(&self, tokens: u32) -> Result<Vec<Found>, BenchError> {
+        let mut beside = self.beside(tokens).await?;
+        let alone = Self::gaps(&mut beside[0], 2 * self.steps as usize).await?;
+        let mut long = self.engine.submit(self.row(tokens, self.steps + 8, None)).await?;
+        let mut gaps = Vec::new();
+        loop {
+            gaps.extend(Self::gaps(&mut beside[0], 1).await?);
+            if let Some(first) = token(&mut long).now_or_never() {
+                first?;
+                break;
+            }
+        }
+        drop(beside);
+        token(&mut long).await?;
+        token(&mut long).await?;
+        let seconds = self.step(&mut long).await?;
+        let chunk = self.config.prefill_chunk_tokens;
+        Ok(vec![
+            Found::time(format!("between tokens, {BESIDE} rows"), nearest_rank(&alone, 0.99)),
+            Found::time(
+                format!("between tokens, {BESIDE} rows beside a prompt in chunks of {chunk}"),
+                nearest_rank(&gaps, 0.99),
+            ),
+            Found {
+                name: format!("decode, 1 row, context {tokens}"),
+                tokens: 1,
+                bytes: self.step_bytes,
+                seconds,
+            },
+        ])
+    }
+
+    async fn chunks(&self, tokens: u32) -> Result<Vec<Found>, BenchError> {
+        let mut beside = self.beside(tokens).await?;
+        let row = self.row(tokens, 1, None);
+        let mut left = tokens;
+        let mut long = None;
+        let mut found = Vec::new();
+        for (chunk, steps) in CHUNKS {
+            // One more passes before the size is in force.
+            let needed = chunk * (steps as u32 + 2);
+            if needed > left {
+                continue;
+            }
+            left -= needed;
+            let config = EngineConfig { prefill_chunk_tokens: chunk, ..self.config.clone() };
+            self.engine.reconfigure(config).await?;
+            if long.is_none() {
+                long = Some(self.engine.submit(row.clone()).await?);
+            }
+            Self::gaps(&mut beside[0], 1).await?;
+            let gaps = Self::gaps(&mut beside[0], steps).await?;
+            let name = format!("between tokens, {BESIDE} rows beside chunks of {chunk}");
+            found.push(Found::time(name, nearest_rank(&gaps, 0.99)));
+        }
+        drop((beside, long));
+        self.engine.reconfigure(self.config.clone()).await?;
+        Ok(found)
+    }
+}
+
+fn open_lens(path: &Path, base: &BaseLayout) -> Result<LoraFolder, BenchError> {
+    LoraFolder::open(path, base).map_err(|source| BenchError::Lens { path: path.into(), source })
 }
 
 /// Waits for the row's next token.

@@ -14,11 +14,15 @@ pub struct Measure {
     pub seconds: Vec<f64>,
     /// Seconds of each round that something else on the machine disturbed.
     pub disturbed_seconds: Vec<f64>,
-    /// Bytes of weights that it must read.
+    /// Bytes of weights that must be read for it; 0 where that says nothing.
     pub bytes: u64,
 }
 
 impl Measure {
+    pub(super) fn new(name: String, tokens: u32, bytes: u64) -> Self {
+        Self { name, tokens, bytes, seconds: Vec::new(), disturbed_seconds: Vec::new() }
+    }
+
     /// The median of the rounds.
     pub fn median_seconds(&self) -> f64 {
         median(&self.seconds)
@@ -58,16 +62,19 @@ impl Report {
             self.rounds,
         );
         let columns = ["ms", "tokens/s", "read limit", "rounds kept"];
-        text += &format!("{:<42}", "");
+        text += &format!("{:<58}", "");
         columns.iter().for_each(|column| text += &format!("{column:>12}"));
         text += "\n";
         for measure in &self.measures {
             let seconds = measure.median_seconds();
             let limit = measure.bytes as f64 / self.read_bytes_per_second / seconds;
             let ms = seconds * 1e3;
-            let rate = f64::from(measure.tokens) / seconds;
             let kept = measure.seconds.len();
-            text += &format!("{:<42}{ms:>12.2}{rate:>12.1}{limit:>12.2}{kept:>12}\n", measure.name);
+            let [rate, limit] = match measure.bytes {
+                0 => [String::new(), String::new()],
+                _ => [format!("{:.1}", f64::from(measure.tokens) / seconds), format!("{limit:.2}")],
+            };
+            text += &format!("{:<58}{ms:>12.3}{rate:>12}{limit:>12}{kept:>12}\n", measure.name);
         }
         text
     }
@@ -84,6 +91,14 @@ pub(super) fn median(numbers: &[f64]) -> f64 {
     }
 }
 
+/// The smallest of some numbers that this share of them does not exceed; not-a-number of none.
+pub(super) fn nearest_rank(numbers: &[f64], share: f64) -> f64 {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,5 +108,14 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn a_rank_is_the_nearest_above() {
+        let hundred: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!(nearest_rank(&hundred, 0.99), 99.0);
+        assert_eq!(nearest_rank(&hundred[..50], 0.99), 100.0, "of few, the largest");
+        assert_eq!(nearest_rank(&[7.0], 0.0), 7.0);
+        assert!(nearest_rank(&[], 0.99).is_nan());
     }
 }

@@ -274,6 +274,10 @@ pub struct Snapshot {
     pub prefix_cached_tokens_total: u64,
     /// Times a row stepped back for want of KV blocks.
     pub preemptions_total: u64,
+    /// Nanoseconds of all steps, with everything the engine thread does around them.
+    pub step_nanoseconds_total: u64,
+    /// Of these, in the model: what a step costs beyond them is the engine's own.
+    pub model_nanoseconds_total: u64,
 }
 
 pub(crate) enum Command {

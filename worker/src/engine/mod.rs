@@ -23,6 +23,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
@@ -110,6 +111,8 @@ struct Totals {
     queried_tokens: u64,
     cached_tokens: u64,
     preemptions: u64,
+    step_time: Duration,
+    model_time: Duration,
 }
 
 struct Lens {
@@ -157,6 +160,7 @@ impl Core {
                     None => connected = false,
                 }
             }
+            let began = Instant::now();
             for _ in 0..COMMANDS_PER_STEP {
                 match commands.try_recv() {
                     Ok(command) => self.handle(command),
@@ -169,6 +173,7 @@ impl Core {
             }
             self.drop_cancelled();
             self.grow_cache();
+            let steps = self.totals.steps;
             if let Some(active) = &mut self.active
                 && !(self.running.is_empty() && self.waiting.is_empty())
             {
@@ -176,6 +181,9 @@ impl Core {
                 active.step(base, &mut self.running, &mut self.waiting, &self.config, &mut self.totals);
             }
             self.answer_retired();
+            if self.totals.steps > steps {
+                self.totals.step_time += began.elapsed();
+            }
             self.publish();
         }
         let Self { bases, lenses, active, shutdown, running, waiting, arena, .. } = self;
@@ -566,6 +574,8 @@ impl Core {
             prefix_queried_tokens_total: self.totals.queried_tokens,
             prefix_cached_tokens_total: self.totals.cached_tokens,
             preemptions_total: self.totals.preemptions,
+            step_nanoseconds_total: self.totals.step_time.as_nanos() as u64,
+            model_nanoseconds_total: self.totals.model_time.as_nanos() as u64,
         };
         *self.published.snapshot.lock() = snapshot;
     }

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::Result;
 
@@ -150,6 +150,7 @@ impl Active {
             Ok(counts) => {
                 totals.prompt_tokens += counts.prompt_tokens;
                 totals.generated_tokens += counts.generated_tokens;
+                totals.model_time += counts.model_time;
             }
             Err(error) => {
                 // Every row of the step may be wrong.
@@ -202,7 +203,9 @@ impl Active {
             counts.prompt_tokens += u64::from(row.prompt_tokens_in(tokens));
         }
         let width = base.layout.config.hidden_size;
+        let began = Instant::now();
         self.decoder.forward(base, &mut self.cache, &self.batch, &mut self.workspace, None)?;
+        counts.model_time += began.elapsed();
         for (share, _) in self.plan.shares.iter().zip(&self.outputs) {
             let row = &mut running[share.row];
             row.computed += share.tokens;
@@ -225,26 +228,31 @@ impl Active {
         for start in (0..self.batch.outputs()).step_by(group) {
             let end = (start + group).min(self.batch.outputs());
             let (outputs, sampler, pool) = (&self.outputs, &mut self.sampler, &mut self.cache.pool);
-            self.decoder.logits(base, &self.batch, &self.workspace, start..end, |_, logits| {
-                for (output, logits) in (start..end).zip(logits.rows()) {
-                    while outputs[next].end <= output {
-                        next += 1;
+            let began = Instant::now();
+            let choosing =
+                self.decoder.logits(base, &self.batch, &self.workspace, start..end, |_, logits| {
+                    let began = Instant::now();
+                    for (output, logits) in (start..end).zip(logits.rows()) {
+                        while outputs[next].end <= output {
+                            next += 1;
+                        }
+                        let at = outputs[next];
+                        let row = &mut running[at.row];
+                        if row.ended {
+                            continue;
+                        }
+                        let known = row.tokens.len();
+                        let position = at.position + (output - at.start) as u32;
+                        row.ended = row.take_logits(position, logits, sampler) == Life::Ended;
+                        counts.generated_tokens += (row.tokens.len() - known) as u64;
+                        if long_from == Some(known as u32) && row.tokens.len() > known {
+                            // A longer sequence is rotated otherwise, all of it.
+                            row.step_back(pool);
+                        }
                     }
-                    let at = outputs[next];
-                    let row = &mut running[at.row];
-                    if row.ended {
-                        continue;
-                    }
-                    let known = row.tokens.len();
-                    let position = at.position + (output - at.start) as u32;
-                    row.ended = row.take_logits(position, logits, sampler) == Life::Ended;
-                    counts.generated_tokens += (row.tokens.len() - known) as u64;
-                    if long_from == Some(known as u32) && row.tokens.len() > known {
-                        // A longer sequence is rotated otherwise, all of it.
-                        row.step_back(pool);
-                    }
-                }
-            })?;
+                    began.elapsed()
+                })?;
+            counts.model_time += began.elapsed().saturating_sub(choosing);
         }
         for at in &self.outputs {
             let row = &mut running[at.row];
@@ -260,6 +268,8 @@ impl Active {
 struct Counts {
     prompt_tokens: u64,
     generated_tokens: u64,
+    /// Forward pass and logits, without what chooses among them.
+    model_time: Duration,
 }
 
 fn batch_for(needs: &BaseNeeds, rows: usize) -> Batch {

@@ -1,136 +1,164 @@
-//! The engines: how each is asked for the same numbers.
+//! The engines: how each is started and what it is asked for.
 
-use std::collections::BTreeMap;
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use serde_json::json;
 
-use super::{Bench, LENSES, json_of, python};
+use super::python;
+use super::{Bench, LENSES, asked::Asked};
 
 /// An engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Engine {
     Turret,
+    TurretQ8,
     LlamaCpp,
+    LlamaCppQ8,
     Transformers,
+    /// Where a processor has no bf16, its users choose this.
+    TransformersF32,
     OpenVino,
 }
 
 /// What is measured, the same for all engines.
+#[derive(Clone)]
 pub(super) struct Sizes {
-    pub(super) rows: [u32; 3],
+    pub(super) rows: Vec<u32>,
+    /// Steps that are timed.
     pub(super) steps: u32,
-    pub(super) context: u32,
+    /// Tokens of the prompt that is computed twice, and of the long one.
+    pub(super) prefix: u32,
+    pub(super) long: u32,
     pub(super) prompt: u32,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { rows: [1, 8, 32], steps: 16, context: 128, prompt: 512 }
+        Self { rows: vec![1, 8, 32], steps: 16, prefix: 2000, long: 4096, prompt: 512 }
     }
 }
 
-/// What one run of an engine found.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Take {
-    /// Version and instruction sets, in the engine's own words.
-    pub(super) info: String,
-    /// Seconds, by what was measured.
-    pub(super) seconds: BTreeMap<String, f64>,
-}
+/// Tokens of context of a decode step, as `turret-worker bench` has it.
+const CONTEXT: u32 = 128;
+/// Tokens of the synthetic base's vocabulary: Qwen2's.
+const VOCABULARY: u32 = 151_936;
 
 impl Engine {
-    pub(super) const PEERS: [Self; 3] = [Self::LlamaCpp, Self::Transformers, Self::OpenVino];
+    /// All but Turret itself, which is always measured.
+    pub(super) const OTHERS: [Self; 6] = [
+        Self::TurretQ8,
+        Self::LlamaCpp,
+        Self::LlamaCppQ8,
+        Self::Transformers,
+        Self::TransformersF32,
+        Self::OpenVino,
+    ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Turret => "turret",
+            Self::TurretQ8 => "turret Q8_0",
             Self::LlamaCpp => "llama.cpp",
+            Self::LlamaCppQ8 => "llama.cpp Q8_0",
             Self::Transformers => "transformers",
+            Self::TransformersF32 => "transformers F32",
             Self::OpenVino => "openvino-genai",
         }
     }
 
     pub(super) fn named(name: &str) -> Option<Self> {
-        Self::PEERS.into_iter().find(|engine| engine.name() == name)
+        Self::OTHERS.into_iter().find(|engine| engine.name() == name)
     }
 
+    /// From PyPI.
     pub(super) fn packages(self) -> &'static [&'static str] {
         match self {
-            Self::Turret => &[],
-            Self::LlamaCpp => &["llama-cpp-python==0.3.36"],
-            Self::Transformers => &["torch==2.9.0", "transformers==5.23.0", "peft==0.21.2"],
+            Self::Turret | Self::TurretQ8 => &[],
+            Self::LlamaCpp | Self::LlamaCppQ8 => &["llama-cpp-python==0.3.36"],
+            Self::Transformers | Self::TransformersF32 => {
+                &["torch==2.15.0", "transformers==5.24.0", "peft==0.21.2"]
+            }
             Self::OpenVino => &["openvino-genai==2026.4.1.0"],
         }
     }
 
-    pub(super) fn run(self, bench: &Bench, sizes: &Sizes) -> Result<Take> {
-        if self == Self::Turret {
-            return turret(bench, sizes);
-        }
-        let text = match self {
-            Self::LlamaCpp => include_str!("engines/llama_cpp_run.py"),
-            Self::OpenVino => include_str!("engines/openvino_run.py"),
-            Self::Turret | Self::Transformers => include_str!("engines/torch_run.py"),
-        };
-        let mut command = python::script(&bench.python, text);
+    /// As what it reads the base, when it reads GGUF.
+    pub(super) fn gguf(self) -> Option<&'static str> {
         match self {
-            Self::Turret | Self::Transformers => {
-                let lenses = LENSES[..2].iter().map(|name| bench.lens(name).display().to_string());
-                command.arg(bench.base()).arg(lenses.collect::<Vec<_>>().join(","));
+            Self::LlamaCpp => Some("BF16"),
+            Self::LlamaCppQ8 => Some("Q8_0"),
+            // It does not read bf16.
+            Self::OpenVino => Some("F16"),
+            _ => None,
+        }
+    }
+
+    /// Whether a take that it offers is of use: a second Turret is there for its decoding and prefill only.
+    pub(super) fn wants(self, take: &str) -> bool {
+        let compared =
+            (take.starts_with("decode") || take.starts_with("prefill")) && !take.ends_with("sampled");
+        self != Self::TurretQ8 || compared
+    }
+
+    pub(super) fn start(self, bench: &Bench, sizes: &Sizes) -> Result<Asked> {
+        let mut command = match self {
+            Self::Turret => turret(bench, sizes),
+            Self::TurretQ8 => {
+                let mut command = turret(bench, &Sizes { prefix: 0, long: 0, ..sizes.clone() });
+                command.args(["--quantization", "Q8_0"]);
+                command
             }
-            Self::LlamaCpp | Self::OpenVino => {
-                command.arg(bench.gguf());
-            }
-        }
-        if self != Self::OpenVino {
-            command.arg(sizes.rows.map(|n| n.to_string()).join(","));
-        }
-        for number in [sizes.steps, sizes.context, sizes.prompt] {
-            command.arg(number.to_string());
-        }
+            _ => peer(self, bench, sizes),
+        };
         let threads = bench.threads.to_string();
-        command.arg(&threads).env("OMP_NUM_THREADS", &threads);
-        let answer = json_of(&mut command)?;
-        let seconds = answer["measures"].as_object().context("the engine reports no measures")?;
-        let seconds = seconds.iter().filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)));
-        Ok(Take { info: answer["info"].as_str().unwrap_or_default().to_owned(), seconds: seconds.collect() })
+        command.env("TURRET_THREADS", &threads).env("OMP_NUM_THREADS", &threads);
+        // Everything is here; nobody needs to ask a hub.
+        command.env("HF_HUB_OFFLINE", "1");
+        Asked::start(&mut command, &bench.logs.join(format!("{}.log", self.name())))
     }
 }
 
-/// Turret's own bench, one round of it, under the names that all engines use.
-fn turret(bench: &Bench, sizes: &Sizes) -> Result<Take> {
-    let mut command = std::process::Command::new(&bench.worker);
-    command.arg("bench").arg(bench.base()).args(["--rounds", "1", "--json"]);
-    command.args(["--rows", &sizes.rows.map(|n| n.to_string()).join(",")]);
-    command.args(["--tokens", &sizes.steps.to_string(), "--prompt", &sizes.prompt.to_string()]);
+fn turret(bench: &Bench, sizes: &Sizes) -> Command {
+    let mut command = Command::new(&bench.worker);
+    let rows = sizes.rows.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    command.arg("bench").arg(bench.base()).args(["--ask", "--rows", &rows]);
+    let numbers = [
+        ("--tokens", sizes.steps),
+        ("--prompt", sizes.prompt),
+        ("--prefix", sizes.prefix),
+        ("--context", sizes.long),
+    ];
+    for (argument, number) in numbers {
+        command.args([argument, &number.to_string()]);
+    }
     for lens in LENSES {
         command.arg("--lens").arg(bench.lens(lens));
     }
-    command.env("TURRET_THREADS", bench.threads.to_string());
-    let report = json_of(&mut command)?;
-    let mut seconds = BTreeMap::new();
-    for measure in report["measures"].as_array().context("turret-worker bench reports no measures")? {
-        let name = measure["name"].as_str().unwrap_or_default();
-        let one = |list: &str| measure[list].as_array().and_then(|list| list.first()?.as_f64());
-        if let Some(value) = one("seconds").or_else(|| one("disturbedSeconds")) {
-            seconds.insert(common_name(name, sizes), value);
-        }
-    }
-    let bandwidth = report["bestReadBytesPerSecond"].as_f64().context("no bandwidth is reported")?;
-    let bytes = report["stepBytes"].as_f64().context("no bytes of a step are reported")?;
-    seconds.insert("read".into(), bytes / bandwidth);
-    let info = report["instructionSet"].as_str().unwrap_or_default().to_owned();
-    Ok(Take { info, seconds })
+    command
 }
 
-/// `decode, 8 rows` is `decode 8` everywhere else.
-fn common_name(name: &str, sizes: &Sizes) -> String {
-    let own = |rows: u32| format!("decode, {rows} rows");
-    match sizes.rows.into_iter().find(|rows| name == own(*rows)) {
-        Some(rows) => format!("decode {rows}"),
-        None if name == format!("prefill, {} tokens", sizes.prompt) => "prefill".into(),
-        None => name.to_owned(),
-    }
+fn peer(engine: Engine, bench: &Bench, sizes: &Sizes) -> Command {
+    let script = match engine {
+        Engine::Transformers | Engine::TransformersF32 => include_str!("engines/torch_run.py"),
+        Engine::OpenVino => include_str!("engines/openvino_run.py"),
+        _ => include_str!("engines/llama_cpp_run.py"),
+    };
+    // PEFT is compared once.
+    let lenses: &[&str] = if engine == Engine::Transformers { &LENSES[..3] } else { &[] };
+    let about = json!({
+        "base": bench.base(),
+        "lenses": lenses.iter().map(|name| bench.lens(name)).collect::<Vec<_>>(),
+        "gguf": engine.gguf().map(|kind| bench.gguf(kind)),
+        "dtype": if engine == Engine::TransformersF32 { "float32" } else { "bfloat16" },
+        "rows": sizes.rows,
+        "steps": sizes.steps,
+        "context": CONTEXT,
+        "prompt": sizes.prompt,
+        "threads": bench.threads,
+        "vocabulary": VOCABULARY,
+    });
+    python::answering(&bench.python, script, &about)
 }
 
 #[cfg(test)]
@@ -138,12 +166,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_the_same_for_all_engines() {
-        let sizes = Sizes::default();
-        assert_eq!(common_name("decode, 8 rows", &sizes), "decode 8");
-        assert_eq!(common_name("prefill, 512 tokens", &sizes), "prefill");
-        assert_eq!(common_name("decode, 8 rows, 8 lenses", &sizes), "decode, 8 rows, 8 lenses");
-        assert_eq!(Engine::named("llama.cpp"), Some(Engine::LlamaCpp));
+    fn engines_are_chosen_by_name() {
+        assert_eq!(Engine::named("llama.cpp Q8_0"), Some(Engine::LlamaCppQ8));
         assert_eq!(Engine::named("turret"), None, "it is always measured");
+        assert!(Engine::OTHERS.into_iter().all(|engine| Engine::named(engine.name()) == Some(engine)));
+    }
+
+    #[test]
+    fn a_quantized_base_is_only_compared() {
+        for take in ["decode, 1 row with a lens", "prefill, 512 tokens"] {
+            assert!(Engine::TurretQ8.wants(take), "{take}");
+        }
+        for take in ["lens", "requests", "decode, 32 rows, sampled"] {
+            assert!(!Engine::TurretQ8.wants(take) && Engine::Turret.wants(take), "{take}");
+        }
     }
 }

@@ -1,23 +1,28 @@
 //! `cargo xtask bench engine`: Turret's engine and its peers on the same weights, on this machine, round by round.
 //!
-//! Every round runs each engine once, as a process of its own, one after the other, with a probe of the memory's
-//! bandwidth before and after. What lies between two probes of which one is much slower than the best was
-//! disturbed by something else on the machine, and is left out.
+//! Every engine is a process of its own that loads the same weights once and then takes what it is asked for ([`asked`]).
+//! Rounds go through all takes, and through all engines for each of them, so that what is compared was measured within
+//! seconds of each other ([`rounds`]). What is made of it: [`table`], [`budgets`].
 
+mod asked;
+mod budgets;
 mod engines;
+mod machine;
 mod python;
+mod rounds;
 mod table;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
 
 use crate::folders;
 use crate::stage;
 use engines::{Engine, Sizes};
-use table::{Round, Table};
+use machine::Machine;
+use rounds::{Rounds, UNDISTURBED};
+use table::Table;
 
 /// What is measured.
 #[derive(clap::Subcommand, Debug)]
@@ -30,10 +35,20 @@ pub enum BenchCommand {
 #[derive(clap::Args, Debug)]
 pub struct EngineArguments {
     /// Rounds of all engines.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Engines beside Turret; those that do not run here are left out, and the table says why.
-    #[arg(long, value_delimiter = ',', default_value = "llama.cpp,transformers,openvino-genai")]
+    /// Steps that are timed per take.
+    #[arg(long, default_value_t = 16)]
+    steps: u32,
+    /// Tokens of the long prompt. 0 leaves out what needs one; less than 4096 leaves its budgets unmeasured.
+    #[arg(long, default_value_t = 4096)]
+    long: u32,
+    /// Engines beside Turret; those that do not run here are left out, and the table says why. Empty for none.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "turret Q8_0,llama.cpp,llama.cpp Q8_0,transformers,transformers F32,openvino-genai"
+    )]
     peers: Vec<String>,
     /// Threads of every engine. Default: the processors this process may use.
     #[arg(long)]
@@ -57,8 +72,6 @@ pub fn run(command: &BenchCommand) -> Result<()> {
 const LENSES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 /// A little under 24 layers of Qwen2-0.5B's width: `turret-worker synth` rounds up to whole layers.
 const MODEL_BYTES: &str = "970000000";
-/// Share of the best probe below which a neighbour of it counts as disturbed.
-const UNDISTURBED: f64 = 0.9;
 
 /// Programs and files of a run.
 pub(crate) struct Bench {
@@ -66,8 +79,10 @@ pub(crate) struct Bench {
     pub(crate) worker: PathBuf,
     /// The Python environment's interpreter.
     pub(crate) python: PathBuf,
-    /// Folder of the synthesised base, its lenses and the GGUF.
+    /// Folder of the synthesised base, its lenses and the GGUFs.
     pub(crate) model: PathBuf,
+    /// Folder for what engines print.
+    pub(crate) logs: PathBuf,
     pub(crate) threads: usize,
 }
 
@@ -76,77 +91,64 @@ impl Bench {
         self.model.join("base")
     }
 
-    pub(crate) fn gguf(&self) -> PathBuf {
-        self.model.join("base.bf16.gguf")
+    pub(crate) fn gguf(&self, kind: &str) -> PathBuf {
+        self.model.join(format!("base.{kind}.gguf"))
     }
 
     pub(crate) fn lens(&self, name: &str) -> PathBuf {
         self.model.join("lenses").join(name)
     }
-
-    /// Bytes per second that the memory gives now.
-    fn probe(&self) -> Result<f64> {
-        let mut command = Command::new(&self.worker);
-        command.arg("bench").arg(self.base()).args(["--probe", "--rounds", "5", "--json"]);
-        command.env("TURRET_THREADS", self.threads.to_string());
-        let report = json_of(&mut command)?;
-        report["bestReadBytesPerSecond"].as_f64().context("the probe reports no bandwidth")
-    }
-}
-
-/// Runs a program and parses the last line, or all, of what it prints as JSON.
-pub(crate) fn json_of(command: &mut Command) -> Result<Value> {
-    let program = command.get_program().to_owned();
-    let output =
-        command.output().with_context(|| format!("failed to run {}", Path::new(&program).display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        let errors = String::from_utf8_lossy(&output.stderr);
-        let last = errors.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it printed nothing");
-        bail!("{} failed ({}): {last}", Path::new(&program).display(), output.status);
-    }
-    serde_json::from_str(&text)
-        .or_else(|_| serde_json::from_str(text.lines().last().unwrap_or("")))
-        .with_context(|| format!("{} printed no JSON", Path::new(&program).display()))
 }
 
 fn engine(arguments: &EngineArguments) -> Result<()> {
     ensure!(arguments.rounds > 0, "--rounds must be at least 1");
+    ensure!(arguments.steps > 0, "--steps must be at least 1");
     let mut peers = Vec::new();
-    for name in &arguments.peers {
+    for name in arguments.peers.iter().filter(|name| !name.is_empty()) {
         peers.push(Engine::named(name).with_context(|| {
-            format!("`{name}` is no engine: choose among {}", Engine::PEERS.map(Engine::name).join(", "))
+            format!("`{name}` is no engine: choose among {}", Engine::OTHERS.map(Engine::name).join(", "))
         })?);
     }
     let threads = arguments.threads.unwrap_or(std::thread::available_parallelism()?.get());
     let worker = stage::run("build turret-worker", |_| build_worker())?;
     let (python, mut missing) = python::environment(&peers)?;
-    let model = folders::cache()?.join("bench/qwen2-0.5b");
-    let bench = Bench { worker, python, model, threads };
+    let folder = folders::cache()?.join("bench");
+    let bench =
+        Bench { worker, python, model: folder.join("qwen2-0.5b"), logs: folder.join("logs"), threads };
+    std::fs::create_dir_all(&bench.logs)?;
     make_model(&bench)?;
+    for kind in peers.iter().filter_map(|peer| peer.gguf()) {
+        make_gguf(&bench, kind)?;
+    }
 
-    let sizes = Sizes::default();
-    let mut engines = vec![Engine::Turret];
-    engines.extend(peers.iter().filter(|peer| missing.iter().all(|(name, _)| name != peer.name())));
-    let mut rounds: Vec<Round> = Vec::new();
-    for round in 1..=arguments.rounds {
-        let mut before = bench.probe()?;
-        for engine in engines.clone() {
-            let name = engine.name();
-            let taken = stage::run(format!("round {round}: {name}"), |_| engine.run(&bench, &sizes));
-            let after = bench.probe()?;
-            match taken {
-                Ok(take) => rounds.push(Round { engine: name, probes: [before, after], take }),
-                Err(error) if engine != Engine::Turret => {
-                    missing.push((name.into(), format!("{error:#}")));
-                    engines.retain(|e| *e != engine);
-                }
-                Err(error) => return Err(error),
-            }
-            before = after;
+    let sizes = Sizes { steps: arguments.steps, long: arguments.long, ..Sizes::default() };
+    let mut engines = Vec::new();
+    for engine in [Engine::Turret].into_iter().chain(peers) {
+        if missing.iter().any(|(name, _)| name == engine.name()) {
+            continue;
+        }
+        match stage::run(format!("start {}", engine.name()), |_| engine.start(&bench, &sizes)) {
+            Ok(asked) => engines.push((engine, asked)),
+            Err(error) if engine == Engine::Turret => return Err(error.context("turret does not start")),
+            Err(error) => missing.push((engine.name().into(), format!("{error:#}"))),
         }
     }
-    let table = Table::of(&rounds, &missing, UNDISTURBED, threads);
+    let about = engines[0].1.about.clone();
+    let mut rounds = Rounds::new(engines, missing)?;
+    let info = rounds.info();
+    for number in 1..=arguments.rounds {
+        stage::run(format!("round {number} of {}", arguments.rounds), |stage| rounds.round(number, stage))?;
+    }
+    let table = Table {
+        command: command(),
+        machine: Machine::look(),
+        threads,
+        step_bytes: about["stepBytes"].as_u64().unwrap_or(0),
+        lens_bytes: serde_json::from_value(about["lensBytes"].clone()).unwrap_or_default(),
+        info,
+        missing: rounds.missing,
+        ..Table::of(&rounds.taken, UNDISTURBED)
+    };
     match arguments.json {
         true => println!("{}", serde_json::to_string_pretty(&table.json())?),
         false => print!("{}", table.markdown()),
@@ -161,13 +163,18 @@ fn engine(arguments: &EngineArguments) -> Result<()> {
     Ok(())
 }
 
+/// How this was asked for.
+fn command() -> String {
+    ["cargo xtask".to_owned()].into_iter().chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" ")
+}
+
 fn build_worker() -> Result<PathBuf> {
     let status = folders::cargo()?.args(["build", "--workspace", "--bin", "turret-worker"]).status()?;
     ensure!(status.success(), "cargo build failed");
     Ok(folders::cargo_target()?.join("debug/turret-worker"))
 }
 
-/// Synthesises the base, its lenses, and the same weights as GGUF; once.
+/// Synthesises the base and its lenses; once.
 fn make_model(bench: &Bench) -> Result<()> {
     let done = bench.model.join("complete");
     if done.exists() {
@@ -182,12 +189,35 @@ fn make_model(bench: &Bench) -> Result<()> {
         for lens in LENSES {
             synth.args(["--lens", &format!("{lens}:16")]);
         }
-        let output = synth.output()?;
-        ensure!(output.status.success(), "turret-worker synth: {}", String::from_utf8_lossy(&output.stderr));
-        let mut gguf = python::script(&bench.python, include_str!("engines/gguf_of.py"));
-        let output = gguf.arg(bench.base()).arg(bench.gguf()).output()?;
-        ensure!(output.status.success(), "gguf_of.py: {}", String::from_utf8_lossy(&output.stderr));
+        run_through(&mut synth)?;
         std::fs::write(&done, "")?;
         anyhow::Ok(())
     })
+}
+
+/// Writes the base's weights as GGUF; once.
+fn make_gguf(bench: &Bench, kind: &str) -> Result<()> {
+    let path = bench.gguf(kind);
+    if path.exists() {
+        return Ok(());
+    }
+    stage::run(format!("write the base as GGUF in {kind}"), |_| {
+        let part = path.with_extension("part");
+        let mut script = python::script(&bench.python, include_str!("engines/gguf_of.py"));
+        run_through(script.arg(bench.base()).arg(&part).arg(kind))?;
+        std::fs::rename(&part, &path)?;
+        anyhow::Ok(())
+    })
+}
+
+/// Runs a program to its end, which must be a good one.
+fn run_through(command: &mut Command) -> Result<()> {
+    let program = Path::new(command.get_program()).display().to_string();
+    let output = command.output().with_context(|| format!("failed to run {program}"))?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let last = errors.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it printed nothing");
+        bail!("{program} failed ({}): {last}", output.status);
+    }
+    Ok(())
 }

@@ -1,4 +1,4 @@
-"""Writes a Qwen2 folder's weights, number for number, as GGUF: gguf_of.py FOLDER FILE"""
+"""Writes a Qwen2 folder's weights as GGUF, as they are or as other numbers: gguf_of.py FOLDER FILE BF16|F16|Q8_0"""
 import json
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-folder, to = Path(sys.argv[1]), sys.argv[2]
+folder, to, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = json.loads((folder / "config.json").read_text())
 vocab = json.loads((folder / "tokenizer.json").read_text())
 with open(folder / "model.safetensors", "rb") as file:
@@ -24,7 +24,9 @@ writer.add_head_count(config["num_attention_heads"])
 writer.add_head_count_kv(config["num_key_value_heads"])
 writer.add_rope_freq_base(config["rope_theta"])
 writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+if kind == "Q8_0":
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 tokens = [None] * config["vocab_size"]
 for text, index in vocab["model"]["vocab"].items():
@@ -48,7 +50,7 @@ NAMES = {
 for name, tensor in header.items():
     if name == "__metadata__":
         continue
-    module, kind = name.rsplit(".", 1)
+    module, end = name.rsplit(".", 1)
     if module == "model.embed_tokens":
         new = "token_embd"
     elif module == "model.norm":
@@ -56,14 +58,20 @@ for name, tensor in header.items():
     else:
         _, _, layer, module = module.split(".", 3)
         new = f"blk.{layer}.{NAMES[module]}"
-    start, end = tensor["data_offsets"]
+    first, last = tensor["data_offsets"]
     assert tensor["dtype"] == "BF16", f"{name} is {tensor['dtype']}"
-    numbers = data[start:end].view(np.uint16).reshape(tensor["shape"])
+    numbers = data[first:last].view(np.uint16).reshape(tensor["shape"])
+    wide = lambda: (numbers.astype(np.uint32) << 16).view(np.float32)
+    new = f"{new}.{end}"
     if len(tensor["shape"]) == 1:
-        writer.add_tensor(f"{new}.{kind}", (numbers.astype(np.uint32) << 16).view(np.float32))
+        writer.add_tensor(new, wide())
+    elif kind == "BF16":
+        bytes_of = numbers.view(np.uint8).reshape(tensor["shape"][0], -1)
+        writer.add_tensor(new, bytes_of, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:
-        writer.add_tensor(f"{new}.{kind}", numbers.view(np.uint8).reshape(tensor["shape"][0], -1),
-                          raw_dtype=gguf.GGMLQuantizationType.BF16)
+        # llama.cpp quantizes an embedding that is the head too, like everything else.
+        quantization = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(new, gguf.quantize(wide(), quantization), raw_dtype=quantization)
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.write_tensors_to_file()
