@@ -1,6 +1,6 @@
-//! What some rows do with a product before it is an output: DoRA's gains, and biases that a lens brings.
+//! What some rows do with a product before it is an output: DoRA's gains, and biases that a lens brings or adds to.
 //!
-//! `y = g · (W x + Σ s B A x) + b`. In a step where any row has a gain or a bias of its own, the bare products are kept
+//! `y = g · (W x + Σ s B A x) + b + Σ s c`. In a step where any row has a gain or a bias of its own, the bare products are kept
 //! apart until they are settled; every other row gets the same sums in the same order as without it.
 #![allow(unsafe_code)]
 
@@ -76,7 +76,7 @@ pub(super) fn finish(products: &Range<'_>, to: &Range<'_>, deltas: &dyn Deltas, 
         let group = start..(start..deltas.count()).take_while(same).count() + start;
         let parts = || group.clone().flat_map(|i| (0..deltas.parts(i)).map(move |part| (i, part)));
         let parts = || parts().map(|(i, part)| deltas.part(i, part));
-        if parts().any(|part| part.gain.is_some() || part.bias.is_some()) {
+        if parts().any(|part| part.gain.is_some() || part.bias.is_some() || part.shift.is_some()) {
             for i in group.clone() {
                 let Some(delta) = deltas.delta(i) else { continue };
                 assert_eq!((delta.row_start, delta.rows), (rows.start, chunk.rows), "one range of rows");
@@ -134,7 +134,7 @@ struct Settle<'a> {
     products: &'a Range<'a>,
     to: &'a Range<'a>,
     rows: std::ops::Range<usize>,
-    /// Deltas that may have a bias in place of the matrix's own.
+    /// Deltas that may have a bias in place of the matrix's own, or shift it.
     replaced: Option<(&'a std::ops::Range<usize>, &'a dyn Deltas)>,
 }
 
@@ -158,6 +158,15 @@ impl Kernel for Settle<'_> {
                     bias.get_or_insert([0.0; 4 * LANES])[first - start..last - start].copy_from_slice(from);
                 }
             }
+            for (part, shift) in self.shifts() {
+                let (first, last) =
+                    (part.output_start.max(start), (part.output_start + part.outputs).min(start + count));
+                if first < last {
+                    let from = &shift[first - part.output_start..last - part.output_start];
+                    let to = &mut bias.get_or_insert([0.0; 4 * LANES])[first - start..last - start];
+                    to.iter_mut().zip(from).for_each(|(to, shift)| *to += part.scale * shift);
+                }
+            }
             for row in self.rows.clone() {
                 // SAFETY: row and outputs are inside of both, and this task's own. Where nothing accumulates the two
                 // are the same numbers, and only one of the slices is made.
@@ -179,9 +188,18 @@ impl Kernel for Settle<'_> {
 impl<'a> Settle<'a> {
     /// Biases in place of the matrix's own; a later one goes before an earlier one.
     fn biases(&self) -> impl Iterator<Item = (DeltaOutputs<'a>, &'a [f32])> {
+        self.parts().filter_map(|part| Some((part, part.bias?)))
+    }
+
+    /// What is added to the bias.
+    fn shifts(&self) -> impl Iterator<Item = (DeltaOutputs<'a>, &'a [f32])> {
+        self.parts().filter_map(|part| Some((part, part.shift?)))
+    }
+
+    fn parts(&self) -> impl Iterator<Item = DeltaOutputs<'a>> {
         self.replaced.into_iter().flat_map(|(group, deltas)| {
             let parts = move |i| (0..deltas.parts(i)).map(move |part| deltas.part(i, part));
-            group.clone().flat_map(parts).filter_map(|part| Some((part, part.bias?)))
+            group.clone().flat_map(parts)
         })
     }
 }
@@ -219,7 +237,7 @@ mod tests {
         Base,
         Plain,
         Dora,
-        /// DoRA, then a plain one that also replaces a bias.
+        /// DoRA that also replaces a bias, then a plain one that shifts it.
         Both,
     }
 
@@ -282,6 +300,7 @@ mod tests {
                 scale: 0.5 * t,
                 gain: (dora && part == 0).then_some(gain),
                 bias: (dora && part == 1).then_some(&lens.bias),
+                shift: (!dora && t == 1.5 && part == 1).then_some(&lens.bias),
             }
         }
         fn finish_start(&self) -> Option<usize> {
@@ -376,6 +395,9 @@ mod tests {
                     }
                     if kind == Kind::Both {
                         y += dot(&|i| delta(two, part, o, i, 0.75));
+                        if part == 1 {
+                            bias += 0.75 * f64::from(two.bias[o - PARTS[1].0]);
+                        }
                     }
                     let before = if accumulate { f64::from(self.before[row * OUTPUTS + o]) } else { 0.0 };
                     before + y + bias

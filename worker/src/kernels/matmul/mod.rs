@@ -87,6 +87,8 @@ pub struct DeltaOutputs<'a> {
     pub gain: Option<Gain<'a>>,
     /// In place of the matrix's own bias.
     pub bias: Option<&'a [f32]>,
+    /// Added beside the bias, multiplied by the scale.
+    pub shift: Option<&'a [f32]>,
 }
 
 /// What is multiplied.
@@ -121,7 +123,7 @@ pub trait Deltas: Sync {
     fn parts(&self, index: usize) -> usize;
     /// One of its parts; the scale includes the row's own.
     fn part(&self, index: usize, part: usize) -> DeltaOutputs<'_>;
-    /// When any part here has a gain or a bias: from where on the scratch's low-rank numbers are free. `rows * outputs`
+    /// When any part here has a gain, a bias or a shift: from where on the scratch's low-rank numbers are free. `rows * outputs`
     /// numbers are used there when the product is added to something.
     fn finish_start(&self) -> Option<usize> {
         None
