@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 
 use super::guard::Processes;
 use super::traces::{Traces, processes_of};
-use super::{Cluster, Options, down, status, up, wait};
+use super::{Cluster, NEEDS, Options, down, status, up, wait};
 use crate::image::{self, Image};
-use crate::packages::find_program;
+use crate::packages::{self, find_program};
 use crate::privilege;
 use crate::stage;
 
@@ -26,6 +26,8 @@ const GREETING: &str = "hello from a volume";
 
 /// Runs all of it; the first thing that is not as it should be is the error.
 pub fn run() -> Result<()> {
+    // Looking for traces takes programs that a new machine gets from `up` only.
+    packages::ensure(&NEEDS)?;
     down(NAME)?;
     let before = Traces::look()?;
     let tested = test(&before);
