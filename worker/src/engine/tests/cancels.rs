@@ -30,6 +30,7 @@ impl Dice {
             new: 1 + self.below(58) as u32,
             temperature: [0.0, 0.9][self.below(2)],
             seed: self.below(1000) as u64,
+            scores: self.below(3) == 0,
             touch: touches[self.below(touches.len())],
         }
     }
