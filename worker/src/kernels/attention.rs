@@ -524,8 +524,8 @@ impl Kernel for Weigh<'_> {
                     *w = if seen.contains(&(position + t)) { *w } else { f32::NEG_INFINITY };
                 }
             }
-            for t in 0..LANES {
-                largest[t] = if w[t] > largest[t] { w[t] } else { largest[t] };
+            for (largest, w) in largest.iter_mut().zip(w) {
+                *largest = if *w > *largest { *w } else { *largest };
             }
         }
         let mut max = line.max;
@@ -534,13 +534,9 @@ impl Kernel for Weigh<'_> {
         }
         let mut lanes = [0.0_f32; LANES];
         for w in weights {
-            for t in 0..LANES {
-                w[t] -= max;
-            }
+            w.iter_mut().for_each(|w| *w -= max);
             exp(w);
-            for t in 0..LANES {
-                lanes[t] += w[t];
-            }
+            lanes.iter_mut().zip(w).for_each(|(lane, w)| *lane += *w);
         }
         let mut keep = [line.max - max; LANES];
         exp(&mut keep);
