@@ -168,7 +168,7 @@ pub struct Batching {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
     pub max_running_rows: Option<i32>,
-    /// Prompt tokens computed in one step, so that long prompts do not hold up running rows. Default 512.
+    /// Most prompt tokens computed in one step. While rows decode it is fewer: as many as hold them up little, which the worker learns. Default 512.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 65_536))]
     pub prefill_chunk_tokens: Option<i32>,

@@ -48,7 +48,7 @@ pub struct EngineConfig {
     pub max_context_tokens: u32,
     /// Rows computed together.
     pub max_running_rows: u32,
-    /// Prompt tokens computed in one step, so that running rows are not held up by a long prompt.
+    /// Prompt tokens computed in one step at most; while rows decode, as many as hold them up little.
     pub prefill_chunk_tokens: u32,
     /// Rows that may wait for their first step; more are refused.
     pub max_waiting_rows: u32,
