@@ -71,7 +71,7 @@ impl Loaded {
             device_bytes: device::default_budget_bytes(device::memory_limit_bytes()),
             // One of them is loaded a second time.
             lens_bytes: lens_bytes.iter().sum::<u64>() + lens_bytes.last().copied().unwrap_or(0),
-            max_context_tokens: longest + args.tokens + 2 * rows + 16,
+            max_context_tokens: longest + args.tokens + steps_to_begin(rows) + 16,
             max_running_rows: rows,
             prefill_chunk_tokens: args.chunk,
             max_waiting_rows: 2 * rows,
@@ -184,7 +184,7 @@ impl Loaded {
         sampling: Sampling,
     ) -> Result<Vec<RowStream>, BenchError> {
         // Rows that begin some steps later must not end before the first one's last step.
-        let new = self.steps + 2 * rows + 8;
+        let new = self.steps + steps_to_begin(rows);
         let submit = |row: u32| {
             let lens = self.lenses[..lenses].get(row as usize % lenses.max(1));
             self.engine.submit(RowRequest { sampling, ..self.row(SHORT, new, lens) })
@@ -193,6 +193,7 @@ impl Loaded {
         for first in join_all(rows.iter_mut().map(token)).await {
             first?;
         }
+        catch_up(&mut rows[0])?;
         token(&mut rows[0]).await?;
         Ok(rows)
     }
@@ -300,6 +301,7 @@ impl Loaded {
         for first in join_all(rows.iter_mut().map(token)).await {
             first?;
         }
+        catch_up(&mut rows[0])?;
         Ok(rows)
     }
 
@@ -362,6 +364,19 @@ impl Loaded {
         self.engine.reconfigure(self.config.clone()).await?;
         Ok(found)
     }
+}
+
+/// Steps until all of some rows decode, at most: beside rows that do, prompts are computed by eight tokens a step or more.
+fn steps_to_begin(rows: u32) -> u32 {
+    rows * SHORT / 8 + 2 * rows + 8
+}
+
+/// Takes what a row has generated already, so that the next token is one that is waited for.
+fn catch_up(row: &mut RowStream) -> Result<(), BenchError> {
+    while let Some(next) = token(row).now_or_never() {
+        next?;
+    }
+    Ok(())
 }
 
 fn open_lens(path: &Path, base: &BaseLayout) -> Result<LoraFolder, BenchError> {
