@@ -33,8 +33,10 @@ const REQUEST: (u32, u32) = (8, 4);
 const LOADS: usize = 5;
 /// Rows that are only accepted, per take.
 const ACCEPTED: usize = 50;
-/// Chunks that are tried, and for how many steps each. The small ones come last, where attention costs most.
-const CHUNKS: [(u32, usize); 7] = [(512, 1), (256, 1), (128, 2), (64, 4), (32, 8), (16, 12), (8, 16)];
+/// Tokens of the prompt during whose only step the rows that are to begin together are submitted.
+const GATE: u32 = 4 * SHORT;
+/// Steps that rows can go on for when the last one is timed: some begin a step later, and ends are not what is measured.
+const SLACK: u32 = 16;
 /// The usual parameters, which keep nearly all of a made-up model's flat distribution.
 const SAMPLED: Sampling = Sampling { temperature: 1.0, top_p: 0.95, top_k: 0, min_p: 0.0, seed: 1 };
 
@@ -71,7 +73,7 @@ impl Loaded {
             device_bytes: device::default_budget_bytes(device::memory_limit_bytes()),
             // One of them is loaded a second time.
             lens_bytes: lens_bytes.iter().sum::<u64>() + lens_bytes.last().copied().unwrap_or(0),
-            max_context_tokens: longest + args.tokens + steps_to_begin(rows) + 16,
+            max_context_tokens: longest + args.tokens + SLACK,
             max_running_rows: rows,
             prefill_chunk_tokens: args.chunk,
             max_waiting_rows: 2 * rows,
@@ -127,7 +129,6 @@ impl Loaded {
             Take::Requests => self.requests().await,
             Take::Lens => self.lens().await,
             Take::LongPrompt { tokens } => self.long_prompt(tokens).await,
-            Take::Chunks { tokens } => self.chunks(tokens).await,
         }
     }
 
@@ -176,23 +177,30 @@ impl Loaded {
         Ok(start.elapsed().as_secs_f64())
     }
 
-    /// Rows of which each has its first token, and the steps ahead of them that all of them take part in.
+    /// Rows of which each has its first token, for `new` tokens more.
+    ///
+    /// Beside rows that decode prompts are computed slowly, so all of them begin in one step: while a prompt is computed
+    /// that nobody wants an answer to, they come and wait.
     async fn running(
         &self,
         rows: u32,
         lenses: usize,
         sampling: Sampling,
+        new: u32,
     ) -> Result<Vec<RowStream>, BenchError> {
-        // Rows that begin some steps later must not end before the first one's last step.
-        let new = self.steps + steps_to_begin(rows);
+        let chunk = (rows * SHORT).max(GATE);
+        self.engine.reconfigure(EngineConfig { prefill_chunk_tokens: chunk, ..self.config.clone() }).await?;
+        let mut gate = self.engine.submit(self.row(GATE, 1, None)).await?;
         let submit = |row: u32| {
             let lens = self.lenses[..lenses].get(row as usize % lenses.max(1));
-            self.engine.submit(RowRequest { sampling, ..self.row(SHORT, new, lens) })
+            self.engine.submit(RowRequest { sampling, ..self.row(SHORT, new + SLACK, lens) })
         };
         let mut rows = try_join_all((0..rows).map(submit)).await?;
+        token(&mut gate).await?;
         for first in join_all(rows.iter_mut().map(token)).await {
             first?;
         }
+        self.engine.reconfigure(self.config.clone()).await?;
         catch_up(&mut rows[0])?;
         token(&mut rows[0]).await?;
         Ok(rows)
@@ -209,14 +217,14 @@ impl Loaded {
     }
 
     async fn decode(&self, name: String, rows: u32, lenses: usize) -> Result<Vec<Found>, BenchError> {
-        let mut running = self.running(rows, lenses, Sampling::GREEDY).await?;
+        let mut running = self.running(rows, lenses, Sampling::GREEDY, self.steps).await?;
         let seconds = self.step(&mut running[0]).await?;
         let bytes = self.step_bytes + self.lens_bytes[..lenses].iter().sum::<u64>();
         Ok(vec![Found { name, tokens: rows, bytes, seconds }])
     }
 
     async fn sampled(&self, name: String, rows: u32) -> Result<Vec<Found>, BenchError> {
-        let mut running = self.running(rows, 0, SAMPLED).await?;
+        let mut running = self.running(rows, 0, SAMPLED, self.steps).await?;
         let before = self.engine.snapshot();
         let seconds = self.step(&mut running[0]).await?;
         let after = self.engine.snapshot();
@@ -293,20 +301,10 @@ impl Loaded {
         Ok(gaps)
     }
 
-    /// Rows that decode for as long as a prompt of so many tokens can take.
-    async fn beside(&self, prompt: u32) -> Result<Vec<RowStream>, BenchError> {
-        let new = self.config.max_context_tokens - SHORT;
-        let submit = |_| self.engine.submit(self.row(SHORT, new.min(prompt), None));
-        let mut rows = try_join_all((0..BESIDE).map(submit)).await?;
-        for first in join_all(rows.iter_mut().map(token)).await {
-            first?;
-        }
-        catch_up(&mut rows[0])?;
-        Ok(rows)
-    }
-
     async fn long_prompt(&self, tokens: u32) -> Result<Vec<Found>, BenchError> {
-        let mut beside = self.beside(tokens).await?;
+        // For as long as the prompt can take; it gets on by some tokens a step.
+        let new = (self.config.max_context_tokens - SHORT - SLACK).min(tokens);
+        let mut beside = self.running(BESIDE, 0, Sampling::GREEDY, new).await?;
         let alone = Self::gaps(&mut beside[0], 2 * self.steps as usize).await?;
         let mut long = self.engine.submit(self.row(tokens, self.steps + 8, None)).await?;
         let mut gaps = Vec::new();
@@ -321,13 +319,10 @@ impl Loaded {
         token(&mut long).await?;
         token(&mut long).await?;
         let seconds = self.step(&mut long).await?;
-        let chunk = self.config.prefill_chunk_tokens;
+        let between = format!("between tokens, {BESIDE} rows");
         Ok(vec![
-            Found::time(format!("between tokens, {BESIDE} rows"), nearest_rank(&alone, 0.99)),
-            Found::time(
-                format!("between tokens, {BESIDE} rows beside a prompt in chunks of {chunk}"),
-                nearest_rank(&gaps, 0.99),
-            ),
+            Found::time(format!("{between} beside a prompt of {tokens}"), nearest_rank(&gaps, 0.99)),
+            Found::time(between, nearest_rank(&alone, 0.99)),
             Found {
                 name: format!("decode, 1 row, context {tokens}"),
                 tokens: 1,
@@ -336,39 +331,6 @@ impl Loaded {
             },
         ])
     }
-
-    async fn chunks(&self, tokens: u32) -> Result<Vec<Found>, BenchError> {
-        let mut beside = self.beside(tokens).await?;
-        let row = self.row(tokens, 1, None);
-        let mut left = tokens;
-        let mut long = None;
-        let mut found = Vec::new();
-        for (chunk, steps) in CHUNKS {
-            // One more passes before the size is in force.
-            let needed = chunk * (steps as u32 + 2);
-            if needed > left {
-                continue;
-            }
-            left -= needed;
-            let config = EngineConfig { prefill_chunk_tokens: chunk, ..self.config.clone() };
-            self.engine.reconfigure(config).await?;
-            if long.is_none() {
-                long = Some(self.engine.submit(row.clone()).await?);
-            }
-            Self::gaps(&mut beside[0], 1).await?;
-            let gaps = Self::gaps(&mut beside[0], steps).await?;
-            let name = format!("between tokens, {BESIDE} rows beside chunks of {chunk}");
-            found.push(Found::time(name, nearest_rank(&gaps, 0.99)));
-        }
-        drop((beside, long));
-        self.engine.reconfigure(self.config.clone()).await?;
-        Ok(found)
-    }
-}
-
-/// Steps until all of some rows decode, at most: beside rows that do, prompts are computed by eight tokens a step or more.
-fn steps_to_begin(rows: u32) -> u32 {
-    rows * SHORT / 8 + 2 * rows + 8
 }
 
 /// Takes what a row has generated already, so that the next token is one that is waited for.

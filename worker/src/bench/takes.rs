@@ -20,8 +20,6 @@ pub(super) enum Take {
     Lens,
     /// A long prompt beside rows that decode, and a row that decodes after it.
     LongPrompt { tokens: u32 },
-    /// How long rows that decode are held up by chunks of several sizes.
-    Chunks { tokens: u32 },
 }
 
 /// What a take found; a take may find several things.
@@ -69,7 +67,6 @@ impl Take {
         }
         if args.context > SHORT {
             takes.push(Self::LongPrompt { tokens: args.context });
-            takes.push(Self::Chunks { tokens: args.context });
         }
         takes
     }
@@ -87,7 +84,6 @@ impl Take {
             Self::Requests => "requests".into(),
             Self::Lens => "lens".into(),
             Self::LongPrompt { tokens } => format!("long prompt, {tokens} tokens"),
-            Self::Chunks { tokens } => format!("chunks of a prompt, {tokens} tokens"),
         }
     }
 }
@@ -127,6 +123,6 @@ mod tests {
         for name in ["decode, 8 rows with a lens", "decode, 8 rows, 8 lenses", "requests", "lens"] {
             assert!(eight.contains(&name.into()), "{name}");
         }
-        assert_eq!(eight.last().unwrap(), "chunks of a prompt, 4096 tokens");
+        assert_eq!(eight.last().unwrap(), "long prompt, 4096 tokens");
     }
 }

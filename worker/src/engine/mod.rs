@@ -173,17 +173,20 @@ impl Core {
             }
             self.drop_cancelled();
             self.grow_cache();
-            let steps = self.totals.steps;
             if let Some(active) = &mut self.active
                 && !(self.running.is_empty() && self.waiting.is_empty())
             {
                 let base = &self.bases[&active.base];
-                active.step(base, &mut self.running, &mut self.waiting, &self.config, &mut self.totals);
+                let (running, waiting) = (&mut self.running, &mut self.waiting);
+                let beside = active.step(base, running, waiting, &self.config, &mut self.totals);
+                // With the commands before it: that is how long a reader waits from one token to the next.
+                let time = began.elapsed();
+                self.totals.step_time += time;
+                if let Some(prompt_tokens) = beside {
+                    active.took(prompt_tokens, time);
+                }
             }
             self.answer_retired();
-            if self.totals.steps > steps {
-                self.totals.step_time += began.elapsed();
-            }
             self.publish();
         }
         let Self { bases, lenses, active, shutdown, running, waiting, arena, .. } = self;

@@ -99,7 +99,8 @@ impl Active {
         Ok(())
     }
 
-    /// Computes one step for the rows of the batch.
+    /// Computes one step for the rows of the batch. Gives the prompt tokens of it when rows decoded beside them: whoever has
+    /// the clock tells [`Active::took`].
     pub(super) fn step(
         &mut self,
         base: &FilledBase,
@@ -107,7 +108,7 @@ impl Active {
         waiting: &mut Vec<Sequence>,
         limits: &EngineConfig,
         totals: &mut Totals,
-    ) {
+    ) -> Option<u32> {
         // Rows of one prompt take turns at the prefill budget, so the younger find what the older have computed.
         let pool = &mut self.cache.pool;
         totals.cached_tokens += running.iter_mut().map(|row| u64::from(row.reuse(pool))).sum::<u64>();
@@ -137,13 +138,9 @@ impl Active {
         self.batch.reserve_blocks(running.iter().map(|row| blocks_for(row.most_tokens()) as usize).sum());
         self.workspace.reserve_captures(running.iter().map(Sequence::taps).sum());
 
-        let begun = Instant::now();
         let computed = self.compute(base, running);
-        if rows_decode {
-            let prompt_tokens =
-                self.plan.shares.iter().map(|share| share.tokens).filter(|&tokens| tokens > 1);
-            self.pace.learn(prompt_tokens.sum(), begun.elapsed().as_secs_f64());
-        }
+        let of_prompts = self.plan.shares.iter().map(|share| share.tokens).filter(|&tokens| tokens > 1);
+        let beside = rows_decode.then(|| of_prompts.sum());
         self.batch.clear();
         totals.steps += 1;
         match computed {
@@ -167,6 +164,12 @@ impl Active {
             }
             !row.ended
         });
+        beside
+    }
+
+    /// Learns from a step with so many prompt tokens beside rows that decoded.
+    pub(super) fn took(&mut self, prompt_tokens: u32, time: Duration) {
+        self.pace.learn(prompt_tokens, time.as_secs_f64());
     }
 
     fn compute(&mut self, base: &FilledBase, running: &mut [Sequence]) -> Result<Counts> {

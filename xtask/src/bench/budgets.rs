@@ -92,10 +92,6 @@ impl Look<'_> {
         let bytes: u64 = self.table.lens_bytes.get(..count)?.iter().sum();
         Some(self.own(name)? / (self.own("decode, 8 rows")? + bytes as f64 / self.table.read_bandwidth))
     }
-
-    fn beside(&self, name: &str) -> Option<f64> {
-        Some(self.own(name)? / self.own("between tokens, 4 rows")?)
-    }
 }
 
 /// Every budget, in the order of the table.
@@ -153,24 +149,13 @@ pub(super) fn budgets(table: &Table) -> Vec<Budget> {
         Some(look.own(&format!("{sampled}, outside of the model"))? / look.own(sampled)?)
     };
     add("32 rows sampled by top-p of 151936: share of a step outside of the model", AtMost(0.05), outside());
-    let beside = "between tokens, 4 rows beside";
-    let default = look.beside(&format!("{beside} a prompt in chunks of 512"));
-    add(
-        "p99 between tokens of 4 rows beside a 4096-token prompt in chunks of 512 (default)",
-        AtMost(2.0),
-        default,
-    );
-    // The largest chunk that holds the budget, or the smallest tried when none does.
-    let chunks = table.names(TURRET).filter_map(|name| {
-        let chunk = name.strip_prefix(&format!("{beside} chunks of "))?.parse::<u32>().ok()?;
-        Some((chunk, look.beside(name)?))
-    });
-    let mut tried: Vec<(u32, f64)> = chunks.collect();
-    tried.sort_by_key(|(chunk, _)| *chunk);
-    let best = tried.iter().rev().find(|(_, ratio)| *ratio <= 2.0).or(tried.first());
-    if let Some((chunk, ratio)) = best {
-        add(&format!("the same in chunks of {chunk}"), AtMost(2.0), Some(*ratio));
-    }
+    let beside = || {
+        Some(
+            look.own("between tokens, 4 rows beside a prompt of 4096")?
+                / look.own("between tokens, 4 rows")?,
+        )
+    };
+    add("p99 between tokens of 4 rows, beside a prompt of 4096 tokens against alone", AtMost(2.0), beside());
     budgets
 }
 
@@ -228,17 +213,5 @@ mod tests {
             "holds, disturbed"
         );
         assert!(!found(&table(&takes, 5e9), "prefill").disturbed, "nothing was found");
-    }
-
-    #[test]
-    fn the_largest_chunk_that_holds_is_named() {
-        let beside = |chunk: u32| format!("between tokens, 4 rows beside chunks of {chunk}");
-        let names = [8, 16, 64].map(beside);
-        let mut takes = vec![(TURRET, "between tokens, 4 rows", 0.1)];
-        takes.extend(names.iter().zip([0.15, 0.19, 0.4]).map(|(name, s)| (TURRET, name.as_str(), s)));
-        let best = found(&table(&takes, 10e9), "the same in chunks of");
-        assert_eq!((best.what.as_str(), best.holds()), ("the same in chunks of 16", Some(true)));
-        let none = found(&table(&[takes[0], takes[3]], 10e9), "the same in chunks of");
-        assert_eq!((none.what.as_str(), none.holds()), ("the same in chunks of 64", Some(false)));
     }
 }
