@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
 use futures::future::{join_all, try_join_all};
@@ -188,7 +188,11 @@ impl Loaded {
         sampling: Sampling,
         new: u32,
     ) -> Result<Vec<RowStream>, BenchError> {
-        let chunk = (rows * SHORT).max(GATE);
+        // Rows of the take before are cancelled and may be in one more step, behind which some of these would begin.
+        while self.engine.snapshot().running_rows > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let chunk = GATE + rows * SHORT;
         self.engine.reconfigure(EngineConfig { prefill_chunk_tokens: chunk, ..self.config.clone() }).await?;
         let mut gate = self.engine.submit(self.row(GATE, 1, None)).await?;
         let submit = |row: u32| {
