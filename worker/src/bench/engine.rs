@@ -195,6 +195,8 @@ impl Loaded {
         let chunk = GATE + rows * SHORT;
         self.engine.reconfigure(EngineConfig { prefill_chunk_tokens: chunk, ..self.config.clone() }).await?;
         let mut gate = self.engine.submit(self.row(GATE, 1, None)).await?;
+        // Until its step has begun: who comes just before would begin in it, ahead of the others.
+        std::thread::sleep(Duration::from_millis(20));
         let submit = |row: u32| {
             let lens = self.lenses[..lenses].get(row as usize % lenses.max(1));
             self.engine.submit(RowRequest { sampling, ..self.row(SHORT, new + SLACK, lens) })
