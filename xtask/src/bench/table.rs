@@ -77,11 +77,6 @@ impl Table {
         self.medians.iter().find(|((e, n), _)| *e == engine && n == name).map(|(_, median)| *median)
     }
 
-    /// What was found of an engine.
-    pub(super) fn names(&self, engine: &str) -> impl Iterator<Item = &str> {
-        self.medians.keys().filter(move |(e, _)| *e == engine).map(|(_, name)| name.as_str())
-    }
-
     /// The table as it goes into the docs.
     pub(super) fn markdown(&self) -> String {
         let mut text = format!(
