@@ -27,6 +27,8 @@ pub enum Command {
     Bench(crate::bench::BenchArgs),
     /// Print what a folder holds: kind, shapes, bytes in memory, files read and their digest.
     Inspect(crate::inspect::InspectArgs),
+    /// Replay a trace of requests against every eviction policy.
+    Simulate(crate::eviction::command::SimulateArgs),
     /// Write a base with made-up weights, and lenses over it, to measure with.
     Synth(crate::synth::SynthArgs),
     /// Print every metric of a worker, as it is scraped.

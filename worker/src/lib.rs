@@ -14,6 +14,7 @@ pub mod config;
 pub mod device;
 pub mod document;
 pub mod engine;
+pub mod eviction;
 pub mod inspect;
 pub mod kernels;
 pub mod lens;

@@ -7,13 +7,14 @@ use turret_crds::label;
 use turret_worker::config::{Cli, Command, ServeArgs};
 use turret_worker::serve::{ServeError, serve};
 use turret_worker::telemetry::{self, chain};
-use turret_worker::{bench, inspect, synth};
+use turret_worker::{bench, eviction, inspect, synth};
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => run(*args),
         Command::Bench(args) => said(bench::run(&args)),
         Command::Inspect(args) => said(inspect::run(&args)),
+        Command::Simulate(args) => said(eviction::command::run(&args)),
         Command::Synth(args) => said(synth::run(&args)),
         Command::Metrics => {
             print!("{}", turret_worker::metrics::Metrics::reference());
