@@ -12,8 +12,8 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     condition::reason,
-    group::{Base, Dtype, LensKind, ModelGroup, Quantization},
-    placement::{ModelPlacement, ModelPlacementSpec},
+    group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
+    placement::{EvictionPolicy, ModelPlacement, ModelPlacementSpec},
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
     token::PublicKey,
@@ -48,6 +48,9 @@ pub struct WorkerDocument {
     pub batching: BatchingLimits,
     /// Rule of base switches.
     pub switching: SwitchingRule,
+    /// Which lenses leave when there is need for room.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub eviction: EvictionRule,
     /// Limits of what waits.
     pub admission: AdmissionLimits,
     /// Names of the volumes mounted below the worker's volumes folder, sorted.
@@ -100,12 +103,8 @@ pub struct DocumentBase {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
     /// What is done to its matrices; absent: nothing.
-    #[serde(default, skip_serializing_if = "is_not_quantized")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub quantization: Quantization,
-}
-
-fn is_not_quantized(quantization: &Quantization) -> bool {
-    *quantization == Quantization::None
 }
 
 /// Identity of what is active on a worker: which weights, in which number format, quantized or not.
@@ -152,6 +151,25 @@ pub struct DocumentLens {
     pub display_name: Option<String>,
     /// Strength, thousandths.
     pub scale_milli: i32,
+    /// When it comes to the device, and whether it may leave.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub residency: LensResidency,
+    /// Those with the lowest leave first, by the policy of that name.
+    #[serde(default = "default_priority", skip_serializing_if = "is_default_priority")]
+    pub priority: u32,
+}
+
+fn default_priority() -> u32 {
+    DEFAULT_PRIORITY
+}
+
+fn is_default_priority(priority: &u32) -> bool {
+    *priority == DEFAULT_PRIORITY
+}
+
+/// What says nothing new is not written, so that a worker of the version before computes the same digest.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Memory budgets in bytes. Absent: the worker's own default.
@@ -194,6 +212,31 @@ pub struct SwitchingRule {
     pub drain_seconds: u32,
 }
 
+/// Which lenses leave when there is need for room, and which before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EvictionRule {
+    /// How they are put in order.
+    pub policy: EvictionPolicy,
+    /// A lens is idle when nothing used it for so long, seconds; also the half-life of what policies count.
+    pub idle_seconds: u32,
+    /// Absent: idle lenses stay until there is need for room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepRule>,
+}
+
+/// When idle lenses leave although nothing needs their room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SweepRule {
+    /// When more of the lens budget is taken than this, percent.
+    pub high_percent: u32,
+    /// Until no more is taken than this, percent.
+    pub low_percent: u32,
+    /// How often that is looked at, seconds.
+    pub every_seconds: u32,
+}
+
 /// Limits of what waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -213,6 +256,12 @@ impl Default for BatchingLimits {
 impl Default for SwitchingRule {
     fn default() -> Self {
         Self { min_hold_seconds: 30, max_wait_seconds: 120, drain_seconds: 30 }
+    }
+}
+
+impl Default for EvictionRule {
+    fn default() -> Self {
+        Self { policy: EvictionPolicy::default(), idle_seconds: 300, sweep: None }
     }
 }
 
@@ -374,6 +423,7 @@ fn assemble(
         memory,
         batching: batching(spec),
         switching: switching(spec),
+        eviction: eviction(spec),
         admission: admission(spec),
         source_volumes,
         public_keys,
@@ -397,6 +447,8 @@ fn document_group(name: &str, group: &ModelGroup) -> DocumentGroup {
             source: lens.source.clone(),
             display_name: lens.display_name.clone(),
             scale_milli: lens.scale_milli(),
+            residency: lens.residency.unwrap_or_default(),
+            priority: lens.priority(),
         })
         .collect();
     lenses.sort_by(|a, b| a.name.cmp(&b.name));
@@ -465,6 +517,21 @@ fn switching(spec: &ModelPlacementSpec) -> SwitchingRule {
         min_hold_seconds: count(given.min_hold_seconds, default.min_hold_seconds),
         max_wait_seconds: count(given.max_wait_seconds, default.max_wait_seconds),
         drain_seconds: count(given.drain_seconds, default.drain_seconds),
+    }
+}
+
+fn eviction(spec: &ModelPlacementSpec) -> EvictionRule {
+    let default = EvictionRule::default();
+    let Some(given) = &spec.eviction else { return default };
+    let sweep = given.high_watermark_percent.map(|high| SweepRule {
+        high_percent: count(Some(high), 0),
+        low_percent: count(given.low_watermark_percent, count(Some(high * 5 / 8), 0)),
+        every_seconds: count(given.sweep_seconds, 60),
+    });
+    EvictionRule {
+        policy: given.policy.unwrap_or_default(),
+        idle_seconds: count(given.idle_seconds, default.idle_seconds),
+        sweep,
     }
 }
 

@@ -116,6 +116,14 @@ pub struct Lens {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = -16000, max = 16000))]
     pub scale_milli: Option<i32>,
+    /// When workers bring the lens to the device, and whether it may leave again. Absent: `OnDemand`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residency: Option<LensResidency>,
+    /// How long the lens stays when room is needed and the placement's `eviction.policy` is `Priority`: those with
+    /// the lowest leave first. Also which of those that are `Preloaded` come first. Default 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub priority: Option<i32>,
 }
 
 impl Lens {
@@ -123,6 +131,30 @@ impl Lens {
     pub fn scale_milli(&self) -> i32 {
         self.scale_milli.unwrap_or(1000)
     }
+
+    /// The declared priority.
+    pub fn priority(&self) -> u32 {
+        self.priority.and_then(|p| u32::try_from(p).ok()).unwrap_or(DEFAULT_PRIORITY)
+    }
+}
+
+/// Priority of a lens that declares none.
+pub const DEFAULT_PRIORITY: u32 = 100;
+
+/// When workers bring a lens to the device, and whether it may leave again.
+/// `OnDemand`: with the first request for it. `Preloaded`: in the background as soon as its base is in memory and while
+/// the lens budget has room; it may leave again. `Pinned`: in the background, making room for it, and it never leaves.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+pub enum LensResidency {
+    /// With the first request.
+    #[default]
+    OnDemand,
+    /// Ahead of requests, where there is room.
+    Preloaded,
+    /// Ahead of requests, and for good.
+    Pinned,
 }
 
 /// What the checkpoint is. Absent: detected from its files.

@@ -56,6 +56,10 @@ where
         if group == name {
             return Ok(ModelName { group: group.into(), lens: None });
         }
+        // Neither name has a colon.
+        if split.is_some_and(|(named, _)| named != group) {
+            continue;
+        }
         for lens in lenses {
             if split == Some((group, lens)) {
                 return Ok(ModelName { group: group.into(), lens: Some(lens.into()) });

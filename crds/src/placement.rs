@@ -66,6 +66,9 @@ pub struct ModelPlacementSpec {
     /// How rows are batched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batching: Option<Batching>,
+    /// Which lenses leave memory when there is need for room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eviction: Option<Eviction>,
     /// When a worker changes its active base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switching: Option<Switching>,
@@ -146,7 +149,7 @@ pub struct Memory {
     /// Absent: what the device has, or on a CPU worker 80 % of the container's memory limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_budget: Option<ByteQuantity>,
-    /// The part of it that lenses may take; beyond it the least recently used are evicted.
+    /// The part of it that lenses may take; beyond it some are evicted, by `eviction.policy`.
     /// Absent: an eighth of the device budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lens_budget: Option<ByteQuantity>,
@@ -172,6 +175,76 @@ pub struct Batching {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 65_536))]
     pub prefill_chunk_tokens: Option<i32>,
+}
+
+/// Which lenses leave memory when there is need for room, and whether idle ones leave before there is. A lens that is in
+/// use, pinned or leased never does. May be changed at any time; workers go on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.lowWatermarkPercent) || has(self.highWatermarkPercent)").message("lowWatermarkPercent says where a sweep ends; give highWatermarkPercent, where it begins, as well"),
+    validation = Rule::new("!has(self.lowWatermarkPercent) || !has(self.highWatermarkPercent) || self.lowWatermarkPercent <= self.highWatermarkPercent").message("lowWatermarkPercent must not be above highWatermarkPercent"),
+)]
+pub struct Eviction {
+    /// How the lenses are put in order. Absent: `ALRFU`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<EvictionPolicy>,
+    /// When more of the lens budget is taken than this, idle lenses leave even though nothing needs their room, down to
+    /// `lowWatermarkPercent`. Absent: they stay until there is need.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub high_watermark_percent: Option<i32>,
+    /// How much of the lens budget a sweep leaves taken. Absent: five eighths of `highWatermarkPercent`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 100))]
+    pub low_watermark_percent: Option<i32>,
+    /// A lens is idle when nothing used it for so many seconds. Also how soon the policies forget: what happened so long
+    /// ago counts half. Default 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 604_800))]
+    pub idle_seconds: Option<i32>,
+    /// How often idle lenses are looked for, in seconds. Default 60.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub sweep_seconds: Option<i32>,
+}
+
+/// What makes a lens leave when room is needed. Of equals the least recently used leaves first.
+/// `LRU`: the least recently used. `LFU`: the least often served. `Priority`: the lowest `priority` of the lens.
+/// `Specialization`: the one that serves the smallest share of what its group is asked. `Hybrid`: the highest sum of idle time,
+/// few loads, few requests served, and errors. `ALRFU` (adaptive LRFU): the least frequently requested, weighted by the time to
+/// load it again, over the horizon that has cost least lately; it moves the fewest bytes. `turret-worker simulate` compares them
+/// on a trace of your own.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+pub enum EvictionPolicy {
+    /// The least recently used.
+    #[serde(rename = "LRU")]
+    Lru,
+    /// The least often served, ever.
+    #[serde(rename = "LFU")]
+    Lfu,
+    /// The lowest declared priority.
+    Priority,
+    /// The one that serves the smallest share of its group's recent requests. A lens that answers most of what its
+    /// group is asked stays, even where another group is asked a hundred times more; one of many that share a
+    /// group's requests leaves first.
+    Specialization,
+    /// The highest `0.3·min(1, idle/idleMax) + 0.2·(1 − loads/maxLoads) + 0.4·(1 − served/maxServed) +
+    /// 0.1·(errors/maxErrors)`, with counters that decay.
+    Hybrid,
+    /// The least frequently requested, weighted by the time to load it again per byte, over the horizon that has cost
+    /// least lately.
+    #[default]
+    #[serde(rename = "ALRFU")]
+    Alrfu,
+}
+
+impl EvictionPolicy {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Lru, Self::Lfu, Self::Priority, Self::Specialization, Self::Hybrid, Self::Alrfu];
 }
 
 /// When a worker changes its active base. Requests over another base wait; the switch happens

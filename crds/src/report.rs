@@ -6,6 +6,8 @@
 //! [`diff`] and [`WorkerReport::apply`] are inverse: a reader that applies every change has
 //! exactly the report the worker has.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{condition::FailureReason, document::BaseKey};
@@ -22,8 +24,8 @@ pub struct WorkerReport {
     pub state: WorkerState,
     /// The bases it knows, sorted by key.
     pub bases: Vec<BaseReport>,
-    /// The lenses it knows, sorted by group and name.
-    pub lenses: Vec<LensReport>,
+    /// The lenses it knows, sorted by group and name. Shared, because most stay the same from one report to the next.
+    pub lenses: Vec<Arc<LensReport>>,
 }
 
 /// Who reports.
@@ -199,7 +201,7 @@ pub struct BaseReport {
 }
 
 /// A lens on a worker.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LensReport {
     /// Its group, as clients call it.
@@ -220,6 +222,87 @@ pub struct LensReport {
     pub active_rows: u32,
     /// Requests it has answered.
     pub served: u64,
+    /// Requests that ended without an answer because of the worker: a failed row, an end of the drain.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub errors: u64,
+    /// Times it came to the device.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub loads: u64,
+    /// How long the last time took, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_millis: Option<u64>,
+    /// Seconds since the epoch when a request last used it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used: Option<u64>,
+    /// Whether it never leaves: by declaration, or by hand until the worker restarts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
+    /// Leases that keep it, see [`LeaseReport`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub leases: u64,
+    /// Why it last left the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_eviction: Option<Eviction>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// Why a lens left the device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Eviction {
+    /// For machines.
+    pub reason: EvictionReason,
+    /// What made it the one to leave, with the numbers. For people.
+    pub message: String,
+    /// Seconds since the epoch.
+    pub at: u64,
+}
+
+/// Why a lens left the device, for machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum EvictionReason {
+    /// Another one needed its room, and the policy put it first.
+    Room,
+    /// It was idle, and more of the budget was taken than the high watermark.
+    Idle,
+    /// The budget became smaller.
+    Budget,
+    /// Nothing declares it any more, or not with these files.
+    Undeclared,
+    /// Its base left.
+    Base,
+    /// Somebody asked for it.
+    Request,
+}
+
+impl std::fmt::Display for EvictionReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+/// A lens that a client reserved on a worker: it is not evicted while the lease runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LeaseReport {
+    /// Its name, given by the worker.
+    pub id: String,
+    /// The group, as clients call it.
+    pub group: String,
+    /// The lens.
+    pub lens: String,
+    /// Who holds it, in the client's own words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
+    /// Where leases leave too little room for another one, the higher priority is served first once one of them ends.
+    pub priority: u32,
+    /// Seconds since the epoch when it ends unless it is renewed.
+    pub expires_at: u64,
+    /// Whether the lens is in device memory. If not, it is on its way or waits for room.
+    pub resident: bool,
 }
 
 /// One line of the state stream.
@@ -250,13 +333,34 @@ pub struct Change {
     pub removed_bases: Vec<BaseKey>,
     /// New and changed lenses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub lenses: Vec<LensReport>,
+    pub lenses: Vec<Arc<LensReport>>,
     /// Lenses (group, name) that are no longer known.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed_lenses: Vec<(String, String)>,
 }
 
 impl LensReport {
+    /// A lens that nobody has used yet.
+    pub fn new(group: impl Into<String>, name: impl Into<String>, state: ArtifactState, tier: Tier) -> Self {
+        Self {
+            group: group.into(),
+            name: name.into(),
+            state,
+            tier,
+            digest: None,
+            bytes: None,
+            active_rows: 0,
+            served: 0,
+            errors: 0,
+            loads: 0,
+            load_millis: None,
+            last_used: None,
+            pinned: false,
+            leases: 0,
+            last_eviction: None,
+        }
+    }
+
     fn id(&self) -> (&str, &str) {
         (&self.group, &self.name)
     }
@@ -276,6 +380,10 @@ pub fn diff(old: &WorkerReport, new: &WorkerReport) -> Option<Change> {
         lenses: new
             .lenses
             .iter()
+            .enumerate()
+            // Nearly always what stood in this place before.
+            .filter(|(at, l)| !old.lenses.get(*at).is_some_and(|o| Arc::ptr_eq(o, l)))
+            .map(|(_, l)| l)
             .filter(|l| match old.lenses.binary_search_by(|o| o.id().cmp(&l.id())) {
                 Ok(at) => old.lenses[at] != **l,
                 Err(_) => true,
@@ -285,6 +393,9 @@ pub fn diff(old: &WorkerReport, new: &WorkerReport) -> Option<Change> {
         removed_lenses: old
             .lenses
             .iter()
+            .enumerate()
+            .filter(|(at, l)| !new.lenses.get(*at).is_some_and(|n| Arc::ptr_eq(n, l)))
+            .map(|(_, l)| l)
             .filter(|l| new.lenses.binary_search_by(|n| n.id().cmp(&l.id())).is_err())
             .map(|l| (l.group.clone(), l.name.clone()))
             .collect(),

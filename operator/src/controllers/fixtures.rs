@@ -189,15 +189,8 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
             })
             .collect(),
         lenses: lenses
-            .map(|(g, l)| LensReport {
-                group: g.name.clone(),
-                name: l.name.clone(),
-                state: ArtifactState::Ready,
-                tier: Tier::Disk,
-                digest: None,
-                bytes: None,
-                active_rows: 0,
-                served: 0,
+            .map(|(g, l)| {
+                LensReport::new(g.name.clone(), l.name.clone(), ArtifactState::Ready, Tier::Disk).into()
             })
             .collect(),
     }

@@ -294,7 +294,7 @@ fn traffic_is_told_from_what_matters_to_a_status() {
     let mut state = report.state.clone();
     state.running_rows += 1;
     let mut lens = report.lenses[0].clone();
-    lens.served += 1;
+    Arc::make_mut(&mut lens).served += 1;
     let traffic = Change { state: Some(state.clone()), lenses: vec![lens.clone()], ..Change::default() };
     assert_eq!(what_moved(&report, &traffic), Moved::Traffic);
     state.ready = !state.ready;

@@ -48,17 +48,8 @@ fn worker(name: &str) -> Worker<()> {
     }
 }
 
-fn lens(group: &str, name: &str, tier: Tier) -> LensReport {
-    LensReport {
-        group: group.into(),
-        name: name.into(),
-        state: ArtifactState::Ready,
-        tier,
-        digest: None,
-        bytes: None,
-        active_rows: 0,
-        served: 0,
-    }
+fn lens(group: &str, name: &str, tier: Tier) -> Arc<LensReport> {
+    LensReport::new(group, name, ArtifactState::Ready, tier).into()
 }
 
 fn with(mut worker: Worker<()>, change: impl FnOnce(&mut WorkerReport)) -> Worker<()> {
@@ -67,7 +58,8 @@ fn with(mut worker: Worker<()>, change: impl FnOnce(&mut WorkerReport)) -> Worke
 }
 
 fn set_lens(report: &mut WorkerReport, name: &str, change: impl FnOnce(&mut LensReport)) {
-    change(report.lenses.iter_mut().find(|l| l.name == name && l.group == "north").unwrap());
+    let lens = report.lenses.iter_mut().find(|l| l.name == name && l.group == "north").unwrap();
+    change(Arc::make_mut(lens));
 }
 
 fn failed_state() -> ArtifactState {

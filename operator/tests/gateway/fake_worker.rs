@@ -115,7 +115,7 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
         lenses.extend(names.iter().map(|name| lens(group, name)));
     }
     bases.sort_by(|a, b| a.key.cmp(&b.key));
-    lenses.sort_by(|a: &LensReport, b| (&a.group, &a.name).cmp(&(&b.group, &b.name)));
+    lenses.sort_by(|a: &Arc<LensReport>, b| (&a.group, &a.name).cmp(&(&b.group, &b.name)));
     WorkerReport {
         protocol: turret_crds::document::PROTOCOL,
         worker: WorkerIdentity {
@@ -134,17 +134,8 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
     }
 }
 
-pub fn lens(group: &str, name: &str) -> LensReport {
-    LensReport {
-        group: group.into(),
-        name: name.into(),
-        state: ArtifactState::Ready,
-        tier: Tier::Disk,
-        digest: None,
-        bytes: None,
-        active_rows: 0,
-        served: 0,
-    }
+pub fn lens(group: &str, name: &str) -> Arc<LensReport> {
+    LensReport::new(group, name, ArtifactState::Ready, Tier::Disk).into()
 }
 
 impl FakeWorker {

@@ -1,5 +1,7 @@
 //! Requests wait for what is about to come, and no longer.
 
+use std::sync::Arc;
+
 use turret_crds::{condition::FailureReason, document::BaseKey, report::ArtifactState};
 use turret_operator::gateway::Settings;
 
@@ -93,7 +95,7 @@ async fn a_lens_that_failed_everywhere_is_refused_with_its_reason() {
     let gateway = Gateway::over(&[&a, &b]).await;
     let fail = |worker: &FakeWorker| {
         worker.now(|r| {
-            r.lenses[0].state = ArtifactState::Failed {
+            Arc::make_mut(&mut r.lenses[0]).state = ArtifactState::Failed {
                 reason: FailureReason::DigestMismatch,
                 message: "declared sha256:1, found sha256:2".into(),
                 retry_at: None,

@@ -1,5 +1,7 @@
 //! What `/v1/models` and `/v1/lenses` show.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use turret_crds::{
     condition::FailureReason,
@@ -22,7 +24,7 @@ async fn models_and_lenses_are_merged_over_what_is_declared_and_what_workers_say
     let b = FakeWorker::start(report("b", &[("north", "n", &["broken", "pirate"])])).await;
     for worker in [&a, &b] {
         worker.now(|r| {
-            r.lenses[0].state = ArtifactState::Failed {
+            Arc::make_mut(&mut r.lenses[0]).state = ArtifactState::Failed {
                 reason: FailureReason::SourceNotFound,
                 message: "nothing at pvc://m/broken".into(),
                 retry_at: Some(1),
@@ -33,9 +35,9 @@ async fn models_and_lenses_are_merged_over_what_is_declared_and_what_workers_say
     a.now(|r| r.bases[0].max_context_tokens = Some(8192));
     b.now(|r| {
         r.bases[0].max_context_tokens = Some(4096);
-        r.lenses[1].tier = Tier::Device;
-        r.lenses[1].bytes = Some(4096);
-        r.lenses[1].digest = Some("sha256:1".into());
+        Arc::make_mut(&mut r.lenses[1]).tier = Tier::Device;
+        Arc::make_mut(&mut r.lenses[1]).bytes = Some(4096);
+        Arc::make_mut(&mut r.lenses[1]).digest = Some("sha256:1".into());
     });
     let gateway = Gateway::declared(Settings::default()).await;
     gateway.declare(&[(

@@ -1,5 +1,7 @@
 //! Requests go where the base and the lens already are.
 
+use std::sync::Arc;
+
 use futures::StreamExt;
 use turret_crds::report::Tier;
 
@@ -54,7 +56,10 @@ async fn the_worker_that_holds_the_lens_answers() {
     let gateway = Gateway::over(&[&workers[0], &workers[1]]).await;
     for (at, name) in ["a", "b", "a"].iter().enumerate() {
         for worker in &workers {
-            worker.now(|r| r.lenses[0].tier = if worker.name == *name { Tier::Device } else { Tier::Disk });
+            worker.now(|r| {
+                Arc::make_mut(&mut r.lenses[0]).tier =
+                    if worker.name == *name { Tier::Device } else { Tier::Disk }
+            });
             gateway.caught_up(worker).await;
         }
         let answer = answered(gateway.ask("pirate").send().await.unwrap()).await;

@@ -1,5 +1,7 @@
 //! What a group's status says.
 
+use std::sync::Arc;
+
 use turret_crds::{
     ModelGroup, ModelGroupStatus,
     condition::{self, FailureReason, reason},
@@ -115,7 +117,9 @@ fn a_group_stays_ready_while_something_else_of_the_document_changes() {
     assert_eq!(said(&status_of(&world), condition::READY), "True/Serving");
     // But not what is wrong with the group itself, and not a change of the group.
     let served = world.workers.clone();
-    reporting(&mut world, |o| o.reporting(|r| r.lenses[0].state = failed(FailureReason::DigestMismatch)));
+    reporting(&mut world, |o| {
+        o.reporting(|r| Arc::make_mut(&mut r.lenses[0]).state = failed(FailureReason::DigestMismatch))
+    });
     assert_eq!(said(&status_of(&world), condition::READY), "False/LensesFailed");
     world.workers = served;
     world.groups[0].metadata.generation = Some(2);
@@ -145,7 +149,9 @@ fn nothing_to_serve_is_vacuously_ready_and_says_why() {
 #[test]
 fn failed_lenses_are_named_with_their_reason_and_the_others_served() {
     let mut world = serving();
-    reporting(&mut world, |o| o.reporting(|r| r.lenses[1].state = failed(FailureReason::DigestMismatch)));
+    reporting(&mut world, |o| {
+        o.reporting(|r| Arc::make_mut(&mut r.lenses[1]).state = failed(FailureReason::DigestMismatch))
+    });
     let status = status_of(&world);
     assert_eq!(said(&status, condition::READY), "False/LensesFailed");
     assert_eq!(said(&status, condition::STALLED), "True/LensesFailed");
@@ -166,7 +172,7 @@ fn at_most_sixteen_failed_lenses_are_named() {
     world.groups = vec![group("a", &names)];
     world.carry_out();
     world.workers = vec![world.serving("w").reporting(|r| {
-        r.lenses.iter_mut().for_each(|l| l.state = failed(FailureReason::SourceNotFound));
+        r.lenses.iter_mut().for_each(|l| Arc::make_mut(l).state = failed(FailureReason::SourceNotFound));
     })];
     let status = status_of(&world);
     assert_eq!((status.failed_lenses.len(), status.lens_summary.as_deref()), (16, Some("0/40")));
@@ -180,7 +186,7 @@ fn what_may_pass_by_itself_is_not_stalled() {
         (ArtifactState::Resolving, "False/Loading", "False/Progressing"),
     ] {
         let mut world = serving();
-        reporting(&mut world, |o| o.reporting(|r| r.lenses[0].state = state));
+        reporting(&mut world, |o| o.reporting(|r| Arc::make_mut(&mut r.lenses[0]).state = state));
         let status = status_of(&world);
         assert_eq!(said(&status, condition::READY), ready);
         assert_eq!(said(&status, condition::STALLED), progress);

@@ -1,5 +1,7 @@
 //! What a placement's status says.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use serde_json::json;
 use turret_crds::{
@@ -98,13 +100,19 @@ fn ready_only_when_the_workers_themselves_say_so() {
         ("False/Updating", "reconciling", |w| change(w, |o| o.reporting(|r| r.state.document = None))),
         ("False/Loading", "reconciling", |w| change(w, |o| o.reporting(|r| r.state.ready = false))),
         ("False/Loading", "reconciling", |w| {
-            change(w, |o| o.reporting(|r| r.lenses[0].state = ArtifactState::Resolving));
+            change(w, |o| o.reporting(|r| Arc::make_mut(&mut r.lenses[0]).state = ArtifactState::Resolving));
         }),
         ("False/LensesFailed", "stalled", |w| {
-            change(w, |o| o.reporting(|r| r.lenses[0].state = failed(FailureReason::DigestMismatch)));
+            change(w, |o| {
+                o.reporting(|r| Arc::make_mut(&mut r.lenses[0]).state = failed(FailureReason::DigestMismatch))
+            });
         }),
         ("False/LensesFailed", "reconciling", |w| {
-            change(w, |o| o.reporting(|r| r.lenses[0].state = failed(FailureReason::SourceUnavailable)));
+            change(w, |o| {
+                o.reporting(|r| {
+                    Arc::make_mut(&mut r.lenses[0]).state = failed(FailureReason::SourceUnavailable)
+                })
+            });
         }),
         ("False/BaseFailed", "stalled", |w| {
             change(w, |o| o.reporting(|r| r.bases[1].state = failed(FailureReason::DoesNotFit)));
@@ -177,7 +185,9 @@ fn a_placement_without_any_group_left_does_not_call_itself_available() {
 #[test]
 fn a_lens_that_loads_again_is_still_ready() {
     let mut world = serving();
-    change(&mut world, |o| o.reporting(|r| r.lenses[0].state = ArtifactState::Loading { percent: 3 }));
+    change(&mut world, |o| {
+        o.reporting(|r| Arc::make_mut(&mut r.lenses[0]).state = ArtifactState::Loading { percent: 3 })
+    });
     assert_eq!(said(&status_at(&world, 0).0).0, "True/Serving");
 }
 
@@ -302,7 +312,7 @@ proptest! {
             let mut worker = worker.clone().reporting(|r| {
                 if !document { r.state.document = None; }
                 r.state.ready = *ready;
-                r.lenses[0].state = match lens {
+                Arc::make_mut(&mut r.lenses[0]).state = match lens {
                     0 => ArtifactState::Ready,
                     1 => ArtifactState::Resolving,
                     2 => failed(FailureReason::SourceNotFound),
