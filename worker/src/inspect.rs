@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::engine::handle::EngineConfig;
+use crate::engine::memory::BaseNeeds;
 use crate::lens::LensError;
 use crate::lens::lora::{LoraFolder, lora_files};
 use crate::model::config::ModelConfig;
+use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseError, BaseFolder, BaseLayout, Dtype, Quantization, base_files};
 use crate::residency::resolve::{HashedFile, digest_of};
 
@@ -17,6 +20,15 @@ pub struct InspectArgs {
     /// For a lens: the folder of its base, to check that they fit and to tell the bytes in memory.
     #[arg(long, value_name = "FOLDER")]
     pub base: Option<PathBuf>,
+    /// For a base: `spec.batching.maxContextTokens`, to tell what it needs beside its weights.
+    #[arg(long, default_value_t = 8192)]
+    pub max_context_tokens: u32,
+    /// For a base: `spec.batching.maxRunningRows`.
+    #[arg(long, default_value_t = 64)]
+    pub max_running_rows: u32,
+    /// For a base: `spec.batching.prefillChunkTokens`.
+    #[arg(long, default_value_t = 512)]
+    pub prefill_chunk_tokens: u32,
 }
 
 /// Why a folder cannot be told about.
@@ -61,7 +73,7 @@ pub fn run(args: &InspectArgs) -> Result<(), InspectError> {
         inspect_lens(path, args.base.as_deref())?;
         lora_files(path)
     } else if path.join("config.json").exists() {
-        inspect_base(path)?;
+        inspect_base(path, args)?;
         base_files(path).map_err(|source| InspectError::Base { path: path.clone(), source })?
     } else {
         return Err(InspectError::Neither(path.clone()));
@@ -80,7 +92,7 @@ fn open_base(path: &Path) -> Result<BaseFolder, InspectError> {
     BaseFolder::open(path, None).map_err(|source| InspectError::Base { path: path.into(), source })
 }
 
-fn inspect_base(path: &Path) -> Result<(), InspectError> {
+fn inspect_base(path: &Path, args: &InspectArgs) -> Result<(), InspectError> {
     let base = open_base(path)?;
     let config = base.config();
     println!("kind: base ({:?})", config.architecture);
@@ -91,7 +103,39 @@ fn inspect_base(path: &Path) -> Result<(), InspectError> {
         println!("  {dtype}: {}", BaseLayout::of(config, dtype).bytes);
     }
     println!("  Q8_0: {}", base.layout().quantized(Quantization::Q8_0).bytes);
+    print_needs(base.layout(), args);
     Ok(())
+}
+
+/// What serving takes beside the weights, and the least device budget, as stored.
+fn print_needs(layout: &BaseLayout, args: &InspectArgs) {
+    let limits = EngineConfig {
+        device_bytes: 0,
+        lens_bytes: 0,
+        max_context_tokens: args.max_context_tokens,
+        max_running_rows: args.max_running_rows,
+        prefill_chunk_tokens: args.prefill_chunk_tokens,
+        max_waiting_rows: 0,
+        prefix_cache: true,
+    };
+    let needs = BaseNeeds::of(&layout.config, layout.dtype, &limits);
+    let sequence = u64::from(needs.min_blocks) * needs.block_bytes;
+    let rows = u64::from(args.max_running_rows);
+    let least = layout.bytes + needs.workspace_bytes + sequence;
+    println!(
+        "beside them, for sequences of {} tokens, {rows} rows and {} prompt tokens in a step:",
+        needs.context_tokens, args.prefill_chunk_tokens
+    );
+    println!("  workspace: {}", needs.workspace_bytes);
+    println!("  KV cache of a token: {}", needs.block_bytes / BLOCK_TOKENS as u64);
+    println!("  KV cache of one sequence: {sequence}");
+    println!("  KV cache of {rows}: {}", sequence.saturating_mul(rows));
+    println!("device budget, beside the lens budget:");
+    println!("  least, for one sequence: {least}");
+    println!(
+        "  for all rows at full length: {}",
+        least.saturating_add(sequence.saturating_mul(rows - rows.min(1)))
+    );
 }
 
 fn print_shape(config: &Arc<ModelConfig>) {

@@ -44,6 +44,11 @@ struct TierLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EvictionLabels {
+    reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BaseLabels {
     base: String,
 }
@@ -70,7 +75,8 @@ pub struct Metrics {
     preemptions: Counter,
     steps: Counter,
     switches: Counter,
-    evictions: Counter,
+    evictions: Family<EvictionLabels, Counter>,
+    leases: Gauge,
     ready: Gauge,
     active: Family<BaseLabels, Gauge>,
     tiers: Family<TierLabels, Gauge>,
@@ -110,7 +116,8 @@ impl Metrics {
             preemptions: Counter::default(),
             steps: Counter::default(),
             switches: Counter::default(),
-            evictions: Counter::default(),
+            evictions: Family::default(),
+            leases: Gauge::default(),
             ready: Gauge::default(),
             active: Family::default(),
             tiers: Family::default(),
@@ -174,7 +181,8 @@ impl Metrics {
         );
         r.register("turret_engine_steps", "Steps of the engine", self.steps.clone());
         r.register("turret_base_switches", "Switches of base", self.switches.clone());
-        r.register("turret_lens_evictions", "Lenses that left memory", self.evictions.clone());
+        r.register("turret_lens_evictions", "Lenses that left memory, by reason", self.evictions.clone());
+        r.register("turret_lens_leases", "Leases that run", self.leases.clone());
         r.register("turret_ready", "Whether this worker takes requests", self.ready.clone());
         r.register("turret_active_base", "The active base", self.active.clone());
         let bytes = || Unit::Bytes;
@@ -194,6 +202,7 @@ impl Metrics {
         drop(metrics.cache.get_or_create(&CacheLabels { block_size: 0, num_gpu_blocks: 0 }));
         let lens = LensLabels { adapter_name: String::new(), level: String::new(), pinned: String::new() };
         drop(metrics.loaded.get_or_create(&lens));
+        drop(metrics.evictions.get_or_create(&EvictionLabels { reason: String::new() }));
         drop(metrics.active.get_or_create(&BaseLabels { base: String::new() }));
         for family in [&metrics.tiers, &metrics.budgets] {
             drop(family.get_or_create(&TierLabels { tier: String::new(), part: String::new() }));
@@ -251,7 +260,7 @@ impl Metrics {
             let labels = LensLabels {
                 adapter_name: format!("{}:{}", lens.group, lens.name),
                 level: "device".into(),
-                pinned: "false".into(),
+                pinned: lens.pinned.to_string(),
             };
             self.loaded.get_or_create(&labels).set(1);
         }
@@ -264,10 +273,14 @@ impl Metrics {
             (&self.preemptions, engine.preemptions_total),
             (&self.steps, engine.steps_total),
             (&self.switches, state.switches),
-            (&self.evictions, state.evictions),
         ] {
             counter.inner().store(total, Relaxed);
         }
+        for (reason, total) in &view.evictions {
+            let labels = EvictionLabels { reason: reason.to_string() };
+            self.evictions.get_or_create(&labels).inner().store(*total, Relaxed);
+        }
+        self.leases.set(view.leases.len() as i64);
         self.ready.set(state.ready.into());
         self.active.clear();
         if let Some(base) = &state.active_base {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -26,6 +27,8 @@ struct State {
     breaks: Mutex<BTreeMap<String, (usize, u32)>>,
     /// Status answered instead of the file.
     refuse: Mutex<Option<u16>>,
+    /// Bytes a millisecond, at most.
+    pace: Mutex<usize>,
     /// Path and range of every request.
     seen: Mutex<Vec<(String, Option<String>)>>,
 }
@@ -55,6 +58,7 @@ impl Https {
             root: root.into(),
             breaks: Mutex::default(),
             refuse: Mutex::default(),
+            pace: Mutex::new(usize::MAX),
             seen: Mutex::default(),
         });
         let shared = state.clone();
@@ -79,6 +83,11 @@ impl Https {
     /// Answers every request with a status; `None` serves files again.
     pub fn refuse(&self, status: Option<u16>) {
         *self.state.refuse.lock().unwrap() = status;
+    }
+
+    /// Sends no more than so many bytes a millisecond on each connection.
+    pub fn pace(&self, bytes: usize) {
+        *self.state.pace.lock().unwrap() = bytes;
     }
 
     /// Ranges that were asked for, of one path, in order.
@@ -141,6 +150,12 @@ async fn answer(
             }
         }
     };
-    stream.write_all(&reply).await?;
+    let pace = *state.pace.lock().unwrap();
+    for piece in reply.chunks(pace) {
+        stream.write_all(piece).await?;
+        if pace < reply.len() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
     stream.shutdown().await
 }

@@ -1,21 +1,24 @@
-//! The control port: documents in, state out, drain.
+//! The control port: documents in, state out; what somebody asks by hand.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Query, State};
+use axum::extract::{Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use http::{StatusCode, header};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use turret_crds::WorkerDocument;
 use turret_crds::document::Verdict;
-use turret_crds::report::{StateEvent, diff};
+use turret_crds::report::{LeaseReport, StateEvent, diff};
 
 use super::App;
 use super::error::ApiError;
+use super::models::find;
 use crate::document;
+use crate::residency::orders::{Obeyed, Order, OrderError, lease_number};
 
 /// Changes within this time travel together.
 const COALESCE: Duration = Duration::from_millis(50);
@@ -102,6 +105,167 @@ fn line(event: &StateEvent) -> Result<Bytes, std::convert::Infallible> {
     let mut line = serde_json::to_vec(event).expect("a report is JSON");
     line.push(b'\n');
     Ok(line.into())
+}
+
+/// What `{id}` in a path means: `GROUP:LENS`, or `LENS` where only one group has it.
+fn lens_name(app: &App, id: &str) -> Result<(String, String), ApiError> {
+    let name = find(app.residency.view().document.as_deref(), id)?;
+    let lens = name.lens.ok_or_else(|| {
+        ApiError::invalid(Some("id"), format!("`{id}` is a group; a lens is written GROUP:LENS"))
+    })?;
+    Ok((name.group, lens))
+}
+
+async fn order(app: &App, order: Order) -> Result<Obeyed, ApiError> {
+    Ok(app.residency.order(order).await?)
+}
+
+/// Query of a load.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LoadQuery {
+    /// How long to wait until the lens is in memory, seconds; after that it goes on being loaded. 0: not at all.
+    #[serde(default = "one_minute")]
+    wait_seconds: u32,
+}
+
+fn one_minute() -> u32 {
+    60
+}
+
+/// `POST /control/v1/lenses/{id}/load`: brings a lens to the device. 204 once it is there, 202 if it takes longer than
+/// `waitSeconds` (60).
+pub async fn load(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    Query(query): Query<LoadQuery>,
+) -> Result<StatusCode, ApiError> {
+    let lens = lens_name(&app, &id)?;
+    let residency = app.residency.clone();
+    // Not given up with the connection, nor with the wait.
+    let loading = tokio::spawn(async move { residency.order(Order::Load { lens }).await });
+    match tokio::time::timeout(Duration::from_secs(query.wait_seconds.into()), loading).await {
+        Ok(Ok(result)) => result.map(|_| StatusCode::NO_CONTENT).map_err(ApiError::from),
+        Ok(Err(panicked)) => Err(ApiError::internal(panicked.to_string())),
+        Err(_) => Ok(StatusCode::ACCEPTED),
+    }
+}
+
+/// `POST /control/v1/lenses/{id}/evict`: lets a lens leave the device. 409 while rows use it, or when it is pinned or leased.
+pub async fn evict(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let lens = lens_name(&app, &id)?;
+    order(&app, Order::Evict { lens }).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// `POST /control/v1/lenses/{id}/pin`: keeps a lens on the device until the worker restarts; `residency: Pinned` in its
+/// ModelGroup keeps it for good.
+pub async fn pin(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let lens = lens_name(&app, &id)?;
+    order(&app, Order::Pin { lens, pinned: true }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `DELETE /control/v1/lenses/{id}/pin`: lets a lens that was pinned by hand leave again. 409 when it is declared `Pinned`.
+pub async fn unpin(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let lens = lens_name(&app, &id)?;
+    order(&app, Order::Pin { lens, pinned: false }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /control/v1/groups/{group}/activate`: makes a group's base the active one, as a switch for waiting requests does.
+pub async fn activate(State(app): State<App>, Path(group): Path<String>) -> Result<StatusCode, ApiError> {
+    order(&app, Order::Switch { group }).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Body of `POST /control/v1/leases`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NewLease {
+    /// `GROUP:LENS`, or `LENS` where only one group has it.
+    lens: String,
+    /// Seconds until it ends, unless it is renewed.
+    ttl_seconds: u64,
+    /// Where there is no room for all, the higher comes first. 0 when absent.
+    #[serde(default)]
+    priority: u32,
+    /// Who holds it, in the client's own words: for whoever looks at the list.
+    #[serde(default)]
+    holder: Option<String>,
+}
+
+/// Longest name of a holder.
+const MAX_HOLDER: usize = 128;
+
+/// `POST /control/v1/leases`: reserves a lens. It is loaded, and not evicted before the lease ends.
+pub async fn acquire_lease(State(app): State<App>, body: Bytes) -> Result<Response, ApiError> {
+    let wanted: NewLease = read(&body)?;
+    if wanted.holder.as_ref().is_some_and(|holder| holder.len() > MAX_HOLDER) {
+        let what = format!("`holder` is longer than {MAX_HOLDER} bytes");
+        return Err(ApiError::invalid(Some("holder"), what));
+    }
+    let lens = lens_name(&app, &wanted.lens)?;
+    let ttl = Duration::from_secs(wanted.ttl_seconds);
+    let (holder, priority) = (wanted.holder, wanted.priority);
+    let lease = order(&app, Order::AcquireLease { lens, holder, priority, ttl }).await?;
+    Ok((StatusCode::CREATED, lease_body(lease)).into_response())
+}
+
+/// Body of `PUT /control/v1/leases/{id}`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Renewal {
+    /// Seconds from now until it ends, whatever was left.
+    ttl_seconds: u64,
+}
+
+/// `PUT /control/v1/leases/{id}`: lets a lease run longer. 404 when it has ended.
+pub async fn renew_lease(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
+    let renewal: Renewal = read(&body)?;
+    let id = lease_id(&app, &id)?;
+    let ttl = Duration::from_secs(renewal.ttl_seconds);
+    Ok(lease_body(order(&app, Order::RenewLease { id, ttl }).await?).into_response())
+}
+
+/// `DELETE /control/v1/leases/{id}`: ends a lease. 404 when it has ended already.
+pub async fn release_lease(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let id = lease_id(&app, &id)?;
+    order(&app, Order::ReleaseLease { id }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Body of `GET /control/v1/leases`.
+#[derive(Debug, Serialize)]
+struct LeaseList {
+    /// The oldest first.
+    leases: Arc<Vec<LeaseReport>>,
+}
+
+/// `GET /control/v1/leases`: all that run.
+pub async fn list_leases(State(app): State<App>) -> Response {
+    Json(LeaseList { leases: app.residency.view().leases.clone() }).into_response()
+}
+
+fn lease_id(app: &App, id: &str) -> Result<u64, ApiError> {
+    let instance = &app.residency.view().report.worker.instance;
+    lease_number(id, instance).map_err(|error| OrderError::from(error).into())
+}
+
+fn lease_body(obeyed: Obeyed) -> Json<Option<LeaseReport>> {
+    match obeyed {
+        Obeyed::Lease(lease) => Json(Some(lease)),
+        Obeyed::Done => Json(None),
+    }
+}
+
+fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body)
+        .map_err(|e| ApiError::invalid(None, format!("the body is not what is expected: {e}")))
 }
 
 /// `POST /control/v1/drain`: reports the worker as leaving and refuses new requests from now on. It does not end; SIGTERM

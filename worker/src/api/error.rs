@@ -13,6 +13,8 @@ use crate::engine::row::RowFailure;
 use crate::model::chat_template::TemplateError;
 use crate::model::tokenizer::TokenizerError;
 use crate::residency::Refusal;
+use crate::residency::lease::LeaseError;
+use crate::residency::orders::OrderError;
 
 /// What went wrong with a request, ready to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,6 +116,20 @@ impl ApiError {
     }
 }
 
+impl From<OrderError> for ApiError {
+    fn from(error: OrderError) -> Self {
+        let message = error.to_string();
+        match error {
+            OrderError::Unknown(_) => Self::unknown_model(message),
+            OrderError::Lease(LeaseError::Unknown) => Self::not_found(message),
+            OrderError::Lease(LeaseError::Ttl) => Self::invalid(Some("ttlSeconds"), message),
+            OrderError::Lease(LeaseError::TooMany) | OrderError::Conflict(_) => Self::conflict(message),
+            OrderError::Failed { .. } => Self::unavailable("lens_failed", message, Duration::from_secs(30)),
+            OrderError::Stopped => Self::unavailable("shutting_down", message, Duration::from_secs(1)),
+        }
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
@@ -170,7 +186,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::ShuttingDown | SubmitError::Stopped | SubmitError::BaseNotActive => {
                 Self::unavailable("unavailable", message, Duration::from_secs(1))
             }
-            // A lease promises that both are there.
+            // A permit promises that both are there.
             SubmitError::UnknownLens(_) | SubmitError::LensOfOtherBase(_) | SubmitError::System(_) => {
                 Self::internal(message)
             }

@@ -1,6 +1,6 @@
-//! One row, from a lease to pieces of text.
+//! One row, from a permit to pieces of text.
 //!
-//! A task of its own follows each row and drops the lease when the row ends, so that a client that reads slowly holds
+//! A task of its own follows each row and drops the permit when the row ends, so that a client that reads slowly holds
 //! neither a base nor a lens. The channel is bounded by the row's own length. A client that goes away closes the channel,
 //! which cancels the row.
 
@@ -18,7 +18,7 @@ use crate::engine::row::{
 use crate::lens::tap::Activations;
 use crate::metrics::Metrics;
 use crate::model::tokenizer::Tokenizer;
-use crate::residency::Lease;
+use crate::residency::{Outcome, Permit};
 
 /// What to generate.
 pub(super) struct Job {
@@ -55,13 +55,13 @@ pub(super) enum Piece {
 pub(super) async fn start(
     engine: &EngineHandle,
     metrics: Arc<Metrics>,
-    lease: Lease,
+    permit: Permit,
     job: Job,
 ) -> Result<mpsc::UnboundedReceiver<Piece>, SubmitError> {
     let row = RowRequest {
-        base: lease.base,
+        base: permit.base,
         prompt: job.prompt.clone(),
-        lenses: lease.lens.iter().map(|l| RowLens { lens: l.id, scale: l.scale }).collect(),
+        lenses: permit.lens.iter().map(|l| RowLens { lens: l.id, scale: l.scale }).collect(),
         sampling: job.sampling,
         stop_token_ids: job.tokenizer.stop_token_ids().to_vec(),
         max_new_tokens: job.max_new_tokens,
@@ -73,14 +73,14 @@ pub(super) async fn start(
     };
     let stream = engine.submit(row).await?;
     let (sender, receiver) = mpsc::unbounded_channel();
-    tokio::spawn(follow(stream, sender, lease, job, metrics));
+    tokio::spawn(follow(stream, sender, permit, job, metrics));
     Ok(receiver)
 }
 
 async fn follow(
     mut row: RowStream,
     pieces: mpsc::UnboundedSender<Piece>,
-    mut lease: Lease,
+    mut permit: Permit,
     job: Job,
     metrics: Arc<Metrics>,
 ) {
@@ -100,7 +100,10 @@ async fn follow(
         let last = match event {
             None => return,
             Some(RowEvent::Prompt(_) | RowEvent::Tapped(_)) => continue,
-            Some(RowEvent::Failed(failure)) => Piece::Failed(failure.into()),
+            Some(RowEvent::Failed(failure)) => {
+                permit.ended(Outcome::Failed);
+                Piece::Failed(failure.into())
+            }
             Some(RowEvent::Token { id, logprobs }) => {
                 generated += 1;
                 if generated == 1 {
@@ -121,7 +124,7 @@ async fn follow(
                 if !hit {
                     continue;
                 }
-                lease.answered();
+                permit.ended(Outcome::Answered);
                 let cached_tokens = row.cached_tokens();
                 let usage = Usage { prompt_tokens, cached_tokens, generated_tokens: generated };
                 Piece::End { finish: "stop", usage }
@@ -148,13 +151,13 @@ async fn follow(
                     let _ =
                         pieces.send(Piece::Text { text: certain, logprobs: std::mem::take(&mut pending) });
                 }
-                lease.answered();
+                permit.ended(Outcome::Answered);
                 Piece::End { finish, usage }
             }
         };
-        // The engine is done, or is cancelled by this: the lease ends before the client has read the rest.
+        // The engine is done, or is cancelled by this: the permit ends before the client has read the rest.
         drop(row);
-        drop(lease);
+        drop(permit);
         let _ = pieces.send(last);
         return;
     }

@@ -1,7 +1,7 @@
 //! HTTP: the OpenAI-compatible data port and the control port.
 //!
 //! [`openai`] reads requests and writes bodies, [`stop`] cuts text at stop strings, [`auth`] checks tokens, [`error`] alone
-//! knows status codes. The routes are thin: resolve the name, make the prompt, wait for a lease, follow the row.
+//! knows status codes. The routes are thin: resolve the name, make the prompt, wait for a permit, follow the row.
 
 pub mod auth;
 mod control;
@@ -105,6 +105,12 @@ pub fn control_routes(app: App) -> Router {
         .route("/control/v1/document", put(control::put_document))
         .route("/control/v1/state", get(control::get_state))
         .route("/control/v1/drain", post(control::drain))
+        .route("/control/v1/lenses/{id}/load", post(control::load))
+        .route("/control/v1/lenses/{id}/evict", post(control::evict))
+        .route("/control/v1/lenses/{id}/pin", post(control::pin).delete(control::unpin))
+        .route("/control/v1/groups/{group}/activate", post(control::activate))
+        .route("/control/v1/leases", get(control::list_leases).post(control::acquire_lease))
+        .route("/control/v1/leases/{id}", put(control::renew_lease).delete(control::release_lease))
         .layer(middleware::from_fn_with_state(app.clone(), control_scope))
         .layer(DefaultBodyLimit::max(MAX_DOCUMENT_BYTES))
         .with_state(app.clone());

@@ -26,7 +26,7 @@ use crate::engine::row::TokenLogprobs;
 use crate::metrics::Metrics;
 use crate::model::chat_template::ChatInput;
 use crate::model::tokenizer::Tokenizer;
-use crate::residency::Lease;
+use crate::residency::Permit;
 use crate::residency::resolve::ResolvedBase;
 
 /// How long loading the lens took, when the request waited for it.
@@ -35,7 +35,7 @@ const LOAD_HEADER: &str = "x-turret-load-ms";
 const SWITCH_HEADER: &str = "x-turret-switch-ms";
 /// Tokens of a text completion that does not say how many, as OpenAI's default.
 const DEFAULT_TEXT_TOKENS: u32 = 16;
-/// A lease that was overtaken by a switch is asked for again, so often.
+/// A permit that was overtaken by a switch is asked for again, so often.
 const TURNS: u32 = 3;
 
 /// `POST /v1/chat/completions`.
@@ -125,14 +125,14 @@ async fn answer(
         let context = context_tokens(&app.residency.view(), &base);
         let max_new_tokens = new_tokens(api, &request, prompt.len(), context)?;
         let sampling = request.sampling(base.tokenizer.defaults(), rand::random());
-        let lease = app.residency.acquire(model.clone()).await?;
+        let permit = app.residency.acquire(model.clone()).await?;
         // Another lens came under this name meanwhile, perhaps with another tokenizer.
-        if lease.lens.as_ref().map(|lens| &lens.digest) != lens_digest.as_ref() && turn < TURNS {
+        if permit.lens.as_ref().map(|lens| &lens.digest) != lens_digest.as_ref() && turn < TURNS {
             turn += 1;
             continue;
         }
-        let waited = (lease.loaded_in, lease.switched_in);
-        let head = headers(&lease);
+        let waited = (permit.loaded_in, permit.switched_in);
+        let head = headers(&permit);
         let answer = Answer {
             api,
             id: format!(
@@ -142,7 +142,7 @@ async fn answer(
             ),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             model: answered_as.clone(),
-            fingerprint: fingerprint(&lease),
+            fingerprint: fingerprint(&permit),
         };
         let job = Job {
             prompt,
@@ -155,7 +155,7 @@ async fn answer(
             since: ended.since,
         };
         let prompt_tokens = job.prompt.len();
-        match generate::start(&app.engine, app.metrics.clone(), lease, job).await {
+        match generate::start(&app.engine, app.metrics.clone(), permit, job).await {
             Ok(pieces) => {
                 app.metrics.waited(waited.0, waited.1);
                 tracing::info!(
@@ -264,16 +264,16 @@ fn event(value: &Value) -> Result<Bytes, Infallible> {
     Ok(format!("data: {value}\n\n").into())
 }
 
-fn fingerprint(lease: &Lease) -> String {
+fn fingerprint(permit: &Permit) -> String {
     let short = |digest: &str| digest.trim_start_matches("sha256:").chars().take(12).collect::<String>();
-    let base = short(&lease.base_digest);
-    let lens = lease.lens.as_ref().map(|l| format!("-{}", short(&l.digest))).unwrap_or_default();
+    let base = short(&permit.base_digest);
+    let lens = permit.lens.as_ref().map(|l| format!("-{}", short(&l.digest))).unwrap_or_default();
     format!("turret-{}-{base}{lens}", env!("CARGO_PKG_VERSION"))
 }
 
-fn headers(lease: &Lease) -> HeaderMap {
+fn headers(permit: &Permit) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    if let Some(lens) = &lease.lens
+    if let Some(lens) = &permit.lens
         && let Ok(digest) = HeaderValue::from_str(&lens.digest)
     {
         headers.insert(label::LENS_DIGEST_HEADER, digest);
@@ -285,12 +285,12 @@ fn headers(lease: &Lease) -> HeaderMap {
             headers.insert(name, ms);
         }
     };
-    time(LOAD_HEADER, lease.loaded_in);
-    time(SWITCH_HEADER, lease.switched_in);
+    time(LOAD_HEADER, permit.loaded_in);
+    time(SWITCH_HEADER, permit.switched_in);
     headers
 }
 
-/// What a model is spoken to through: needed before there is a lease.
+/// What a model is spoken to through: needed before there is a permit.
 struct Spoken {
     base: Arc<ResolvedBase>,
     lens_digest: Option<String>,
@@ -329,8 +329,8 @@ async fn prepared(app: &App, model: &ModelName) -> Result<Spoken, ApiError> {
             refused = app.residency.acquire(model.clone()) => match refused {
                 Err(refusal) => return Err(refusal.into()),
                 // It can be served, so the view is about to say so.
-                Ok(lease) => {
-                    drop(lease);
+                Ok(permit) => {
+                    drop(permit);
                     let _ = tokio::time::timeout(Duration::from_millis(100), view.changed()).await;
                 }
             },

@@ -4,25 +4,27 @@
 //! lenses are there, unless it has waited for memory for [`PATIENCE`]: then nobody overtakes it any more.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
-use turret_crds::document::BaseKey;
+use turret_crds::document::{BaseKey, EvictionRule, SwitchingRule};
 use turret_crds::model_name::ModelName;
+use turret_crds::report::EvictionReason;
 
 use super::failure::Failure;
-use super::owner::{Leased, Owner, Span, Stage, Turn, Waiter};
-use super::plan::{Plan, Wanted, plan};
+use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter};
+use super::plan::{CannotFit, Leaving, Order, Plan, Until, Wanted, plan};
+use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
 use super::table::{LensKey, Phase};
-use super::{Lease, LeasedLens, Refusal};
+use super::{Outcome, Permit, PermittedLens, Refusal};
 use crate::engine::handle::EngineConfig;
 use crate::engine::memory::BaseNeeds;
 
 /// How long others may overtake a request that waits for lens memory.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Lenses that are loaded at a time.
-const LOADS_AT_ONCE: usize = 2;
+pub(super) const LOADS_AT_ONCE: usize = 2;
 /// How soon to look again at what is overdue and could not be done.
 const OVERDUE: Duration = Duration::from_millis(50);
 /// How far back the rate of admissions is measured.
@@ -44,13 +46,15 @@ enum LensNeeds {
 
 /// What waiting requests come down to.
 #[derive(Default)]
-struct Demand {
+pub(super) struct Demand {
     /// Oldest request over each base that is not active.
     others: BTreeMap<BaseKey, Instant>,
     /// Requests over the active base that could not be let in.
     queued: u32,
     /// Of these, requests that waited before it became active and need nothing that is far away.
     promised: u32,
+    /// Lenses that requests wait for.
+    pub(super) lenses: BTreeSet<LensKey>,
 }
 
 impl Owner {
@@ -60,15 +64,18 @@ impl Owner {
         self.start_resolutions(now);
         self.recheck(now);
         self.reconfigure(now);
+        self.end_leases(now);
         let demand = self.admit(now);
+        self.bring_ahead(&demand, now);
         let wake = self.turn_base(&demand, now);
         self.tidy();
+        self.sweep(now);
         self.answer_idlers();
         self.next_wake(wake)
     }
 
     fn answer_idlers(&mut self) {
-        if self.leases.is_empty() && self.waiters.is_empty() {
+        if self.permits.is_empty() && self.waiters.is_empty() {
             for idler in self.idlers.drain(..) {
                 let _ = idler.send(());
             }
@@ -77,17 +84,17 @@ impl Owner {
 
     fn next_wake(&self, wake: Option<Instant>) -> Option<Instant> {
         let hold = self.hold();
-        let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
-        let resolved = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
-        let lenses = self.lenses.values().filter(|l| !l.in_flight && resolved(&l.base));
-        let lenses = lenses.filter_map(|l| l.stage.retry_at());
         let given_up = self.waiters.values().next().map(|w| w.since + hold);
         let draining = match &self.turn {
             Turn::Draining { until, .. } => Some(*until),
             _ => None,
         };
-        let limits = (self.wanted_limits.is_some() && !self.reconfiguring).then_some(self.reconfigure_at);
-        let times = bases.chain(lenses).chain(wake).chain(given_up).chain(draining).chain(limits);
+        let limits =
+            (self.wanted_limits.is_some() && self.reconfiguring.is_none()).then_some(self.reconfigure_at);
+        let times = self.resolve_at.into_iter().chain(wake).chain(given_up).chain(draining).chain(limits);
+        let lease = self.leases.next_end().map(|end| self.began + end);
+        let sweep = self.eviction_rule().sweep.map(|_| self.sweep_at);
+        let times = times.chain(lease).chain(sweep);
         let next = times.chain((!self.rechecking).then_some(self.recheck_at)).min()?;
         // A time that has passed and changed nothing waits for something else; it must not make a busy loop.
         let now = Instant::now();
@@ -108,7 +115,6 @@ impl Owner {
     /// Lets in whom it can, refuses whom it must, starts loads for the others.
     fn admit(&mut self, now: Instant) -> Demand {
         let mut demand = Demand::default();
-        let mut protected = BTreeSet::new();
         let mut closed = false;
         let numbers: Vec<u64> = self.waiters.keys().copied().collect();
         let hold = self.hold();
@@ -126,6 +132,9 @@ impl Owner {
                 }
                 Needs::Base { key, lens } => (key, lens),
             };
+            if let LensNeeds::Key(lens) = &lens {
+                self.count_request(number, lens, now);
+            }
             if now >= since + hold {
                 let what = match (&self.table.active, &lens) {
                     (Some(active), _) if *active != key => format!("the base of `{}`", model.group),
@@ -144,14 +153,14 @@ impl Owner {
             let steady = matches!(self.turn, Turn::Steady);
             let admitted = steady
                 && !closed
-                && self.leases.len() < self.places()
-                && self.let_in(number, &key, &lens, &protected, &mut closed, now);
+                && self.permits.len() < self.places()
+                && self.let_in(number, &key, &lens, &demand.lenses, &mut closed, now);
             if !admitted {
                 demand.queued += 1;
                 let known = !matches!(lens, LensNeeds::Resolving);
                 demand.promised += u32::from(known && since <= self.active_since);
                 if let LensNeeds::Key(lens) = lens {
-                    protected.insert(lens);
+                    demand.lenses.insert(lens);
                 }
             }
         }
@@ -198,7 +207,7 @@ impl Owner {
         }
     }
 
-    /// Gives a lease if everything is there; otherwise sees to it that it comes.
+    /// Gives a permit if everything is there; otherwise sees to it that it comes.
     fn let_in(
         &mut self,
         number: u64,
@@ -214,7 +223,7 @@ impl Owner {
             LensNeeds::Key(key) if self.table.has_lens(key) => Some(key.clone()),
             LensNeeds::Key(key) => {
                 let since = self.waiters[&number].since;
-                if !self.fetch_lens(number, key, protected) && now >= since + PATIENCE {
+                if !self.fetch_lens(number, key, protected, now) && now >= since + PATIENCE {
                     *closed = true;
                 }
                 return false;
@@ -226,41 +235,78 @@ impl Owner {
     }
 
     /// Starts loading a lens, or what must leave before. False when it must wait for rows to end.
-    fn fetch_lens(&mut self, number: u64, key: &LensKey, protected: &BTreeSet<LensKey>) -> bool {
-        let Some(resolved) = self
-            .lenses
-            .values()
-            .filter(|l| l.base == key.base)
-            .find_map(|l| l.stage.ready().filter(|r| r.files.digest == key.digest))
-            .cloned()
-        else {
-            return true;
-        };
+    fn fetch_lens(
+        &mut self,
+        number: u64,
+        key: &LensKey,
+        protected: &BTreeSet<LensKey>,
+        now: Instant,
+    ) -> bool {
+        let Some(resolved) = self.resolved(key).cloned() else { return true };
         if let Some(held) = self.table.lenses.get(key) {
             return held.phase != Phase::Leaving;
         }
-        let budgets = self.budgets();
-        match plan(&Wanted::Lens(key.clone(), resolved.bytes), &self.table, &budgets, protected) {
+        let wanted = Wanted::Lens { key: key.clone(), bytes: resolved.bytes, instead_of_others: true };
+        let short = match self.plan(&wanted, protected, now) {
             Ok(plan) => {
-                for victim in &plan.evict_lenses {
-                    self.evict_lens(victim.clone(), &plan.why);
-                }
-                let loading = self.table.lenses.values().filter(|h| h.phase == Phase::Loading).count();
-                let fits = self.table.lens_bytes() + resolved.bytes <= budgets.lens_bytes;
-                if plan.load && fits && loading < LOADS_AT_ONCE {
-                    self.load_lens(key.clone(), resolved);
-                }
-                true
+                self.carry_out(plan, key, resolved, LOADS_AT_ONCE);
+                return true;
             }
-            Err(short) if short.once_idle => false,
-            Err(short) => {
-                let failure =
-                    Failure::new(turret_crds::condition::FailureReason::DoesNotFit, short.to_string());
-                let what = self.waiters[&number].model.to_string();
-                self.refuse(number, Refusal::Failed { what, failure, retry_after: RETRY_AFTER_FAILURE });
-                true
-            }
+            Err(short) => short,
+        };
+        let retry_after = match short.until {
+            Until::Idle => return false,
+            Until::Released => self.next_release(now).unwrap_or(RETRY_AFTER_FAILURE),
+            Until::Never => RETRY_AFTER_FAILURE,
+        };
+        let failure = Failure::new(turret_crds::condition::FailureReason::DoesNotFit, short.to_string());
+        let what = self.waiters[&number].model.to_string();
+        self.refuse(number, Refusal::Failed { what, failure, retry_after });
+        true
+    }
+
+    /// Lets leave who must, and loads the lens if there is room for it already, and not too much on its way.
+    pub(super) fn carry_out(&mut self, plan: Plan, key: &LensKey, resolved: ResolvedLens, at_once: usize) {
+        for leaving in plan.evict_lenses {
+            self.evict_lens(leaving, &plan.why);
         }
+        let loading = self.table.lenses.values().filter(|h| h.phase == Phase::Loading).count();
+        let fits = self.table.lens_bytes() + resolved.bytes <= self.budgets().lens_bytes;
+        if plan.load && fits && loading < at_once {
+            self.load_lens(key.clone(), resolved);
+        }
+    }
+
+    /// Plans with the policy that is in force.
+    pub(super) fn plan(
+        &self,
+        wanted: &Wanted,
+        protected: &BTreeSet<LensKey>,
+        now: Instant,
+    ) -> Result<Plan, CannotFit> {
+        let policy = self.eviction_rule().policy;
+        let order =
+            Order { history: &self.history, ranking: self.history.ranking(policy, self.seconds(now)) };
+        plan(wanted, &self.table, &self.budgets(), &order, protected)
+    }
+
+    pub(super) fn eviction_rule(&self) -> EvictionRule {
+        self.document.as_ref().map_or_else(EvictionRule::default, |document| document.eviction)
+    }
+
+    /// Remembers the request for what the policies go by; once, and before anything leaves for it.
+    fn count_request(&mut self, number: u64, key: &LensKey, now: Instant) {
+        let Some(waiter) = self.waiters.get_mut(&number).filter(|waiter| !waiter.counted) else { return };
+        waiter.counted = true;
+        if let Some(entry) = self.entry(key) {
+            let (seconds, budget) = (self.seconds(now), self.budgets().lens_bytes);
+            self.history.served(entry, seconds, budget);
+        }
+    }
+
+    /// The files of a content that is declared.
+    pub(super) fn resolved(&self, key: &LensKey) -> Option<&ResolvedLens> {
+        self.lenses.names(key).find_map(|name| self.lenses.get(name)?.stage.ready())
     }
 
     fn grant(&mut self, number: u64, waiter: Waiter, base: &BaseKey, lens: Option<LensKey>, now: Instant) {
@@ -274,41 +320,47 @@ impl Owner {
         let switched = self.last_switch.as_ref().filter(|(to, _)| to == base).map(|(_, span)| span);
         let switched_in = waited(switched);
         let loaded_in = lens.as_ref().and_then(|key| waited(self.last_loads.get(key)));
-        let leased_lens = lens.as_ref().map(|key| {
+        let permitted_lens = lens.as_ref().map(|key| {
             let name = (model.group.clone(), model.lens.clone().unwrap_or_default());
             let scale = self.lenses.get(&name).map_or(1000, |l| l.lens.scale_milli);
-            LeasedLens { id: self.lens_ids[key], scale: scale as f32 / 1000.0, digest: key.digest.clone() }
+            PermittedLens {
+                id: self.table.lenses[key].id.expect("it is resident"),
+                scale: scale as f32 / 1000.0,
+                digest: key.digest.clone(),
+            }
         });
         self.uses += 1;
         if let Some(held) = self.table.bases.get_mut(base) {
             (held.users, held.last_used) = (held.users + 1, self.uses);
         }
         if let Some(held) = lens.as_ref().and_then(|key| self.table.lenses.get_mut(key)) {
-            (held.users, held.last_used) = (held.users + 1, self.uses);
+            held.users += 1;
         }
-        if let Some(name) = &model.lens
-            && let Some(declared) = self.lenses.get_mut(&(model.group.clone(), name.clone()))
-        {
-            declared.active_rows += 1;
+        if let Some(name) = &model.lens {
+            let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            self.lenses.count(&(model.group.clone(), name.clone()), |counts| {
+                counts.active_rows += 1;
+                counts.last_used = Some(epoch);
+            });
         }
-        self.leases.insert(number, Leased { model, base: base.clone(), lens });
+        self.permits.insert(number, Permitted { model, base: base.clone(), lens });
         self.grants.push_back(now);
         while self.grants.front().is_some_and(|&first| first + RATE_WINDOW < now) || self.grants.len() > 1024
         {
             self.grants.pop_front();
         }
-        let lease = Lease {
+        let permit = Permit {
             base: self.base_ids[base],
             base_digest,
-            lens: leased_lens,
+            lens: permitted_lens,
             loaded_in,
             switched_in,
             number,
-            answered: false,
+            outcome: Outcome::Cancelled,
             owner: self.messages.clone(),
         };
-        // Whoever went away in the meantime drops the lease, which releases it.
-        let _ = waiter.reply.send(Ok(lease));
+        // Whoever went away in the meantime drops the permit, which releases it.
+        let _ = waiter.reply.send(Ok(permit));
     }
 
     /// Decides about the base, and acts on it.
@@ -319,7 +371,7 @@ impl Owner {
                 let (to, until) = (to.clone(), *until);
                 if self.bases.get(&to).and_then(|b| b.stage.ready()).is_none() {
                     self.turn = Turn::Steady;
-                } else if self.leases.is_empty() {
+                } else if self.permits.is_empty() {
                     self.start_switch(&to);
                 } else if now >= until {
                     self.end_rows(now);
@@ -328,11 +380,15 @@ impl Owner {
             }
             Turn::Steady => {}
         }
+        if let Some(to) = self.asked_base.take().filter(|to| self.table.active.as_ref() != Some(to)) {
+            self.drain_for(to, now);
+            return None;
+        }
         let servable = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
         let situation = Situation {
             active: self.table.active.clone().filter(|key| self.bases.contains_key(key)),
             active_since_ms: self.ms(self.active_since),
-            rows: self.leases.len() as u32,
+            rows: self.permits.len() as u32,
             queued: demand.queued,
             promised: demand.promised,
             waiting: demand
@@ -355,13 +411,7 @@ impl Owner {
                 until_ms.map(|ms| self.began + Duration::from_millis(ms))
             }
             Decision::Drain { to } => {
-                let seconds = u64::from(situation.rule.drain_seconds);
-                tracing::info!(to = %to, rows = situation.rows, "draining for a switch of base");
-                let until = now + Duration::from_secs(seconds);
-                self.turn = Turn::Draining { to: to.clone(), until };
-                if self.leases.is_empty() {
-                    self.start_switch(&to);
-                }
+                self.drain_for(to, now);
                 None
             }
             Decision::Switch { to } => {
@@ -371,11 +421,22 @@ impl Owner {
         }
     }
 
+    /// Admits nothing more over the active base, and switches when what runs has ended.
+    fn drain_for(&mut self, to: BaseKey, now: Instant) {
+        let rule = self.document.as_ref().map_or_else(SwitchingRule::default, |document| document.switching);
+        tracing::info!(to = %to, rows = self.permits.len(), "draining for a switch of base");
+        let until = now + Duration::from_secs(u64::from(rule.drain_seconds));
+        self.turn = Turn::Draining { to: to.clone(), until };
+        if self.permits.is_empty() {
+            self.start_switch(&to);
+        }
+    }
+
     /// The active base leaves as soon as nothing declares it and nothing runs over it. It could only be of use
     /// to a document that does not exist.
     fn drop_undeclared_active(&mut self) {
         let Some(key) = self.table.active.clone().filter(|key| !self.bases.contains_key(key)) else { return };
-        let is_idle = self.leases.is_empty() && self.table.bases.get(&key).is_some_and(|h| h.users == 0);
+        let is_idle = self.permits.is_empty() && self.table.bases.get(&key).is_some_and(|h| h.users == 0);
         if is_idle
             && self.table.has_base(&key)
             && self.table.lenses_over(&key).all(|l| self.table.has_lens(l))
@@ -401,7 +462,7 @@ impl Owner {
 
     /// Ends rows that did not end within the drain. Some may have been admitted in this very moment, so it is repeated.
     fn end_rows(&mut self, now: Instant) {
-        tracing::warn!(rows = self.leases.len(), "rows did not end within the drain and are ended");
+        tracing::warn!(rows = self.permits.len(), "rows did not end within the drain and are ended");
         if let Turn::Draining { until, .. } = &mut self.turn {
             *until = now + Duration::from_millis(200);
         }
@@ -428,7 +489,7 @@ impl Owner {
             working_bytes: active.max(self.working_bytes(next, &self.limits)),
             instead_of_active: false,
         };
-        match plan(&wanted, &self.table, &self.budgets(), &BTreeSet::new()) {
+        match self.plan(&wanted, &BTreeSet::new(), Instant::now()) {
             Ok(plan) if plan.evict_bases.is_empty() => self.preload_base(next.clone(), base),
             // Parked bases leave at the switch, not before.
             _ => {
@@ -438,8 +499,7 @@ impl Owner {
     }
 
     fn start_switch(&mut self, to: &BaseKey) {
-        let moving = self.table.lenses.values().chain(self.table.bases.values());
-        if moving.into_iter().any(|held| held.phase != Phase::Resident) || self.reconfiguring {
+        if self.table.phases().any(|phase| phase != Phase::Resident) || self.reconfiguring.is_some() {
             // Its end is a message, and this is looked at again.
             return;
         }
@@ -450,7 +510,7 @@ impl Owner {
             working_bytes: self.working_bytes(to, &self.limits),
             instead_of_active: true,
         };
-        let free_first = match plan(&wanted, &self.table, &self.budgets(), &BTreeSet::new()) {
+        let free_first = match self.plan(&wanted, &BTreeSet::new(), Instant::now()) {
             Ok(plan) => plan.evict_bases,
             // The engine says exactly by how much.
             Err(_) => Vec::new(),
@@ -464,37 +524,45 @@ impl Owner {
             Some(active) => self.working_bytes(active, self.coming_limits()),
             None => 0,
         };
-        plan(&Wanted::Less { working_bytes }, &self.table, &self.budgets(), &BTreeSet::new())
-            .unwrap_or_default()
+        self.plan(&Wanted::Less { working_bytes }, &BTreeSet::new(), Instant::now()).unwrap_or_default()
     }
 
     /// What nothing declared refers to leaves, and what is too much after a smaller budget.
     fn tidy(&mut self) {
-        if matches!(self.turn, Turn::Switching { .. }) {
+        if !self.untidy || matches!(self.turn, Turn::Switching { .. }) {
             return;
         }
+        self.untidy = false;
         let shed = self.shed();
-        for key in shed.evict_lenses {
-            self.evict_lens(key, &shed.why);
+        for leaving in shed.evict_lenses {
+            self.evict_lens(leaving, &shed.why);
         }
         for key in shed.evict_bases {
             self.drop_base(key, &shed.why);
         }
-        let wanted: BTreeSet<LensKey> = self.lenses.values().filter_map(|l| l.key()).collect();
-        let resolving: BTreeSet<&BaseKey> =
-            self.lenses.values().filter(|l| matches!(l.stage, Stage::Resolving)).map(|l| &l.base).collect();
+        let resolving: BTreeSet<&BaseKey> = self
+            .lenses
+            .iter()
+            .filter(|(_, l)| matches!(l.stage, Stage::Resolving))
+            .map(|(_, l)| &l.base)
+            .collect();
         let orphans: Vec<LensKey> = self
             .table
             .lenses
             .iter()
-            .filter(|(key, held)| held.users == 0 && held.phase == Phase::Resident && !wanted.contains(key))
+            .filter(|(key, held)| {
+                held.users == 0 && held.phase == Phase::Resident && !self.lenses.declares(key)
+            })
             // What is being resolved may turn out to be the same files.
             .filter(|(key, _)| !resolving.contains(&key.base))
             .map(|(key, _)| key.clone())
             .collect();
         for key in orphans {
-            self.evict_lens(key, "no longer declared");
+            let message = "no longer declared, or not with these files".into();
+            self.evict_lens(Leaving { key, reason: EvictionReason::Undeclared, message }, "");
         }
+        self.forget_entries();
+        self.refuse_what_cannot_be_pinned();
         let unwanted: Vec<BaseKey> = self
             .table
             .bases

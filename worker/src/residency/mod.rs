@@ -1,6 +1,6 @@
 //! Residency: which bases and lenses are in memory, how they get there, and who may use them.
 //!
-//! One task ([`owner`]) owns the [`table`]. Requests ask it for a [`Lease`] and hold it while their row runs; jobs
+//! One task ([`owner`]) owns the [`table`]. Requests ask it for a [`Permit`] and hold it while their row runs; jobs
 //! ([`resolve`], [`loader`]) report back to it as events. What it decides is pure and beside it: [`plan`] (what leaves
 //! so that something fits), [`switch`] (when the active base changes), [`failure`] (when to try again).
 //!
@@ -10,11 +10,15 @@
 //!   told why.
 
 mod admit;
+mod ahead;
 pub mod cache;
+mod declared;
 pub mod failure;
 pub mod fetch;
 pub mod files;
+pub mod lease;
 pub mod loader;
+pub mod orders;
 mod owner;
 pub mod plan;
 mod publish;
@@ -31,14 +35,15 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use turret_crds::document::{BaseKey, Verdict, WorkerDocument};
 use turret_crds::model_name::ModelName;
-use turret_crds::report::{WorkerIdentity, WorkerReport};
+use turret_crds::report::{EvictionReason, LeaseReport, WorkerIdentity, WorkerReport};
 
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
 use crate::model::tokenizer::Tokenizer;
 use failure::Failure;
+use orders::{Obeyed, Order, OrderError};
 use resolve::{ResolvedBase, Resolver};
 
-/// What everybody may read: the report, and what a request needs before it has a lease.
+/// What everybody may read: the report, and what a request needs before it has a permit.
 #[derive(Clone, Debug)]
 pub struct View {
     /// What this worker says of itself.
@@ -48,7 +53,11 @@ pub struct View {
     /// Bases whose files were found good.
     pub bases: BTreeMap<BaseKey, Arc<ResolvedBase>>,
     /// Lenses whose files were found good, by group and name.
-    pub lenses: BTreeMap<(String, String), SpokenLens>,
+    pub lenses: Arc<BTreeMap<(String, String), SpokenLens>>,
+    /// Leases that run, the oldest first.
+    pub leases: Arc<Vec<LeaseReport>>,
+    /// Evictions so far, by reason.
+    pub evictions: BTreeMap<EvictionReason, u64>,
     /// Longest sequence that is configured; a base may allow less.
     pub max_context_tokens: u32,
     /// When this process began to serve its groups, seconds since the epoch.
@@ -66,25 +75,36 @@ pub struct SpokenLens {
 
 /// The right to run one row over a base, perhaps with a lens. Neither leaves memory before it is dropped.
 #[derive(Debug)]
-pub struct Lease {
+pub struct Permit {
     /// The base.
     pub base: BaseId,
     /// Digest of its files.
     pub base_digest: String,
     /// The lens, its strength and the digest of its files.
-    pub lens: Option<LeasedLens>,
+    pub lens: Option<PermittedLens>,
     /// How long loading the lens took, if the request waited for it.
     pub loaded_in: Option<Duration>,
     /// How long the switch of base took, if the request waited for it.
     pub switched_in: Option<Duration>,
     number: u64,
-    answered: bool,
+    outcome: Outcome,
     owner: mpsc::UnboundedSender<Message>,
 }
 
-/// The lens of a lease.
+/// How a row ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The client has its answer.
+    Answered,
+    /// It has none, because of the worker.
+    Failed,
+    /// It went away before.
+    Cancelled,
+}
+
+/// The lens of a permit.
 #[derive(Clone, Debug)]
-pub struct LeasedLens {
+pub struct PermittedLens {
     /// As the engine knows it.
     pub id: LensId,
     /// Strength.
@@ -93,22 +113,22 @@ pub struct LeasedLens {
     pub digest: String,
 }
 
-impl Lease {
-    /// Notes that the request was answered.
-    pub fn answered(&mut self) {
-        self.answered = true;
+impl Permit {
+    /// Notes how the row ended. Without a word, it was cancelled.
+    pub fn ended(&mut self, outcome: Outcome) {
+        self.outcome = outcome;
     }
 }
 
-impl Drop for Lease {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let message = Message::Release { number: self.number, answered: self.answered };
+        let message = Message::Release { number: self.number, outcome: self.outcome };
         // Without an owner nothing is left to release.
         let _ = self.owner.send(message);
     }
 }
 
-/// Why a request gets no lease. The texts are meant for the client.
+/// Why a request gets no permit. The texts are meant for the client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// Its group or lens is not declared, or not any more.
@@ -156,15 +176,16 @@ pub struct Residency {
     view: watch::Receiver<Arc<View>>,
 }
 
-/// What the owner is told. Unbounded, because what it carries is bounded elsewhere: requests by the queue's limit, leases by
+/// What the owner is told. Unbounded, because what it carries is bounded elsewhere: requests by the queue's limit, permits by
 /// the batch, events by the jobs that run.
 #[derive(Debug)]
 enum Message {
     Offer { document: Box<WorkerDocument>, reply: oneshot::Sender<Verdict> },
-    Acquire { model: ModelName, reply: oneshot::Sender<Result<Lease, Refusal>> },
-    Release { number: u64, answered: bool },
+    Acquire { model: ModelName, reply: oneshot::Sender<Result<Permit, Refusal>> },
+    Release { number: u64, outcome: Outcome },
     Drain { refuse: bool },
     Idle { reply: oneshot::Sender<()> },
+    Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
     Event(work::Event),
 }
 
@@ -212,10 +233,17 @@ impl Residency {
     }
 
     /// Waits for the right to run a row. Dropping the future gives the place in the queue up.
-    pub async fn acquire(&self, model: ModelName) -> Result<Lease, Refusal> {
+    pub async fn acquire(&self, model: ModelName) -> Result<Permit, Refusal> {
         let (reply, answer) = oneshot::channel();
         let _ = self.messages.send(Message::Acquire { model, reply });
         answer.await.unwrap_or(Err(Refusal::Draining))
+    }
+
+    /// Asks for something by hand. A load is answered when the lens is in memory; dropping the future gives it up.
+    pub async fn order(&self, order: Order) -> Result<Obeyed, OrderError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.messages.send(Message::Order { order, reply });
+        answer.await.unwrap_or(Err(OrderError::Stopped))
     }
 
     /// Reports this worker as leaving. With `refuse` new requests are refused from now on.

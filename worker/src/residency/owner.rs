@@ -7,17 +7,24 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use turret_crds::condition::FailureReason;
-use turret_crds::document::{BaseKey, DocumentBase, DocumentLens, Verdict, WorkerDocument, judge};
+use turret_crds::document::{
+    BaseKey, DocumentBase, DocumentLens, EvictionRule, Verdict, WorkerDocument, judge,
+};
 use turret_crds::model_name::ModelName;
-use turret_crds::report::{AppliedDocument, CannotFit};
+use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason};
 
+use super::declared::{Counts, DeclaredLens, LensName, Lenses};
 use super::failure::{Failure, backoff};
+use super::lease::Leases;
+use super::orders::{Obeyed, OrderError};
 use super::plan::Budgets;
-use super::resolve::{ResolvedBase, ResolvedLens};
+use super::publish::Published;
+use super::resolve::ResolvedBase;
 use super::table::{LensKey, Table};
-use super::{DEFAULT_DISK_BYTES, Lease, Message, Refusal, Start, View};
-use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
+use super::{DEFAULT_DISK_BYTES, Message, Outcome, Permit, Refusal, Start, View};
+use crate::engine::handle::{BaseId, EngineConfig, EngineHandle};
 use crate::engine::memory::{fits_alone, fits_inactive};
+use crate::eviction::history::{Entry, History};
 use crate::model::weights::BaseLayout;
 
 /// Longest sequence where the document says nothing.
@@ -76,39 +83,19 @@ pub(super) struct DeclaredBase {
     pub(super) percent: u8,
 }
 
-/// A declared lens.
-#[derive(Debug)]
-pub(super) struct DeclaredLens {
-    pub(super) lens: DocumentLens,
-    pub(super) base: BaseKey,
-    pub(super) stage: Stage<ResolvedLens>,
-    pub(super) token: u64,
-    pub(super) in_flight: bool,
-    pub(super) failures: u32,
-    /// Bytes of its files as far as known, so that small ones are resolved first.
-    pub(super) file_bytes: u64,
-    pub(super) active_rows: u32,
-    pub(super) served: u64,
-}
-
-impl DeclaredLens {
-    pub(super) fn key(&self) -> Option<LensKey> {
-        let digest = self.stage.ready()?.files.digest.clone();
-        Some(LensKey { base: self.base.clone(), digest })
-    }
-}
-
 /// A request that waits.
 #[derive(Debug)]
 pub(super) struct Waiter {
     pub(super) model: ModelName,
     pub(super) since: Instant,
-    pub(super) reply: oneshot::Sender<Result<Lease, Refusal>>,
+    /// Whether the request has been counted for its lens.
+    pub(super) counted: bool,
+    pub(super) reply: oneshot::Sender<Result<Permit, Refusal>>,
 }
 
-/// What a lease protects.
+/// What a permit protects.
 #[derive(Debug)]
-pub(super) struct Leased {
+pub(super) struct Permitted {
     pub(super) model: ModelName,
     pub(super) base: BaseKey,
     pub(super) lens: Option<LensKey>,
@@ -130,6 +117,7 @@ pub(super) struct Owner {
     pub(super) start: Start,
     pub(super) messages: mpsc::UnboundedSender<Message>,
     pub(super) view: watch::Sender<Arc<View>>,
+    pub(super) published: Published,
     pub(super) began: Instant,
     pub(super) created: u64,
 
@@ -138,21 +126,41 @@ pub(super) struct Owner {
     /// Limits in force, and those the document asks for while they are not.
     pub(super) limits: EngineConfig,
     pub(super) wanted_limits: Option<EngineConfig>,
-    pub(super) reconfiguring: bool,
+    /// Limits that the engine is about to put in force.
+    pub(super) reconfiguring: Option<EngineConfig>,
     pub(super) reconfigure_at: Instant,
     /// Why the wanted limits are not in force, once that is known.
     pub(super) cannot_fit: Option<CannotFit>,
 
     pub(super) bases: BTreeMap<BaseKey, DeclaredBase>,
-    pub(super) lenses: BTreeMap<(String, String), DeclaredLens>,
+    pub(super) lenses: Lenses,
     pub(super) resolving: usize,
+    /// When a resolution may start that could not before.
+    pub(super) resolve_at: Option<Instant>,
     pub(super) next_token: u64,
     pub(super) recheck_at: Instant,
     pub(super) rechecking: bool,
 
     pub(super) table: Table,
+    /// Whether something may be in memory that is to leave without anybody needing its room.
+    pub(super) untidy: bool,
     pub(super) base_ids: BTreeMap<BaseKey, BaseId>,
-    pub(super) lens_ids: BTreeMap<LensKey, LensId>,
+    /// What is remembered of lenses, in memory or not; and where.
+    pub(super) history: History,
+    pub(super) entries: BTreeMap<LensKey, Entry>,
+    pub(super) leases: Leases,
+    pub(super) leases_changed: bool,
+    /// Pinned by hand, until the worker restarts.
+    pub(super) pins: BTreeSet<LensName>,
+    /// Who waits until a lens is in memory, without a request for it.
+    pub(super) awaited: BTreeMap<LensName, Vec<oneshot::Sender<Result<Obeyed, OrderError>>>>,
+    /// Whether some lens may have to be loaded ahead of requests that could not be before.
+    pub(super) look_ahead: bool,
+    /// Whether one waits for room.
+    pub(super) ahead_waits: bool,
+    pub(super) sweep_at: Instant,
+    /// The base that somebody asked for by hand.
+    pub(super) asked_base: Option<BaseKey>,
     pub(super) uses: u64,
     pub(super) turn: Turn,
     pub(super) active_since: Instant,
@@ -162,10 +170,10 @@ pub(super) struct Owner {
     /// Bases that the engine had no room for beside the active one.
     pub(super) not_beside: BTreeSet<BaseKey>,
     pub(super) switches: u64,
-    pub(super) evictions: u64,
+    pub(super) evictions: BTreeMap<EvictionReason, u64>,
 
     pub(super) waiters: BTreeMap<u64, Waiter>,
-    pub(super) leases: BTreeMap<u64, Leased>,
+    pub(super) permits: BTreeMap<u64, Permitted>,
     pub(super) next_number: u64,
     pub(super) grants: VecDeque<Instant>,
     pub(super) idlers: Vec<oneshot::Sender<()>>,
@@ -180,6 +188,7 @@ impl Owner {
         let limits = start.limits.clone();
         let mut owner = Self {
             view: watch::Sender::new(Arc::new(super::publish::nothing(&start, created))),
+            published: Published::default(),
             engine,
             start,
             messages,
@@ -189,18 +198,29 @@ impl Owner {
             applied: None,
             limits,
             wanted_limits: None,
-            reconfiguring: false,
+            reconfiguring: None,
             reconfigure_at: now,
             cannot_fit: None,
             bases: BTreeMap::new(),
-            lenses: BTreeMap::new(),
+            lenses: Lenses::default(),
             resolving: 0,
+            resolve_at: None,
             next_token: 0,
             recheck_at: now + RECHECK,
             rechecking: false,
             table: Table::default(),
+            untidy: false,
             base_ids: BTreeMap::new(),
-            lens_ids: BTreeMap::new(),
+            history: History::new(f64::from(EvictionRule::default().idle_seconds)),
+            entries: BTreeMap::new(),
+            leases: Leases::default(),
+            leases_changed: false,
+            pins: BTreeSet::new(),
+            awaited: BTreeMap::new(),
+            look_ahead: false,
+            ahead_waits: false,
+            sweep_at: now,
+            asked_base: None,
             uses: 0,
             turn: Turn::Steady,
             active_since: now,
@@ -209,9 +229,9 @@ impl Owner {
             last_loads: BTreeMap::new(),
             not_beside: BTreeSet::new(),
             switches: 0,
-            evictions: 0,
+            evictions: BTreeMap::new(),
             waiters: BTreeMap::new(),
-            leases: BTreeMap::new(),
+            permits: BTreeMap::new(),
             next_number: 0,
             grants: VecDeque::new(),
             idlers: Vec::new(),
@@ -258,12 +278,13 @@ impl Owner {
                 let _ = reply.send(verdict);
             }
             Message::Acquire { model, reply } => self.enqueue(model, reply),
-            Message::Release { number, answered } => self.release(number, answered),
+            Message::Release { number, outcome } => self.release(number, outcome),
             Message::Drain { refuse } => {
                 self.draining = true;
                 self.refusing |= refuse;
             }
             Message::Idle { reply } => self.idlers.push(reply),
+            Message::Order { order, reply } => self.obey(order, reply),
             Message::Event(event) => self.on_event(event),
         }
     }
@@ -278,10 +299,12 @@ impl Owner {
 
     /// Budgets in force; while smaller ones are on their way, already those.
     pub(super) fn budgets(&self) -> Budgets {
-        let coming = self.coming_limits();
+        // What the engine was asked for comes into force even if a newer document asks for more by now.
+        let all = [Some(&self.limits), Some(self.coming_limits()), self.reconfiguring.as_ref()];
+        let least = |bytes: fn(&EngineConfig) -> u64| all.iter().flatten().map(|limits| bytes(limits)).min();
         Budgets {
-            device_bytes: self.limits.device_bytes.min(coming.device_bytes),
-            lens_bytes: self.limits.lens_bytes.min(coming.lens_bytes),
+            device_bytes: least(|limits| limits.device_bytes).unwrap_or(0),
+            lens_bytes: least(|limits| limits.lens_bytes).unwrap_or(0),
         }
     }
 
@@ -318,7 +341,7 @@ impl Owner {
             max_waiting_rows: document.batching.max_running_rows.saturating_mul(2).saturating_add(16),
             prefix_cache: true,
         };
-        self.wanted_limits = (limits != self.limits || self.reconfiguring).then_some(limits);
+        self.wanted_limits = (limits != self.limits || self.reconfiguring.is_some()).then_some(limits);
         self.reconfigure_at = Instant::now();
         let cache = self.start.resolver.fetcher.cache();
         cache.set_budget(document.memory.disk_bytes.unwrap_or(DEFAULT_DISK_BYTES));
@@ -334,6 +357,10 @@ impl Owner {
         }
         self.refuse_what_no_longer_fits();
         self.measure_lenses();
+        self.measure_disk();
+        self.follow_eviction_rule();
+        self.resolve_at = Some(Instant::now());
+        self.untidy = true;
     }
 
     /// Why the wanted limits would end the service of a base that is served now, if they would. A base that was never
@@ -372,10 +399,11 @@ impl Owner {
     /// A smaller lens budget may be too small for a lens that was found good under a larger one.
     fn refuse_what_no_longer_fits(&mut self) {
         let lens_bytes = self.coming_limits().lens_bytes;
-        for lens in self.lenses.values_mut() {
-            if let Some(failure) = lens.stage.ready().and_then(|l| lens_too_large(l.bytes, lens_bytes)) {
-                lens.stage = Self::failed(failure, 1);
-            }
+        let too_large = |lens: &DeclaredLens| lens_too_large(lens.stage.ready()?.bytes, lens_bytes);
+        let refused: Vec<(LensName, Failure)> =
+            self.lenses.iter().filter_map(|(name, lens)| Some((name.clone(), too_large(lens)?))).collect();
+        for (name, failure) in refused {
+            self.lenses.update(&name, |lens| lens.stage = Self::failed(failure, 1));
         }
     }
 
@@ -410,43 +438,23 @@ impl Owner {
     }
 
     fn declare_lenses(&mut self, document: &WorkerDocument, same_volumes: bool) {
-        let mut old = std::mem::take(&mut self.lenses);
-        for group in &document.groups {
-            for lens in &group.lenses {
-                let name = (group.name.clone(), lens.name.clone());
-                let known = old.remove(&name);
-                let (active_rows, served) = known.as_ref().map_or((0, 0), |k| (k.active_rows, k.served));
-                let same = |k: &DeclaredLens| {
-                    k.base == group.base.key
-                        && k.lens.source == lens.source
-                        && k.lens.kind == lens.kind
-                        && same_volumes
-                };
-                let declared = match known {
-                    Some(known) if same(&known) => {
-                        DeclaredLens { lens: lens.clone(), stage: known.stage.looked_at_again(), ..known }
-                    }
-                    _ => {
-                        self.next_token += 1;
-                        DeclaredLens {
-                            lens: lens.clone(),
-                            base: group.base.key.clone(),
-                            stage: Stage::Resolving,
-                            token: self.next_token,
-                            in_flight: false,
-                            failures: 0,
-                            file_bytes: u64::MAX,
-                            active_rows,
-                            served,
-                        }
-                    }
-                };
-                self.lenses.insert(name, declared);
+        let mut tokens = self.next_token;
+        self.lenses.declare(|mut old| {
+            let mut declared = BTreeMap::new();
+            for group in &document.groups {
+                for lens in &group.lenses {
+                    let name = (group.name.clone(), lens.name.clone());
+                    let known = old.remove(&name);
+                    tokens += 1;
+                    declared.insert(name, declare_lens(lens, &group.base.key, known, same_volumes, tokens));
+                }
             }
-        }
+            declared
+        });
+        self.next_token = tokens;
     }
 
-    fn enqueue(&mut self, model: ModelName, reply: oneshot::Sender<Result<Lease, Refusal>>) {
+    fn enqueue(&mut self, model: ModelName, reply: oneshot::Sender<Result<Permit, Refusal>>) {
         let limit = self.document.as_ref().map_or(0, |d| d.admission.max_queued_requests);
         let refusal = if self.refusing {
             Some(Refusal::Draining)
@@ -461,28 +469,40 @@ impl Owner {
             return;
         }
         self.next_number += 1;
-        self.waiters.insert(self.next_number, Waiter { model, since: Instant::now(), reply });
+        self.waiters.insert(self.next_number, Waiter { model, since: Instant::now(), counted: false, reply });
     }
 
-    fn release(&mut self, number: u64, answered: bool) {
-        let Some(leased) = self.leases.remove(&number) else { return };
+    fn release(&mut self, number: u64, outcome: Outcome) {
+        let Some(permitted) = self.permits.remove(&number) else { return };
         self.uses += 1;
-        let touch = |held: Option<&mut super::table::Held>, now: u64| {
-            if let Some(held) = held {
-                held.users = held.users.saturating_sub(1);
-                held.last_used = now;
-            }
-        };
-        touch(self.table.bases.get_mut(&leased.base), self.uses);
-        if let Some(key) = &leased.lens {
-            touch(self.table.lenses.get_mut(key), self.uses);
+        if let Some(held) = self.table.bases.get_mut(&permitted.base) {
+            held.users = held.users.saturating_sub(1);
+            held.last_used = self.uses;
         }
-        if let Some(lens) = leased.model.lens
-            && let Some(declared) = self.lenses.get_mut(&(leased.model.group, lens))
+        if let Some(key) = &permitted.lens
+            && let Some(held) = self.table.lenses.get_mut(key)
         {
-            declared.active_rows = declared.active_rows.saturating_sub(1);
-            declared.served += u64::from(answered);
+            held.users = held.users.saturating_sub(1);
+            if outcome == Outcome::Failed {
+                self.history.failed(held.entry, self.began.elapsed().as_secs_f64());
+            }
         }
+        if let Some(lens) = permitted.model.lens {
+            let name = (permitted.model.group, lens);
+            self.lenses.count(&name, |counts| {
+                counts.active_rows = counts.active_rows.saturating_sub(1);
+                match outcome {
+                    Outcome::Answered => counts.served += 1,
+                    Outcome::Failed => counts.errors += 1,
+                    Outcome::Cancelled => {}
+                }
+            });
+        }
+        // What nothing declares leaves with its last row, and what is too much as soon as it can.
+        let declared = self.bases.contains_key(&permitted.base)
+            && permitted.lens.as_ref().is_none_or(|key| self.lenses.declares(key));
+        self.untidy |= !declared || self.wanted_limits.is_some();
+        self.look_ahead |= self.ahead_waits;
     }
 
     /// When those who are refused now may find room: how long the queue takes at the measured rate.
@@ -511,6 +531,34 @@ impl Owner {
 
     pub(super) fn ms(&self, at: Instant) -> u64 {
         at.saturating_duration_since(self.began).as_millis() as u64
+    }
+}
+
+/// A lens as a new document declares it; what is the same as before goes on.
+fn declare_lens(
+    lens: &DocumentLens,
+    base: &BaseKey,
+    known: Option<DeclaredLens>,
+    same_volumes: bool,
+    token: u64,
+) -> DeclaredLens {
+    let same = |k: &DeclaredLens| {
+        k.base == *base && k.lens.source == lens.source && k.lens.kind == lens.kind && same_volumes
+    };
+    match known {
+        Some(known) if same(&known) => {
+            DeclaredLens { lens: lens.clone(), stage: known.stage.looked_at_again(), ..known }
+        }
+        known => DeclaredLens {
+            lens: lens.clone(),
+            base: base.clone(),
+            stage: Stage::Resolving,
+            token,
+            in_flight: false,
+            failures: 0,
+            file_bytes: u64::MAX,
+            counts: known.map_or_else(Counts::default, |known| known.counts),
+        },
     }
 }
 

@@ -1,13 +1,17 @@
-//! What must leave so that something else fits. Pure: the same table gives the same plan.
+//! What must leave so that something else fits. Pure: the same table and history give the same plan.
 //!
-//! Lenses leave least recently used first; ties end on the key. Parked bases leave the same way, together with
-//! the lenses over them. [`CannotFit`] tells how many bytes are missing and whether waiting can help.
+//! Which lenses leave, the policy says ([`crate::eviction`]); that none leaves which is in use, kept or wanted by an
+//! older request, is seen to here. Parked bases leave least recently used first, together with the lenses over them.
+//! [`CannotFit`] tells how many bytes are missing and what has to happen first.
 
 use std::collections::BTreeSet;
 
-use turret_crds::document::BaseKey;
+use turret_crds::document::{BaseKey, SweepRule};
+use turret_crds::report::EvictionReason;
 
-use super::table::{Held, LensKey, Phase, Table};
+use super::table::{Held, HeldLens, LensKey, Phase, Table};
+use crate::eviction::history::History;
+use crate::eviction::policy::{Ranking, Resident, choose};
 
 /// Byte budgets of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,11 +22,27 @@ pub struct Budgets {
     pub lens_bytes: u64,
 }
 
+/// By what lenses are put in order.
+#[derive(Clone, Copy, Debug)]
+pub struct Order<'a> {
+    /// What is remembered of them.
+    pub history: &'a History,
+    /// The policy, and now.
+    pub ranking: Ranking,
+}
+
 /// What should be in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wanted {
     /// A lens of this many bytes.
-    Lens(LensKey, u64),
+    Lens {
+        /// Which.
+        key: LensKey,
+        /// Its bytes.
+        bytes: u64,
+        /// Whether others may leave for it.
+        instead_of_others: bool,
+    },
     /// A base, beside all others that have users and beside the active one.
     Base {
         /// Which.
@@ -39,13 +59,26 @@ pub enum Wanted {
         /// Bytes of workspace and KV cache that the active base must have, at least.
         working_bytes: u64,
     },
+    /// Nothing new, and nothing idle beyond the watermarks.
+    Swept(SweepRule),
+}
+
+/// A lens that leaves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    /// Which.
+    pub key: LensKey,
+    /// Why, for machines.
+    pub reason: EvictionReason,
+    /// What made it this one, for people.
+    pub message: String,
 }
 
 /// What to do, in this order, and why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Lenses that leave.
-    pub evict_lenses: Vec<LensKey>,
+    pub evict_lenses: Vec<Leaving>,
     /// Bases that leave, after the lenses over them.
     pub evict_bases: Vec<BaseKey>,
     /// Whether what is wanted is to be loaded; false when it is there already.
@@ -62,8 +95,19 @@ pub struct CannotFit {
     pub short_by_bytes: u64,
     /// The sum, written out.
     pub why: String,
-    /// Whether it fits once running rows have ended. Otherwise only another budget helps.
-    pub once_idle: bool,
+    /// What helps.
+    pub until: Until,
+}
+
+/// What has to happen before something fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Running rows end, or older requests are served.
+    Idle,
+    /// A lease ends, or something is no longer pinned.
+    Released,
+    /// Nothing but another budget.
+    Never,
 }
 
 impl Plan {
@@ -78,27 +122,100 @@ pub fn plan(
     wanted: &Wanted,
     table: &Table,
     budgets: &Budgets,
+    order: &Order<'_>,
     protected: &BTreeSet<LensKey>,
 ) -> Result<Plan, CannotFit> {
     match wanted {
-        Wanted::Lens(key, bytes) => plan_lens(key, *bytes, table, budgets, protected),
+        Wanted::Lens { key, bytes, instead_of_others } => {
+            plan_lens(key, *bytes, *instead_of_others, table, budgets, order, protected)
+        }
         Wanted::Base { key, bytes, working_bytes, instead_of_active } => {
             plan_base(key, bytes.saturating_add(*working_bytes), *instead_of_active, table, budgets)
         }
-        Wanted::Less { working_bytes } => Ok(plan_less(*working_bytes, table, budgets, protected)),
+        Wanted::Less { working_bytes } => Ok(plan_less(*working_bytes, table, budgets, order, protected)),
+        Wanted::Swept(rule) => Ok(plan_sweep(*rule, table, budgets, order, protected)),
     }
 }
 
-fn plan_less(working_bytes: u64, table: &Table, budgets: &Budgets, protected: &BTreeSet<LensKey>) -> Plan {
+fn plan_less(
+    working_bytes: u64,
+    table: &Table,
+    budgets: &Budgets,
+    order: &Order<'_>,
+    protected: &BTreeSet<LensKey>,
+) -> Plan {
     let excess = staying_lens_bytes(table).saturating_sub(budgets.lens_bytes);
-    let (evict_lenses, _) = oldest_idle(table, protected, excess);
+    let may_leave = |key: &LensKey, held: &HeldLens| may_leave(key, held, protected);
+    let (mut evict_lenses, freed) = leaving(table, order, EvictionReason::Budget, excess, may_leave);
+    if freed < excess {
+        // A smaller budget is stronger than a lease or a pin.
+        let kept = |_: &LensKey, held: &HeldLens| held.kept && held.is_idle();
+        evict_lenses.extend(leaving(table, order, EvictionReason::Budget, excess - freed, kept).0);
+    }
     let room = budgets.device_bytes.saturating_sub(budgets.lens_bytes);
     let base_excess = staying_base_bytes(table).saturating_add(working_bytes).saturating_sub(room);
     let (evict_bases, _) = parked(table, false, base_excess);
     let why = format!("{excess} bytes over the lens budget, {base_excess} over the device budget");
     // Lenses over a base that leaves go with it.
-    let evict_lenses = evict_lenses.into_iter().filter(|lens| !evict_bases.contains(&lens.base)).collect();
+    evict_lenses.retain(|lens| !evict_bases.contains(&lens.key.base));
     Plan { evict_lenses, evict_bases, load: false, why }
+}
+
+fn plan_sweep(
+    rule: SweepRule,
+    table: &Table,
+    budgets: &Budgets,
+    order: &Order<'_>,
+    protected: &BTreeSet<LensKey>,
+) -> Plan {
+    let part = |percent: u32| (u128::from(budgets.lens_bytes) * u128::from(percent) / 100) as u64;
+    let staying = staying_lens_bytes(table);
+    if staying <= part(rule.high_percent) {
+        return Plan::default();
+    }
+    let is_idle = |key: &LensKey, held: &HeldLens| {
+        may_leave(key, held, protected) && order.ranking.is_idle(order.history.usage(held.entry))
+    };
+    let excess = staying.saturating_sub(part(rule.low_percent));
+    let (evict_lenses, _) = leaving(table, order, EvictionReason::Idle, excess, is_idle);
+    let why =
+        format!("lenses take {staying} bytes, more than {} % of {}", rule.high_percent, budgets.lens_bytes);
+    Plan { evict_lenses, why, ..Plan::default() }
+}
+
+fn may_leave(key: &LensKey, held: &HeldLens, protected: &BTreeSet<LensKey>) -> bool {
+    held.is_idle() && !held.kept && !protected.contains(key)
+}
+
+/// Lenses that may leave, by policy, until `excess` bytes are freed; and how many they free.
+fn leaving(
+    table: &Table,
+    order: &Order<'_>,
+    reason: EvictionReason,
+    excess: u64,
+    may_leave: impl Fn(&LensKey, &HeldLens) -> bool,
+) -> (Vec<Leaving>, u64) {
+    if excess == 0 {
+        return (Vec::new(), 0);
+    }
+    let residents: Vec<Resident<'_, &LensKey>> = table
+        .lenses
+        .iter()
+        .map(|(key, held)| Resident {
+            key,
+            usage: order.history.usage(held.entry),
+            group: held.group,
+            evictable: may_leave(key, held),
+        })
+        .collect();
+    let chosen = choose(&residents, excess, &order.ranking);
+    let freed = chosen.victims.iter().map(|victim| victim.bytes).sum();
+    let leaves = |victim: &crate::eviction::policy::Victim<&LensKey>| Leaving {
+        key: victim.key.clone(),
+        reason,
+        message: victim.reason.to_string(),
+    };
+    (chosen.victims.iter().map(leaves).collect(), freed)
 }
 
 /// Bytes of bases that are not leaving already.
@@ -106,19 +223,19 @@ fn staying_base_bytes(table: &Table) -> u64 {
     table.bases.values().filter(|h| h.phase != Phase::Leaving).map(|h| h.bytes).sum()
 }
 
-/// Idle bases, least recently used first, until `excess` bytes are freed; and how many they free. The active one is the
-/// last to go, and only if it may.
+/// Idle bases, least recently used first, until `excess` bytes are freed; and how many they free. Those with lenses that
+/// are kept come after the others. The active one is the last to go, and only if it may.
 fn parked(table: &Table, with_active: bool, excess: u64) -> (Vec<BaseKey>, u64) {
     let is_active = |k: &BaseKey| table.active.as_ref() == Some(k);
     let is_idle = |k: &BaseKey, held: &Held| {
-        let mut over = table.lenses.iter().filter(|(l, _)| l.base == *k);
-        held.phase == Phase::Resident
-            && held.users == 0
-            && over.all(|(_, lens)| lens.users == 0 && lens.phase == Phase::Resident)
+        let idle = held.phase == Phase::Resident && held.users == 0;
+        idle && table.lenses_held_over(k).all(|(_, lens)| lens.is_idle())
     };
+    // Lenses that are kept are kept in memory for as long as their base is.
+    let keeps = |k: &BaseKey| table.lenses_held_over(k).any(|(_, lens)| lens.kept);
     let mut idle: Vec<(&BaseKey, &Held)> =
         table.bases.iter().filter(|(k, held)| is_idle(k, held) && (with_active || !is_active(k))).collect();
-    idle.sort_by_key(|(k, held)| (is_active(k), held.last_used, *k));
+    idle.sort_by_key(|(k, held)| (is_active(k), keeps(k), held.last_used, *k));
     let mut freed = 0;
     let mut leaving = Vec::new();
     for (key, held) in idle {
@@ -139,56 +256,47 @@ fn staying_lens_bytes(table: &Table) -> u64 {
 fn plan_lens(
     key: &LensKey,
     bytes: u64,
+    instead_of_others: bool,
     table: &Table,
     budgets: &Budgets,
+    order: &Order<'_>,
     protected: &BTreeSet<LensKey>,
 ) -> Result<Plan, CannotFit> {
     if table.lenses.contains_key(key) {
         return Ok(Plan::default());
     }
-    if bytes > budgets.lens_bytes {
-        return Err(CannotFit {
-            short_by_bytes: bytes - budgets.lens_bytes,
-            why: format!("the lens takes {bytes} bytes, of a lens budget of {}", budgets.lens_bytes),
-            once_idle: false,
-        });
+    let budget = budgets.lens_bytes;
+    let never = |why| CannotFit { short_by_bytes: bytes - budget, why, until: Until::Never };
+    if bytes > budget {
+        return Err(never(format!("the lens takes {bytes} bytes, of a lens budget of {budget}")));
     }
     let staying = staying_lens_bytes(table);
-    let excess = staying.saturating_add(bytes).saturating_sub(budgets.lens_bytes);
-    let (evict_lenses, freed) = oldest_idle(table, protected, excess);
-    if freed < excess {
-        return Err(CannotFit {
-            short_by_bytes: excess - freed,
+    let excess = staying.saturating_add(bytes).saturating_sub(budget);
+    let may_leave = |key: &LensKey, held: &HeldLens| instead_of_others && may_leave(key, held, protected);
+    let (evict_lenses, freed) = leaving(table, order, EvictionReason::Room, excess, may_leave);
+    if freed >= excess {
+        let why = format!("lenses take {staying} bytes, {bytes} more are wanted, {budget} allowed");
+        return Ok(Plan { evict_lenses, load: true, why, ..Plan::default() });
+    }
+    let kept: u64 = table.lenses.values().filter(|h| h.kept).map(|h| h.bytes).sum();
+    let short_by_bytes = excess - freed;
+    Err(match kept.saturating_add(bytes) > budget {
+        true => CannotFit {
+            short_by_bytes: kept.saturating_add(bytes) - budget,
             why: format!(
-                "the lens takes {bytes} bytes and lenses that are in use or wanted {}, of a lens budget of {}",
-                staying - freed,
-                budgets.lens_bytes
+                "the lens takes {bytes} bytes and lenses that are leased or pinned {kept}, of a lens budget of {budget}"
             ),
-            once_idle: true,
-        });
-    }
-    let why = format!("lenses take {staying} bytes, {bytes} more are wanted, {} allowed", budgets.lens_bytes);
-    Ok(Plan { evict_lenses, load: true, why, ..Plan::default() })
-}
-
-/// Idle lenses, least recently used first, until `excess` bytes are freed; and how many they free.
-fn oldest_idle(table: &Table, protected: &BTreeSet<LensKey>, excess: u64) -> (Vec<LensKey>, u64) {
-    let mut idle: Vec<(&LensKey, &Held)> = table
-        .lenses
-        .iter()
-        .filter(|(key, held)| held.phase == Phase::Resident && held.users == 0 && !protected.contains(*key))
-        .collect();
-    idle.sort_by_key(|(key, held)| (held.last_used, *key));
-    let mut freed = 0;
-    let mut leaving = Vec::new();
-    for (key, held) in idle {
-        if freed >= excess {
-            break;
-        }
-        freed += held.bytes;
-        leaving.push(key.clone());
-    }
-    (leaving, freed)
+            until: Until::Released,
+        },
+        false => CannotFit {
+            short_by_bytes,
+            why: format!(
+                "the lens takes {bytes} bytes and lenses that are in use, kept or wanted {}, of a lens budget of {budget}",
+                staying - freed
+            ),
+            until: Until::Idle,
+        },
+    })
 }
 
 fn plan_base(
@@ -210,15 +318,21 @@ fn plan_base(
                  device budget of {}",
                 budgets.lens_bytes, budgets.device_bytes
             ),
-            once_idle: false,
+            until: Until::Never,
         });
     }
     // The active one is the last to go: it may be wanted again at once.
     let staying = staying_base_bytes(table);
     let excess = staying.saturating_add(bytes).saturating_sub(room);
     let (evict_bases, freed) = parked(table, instead_of_active, excess);
-    let over = |lens: &&LensKey| evict_bases.contains(&lens.base);
-    let evict_lenses: Vec<LensKey> = table.lenses.keys().filter(over).cloned().collect();
+    let over = table.lenses.keys().filter(|lens| evict_bases.contains(&lens.base));
+    let evict_lenses: Vec<Leaving> = over
+        .map(|lens| Leaving {
+            key: lens.clone(),
+            reason: EvictionReason::Base,
+            message: format!("its base left for {key}"),
+        })
+        .collect();
     if freed < excess {
         return Err(CannotFit {
             short_by_bytes: excess - freed,
@@ -229,7 +343,7 @@ fn plan_base(
                 budgets.lens_bytes,
                 budgets.device_bytes
             ),
-            once_idle: true,
+            until: Until::Idle,
         });
     }
     let why = format!("bases take {staying} bytes, {bytes} more are wanted, {room} allowed");
@@ -239,6 +353,7 @@ fn plan_base(
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use turret_crds::placement::EvictionPolicy;
 
     use super::*;
 
@@ -250,53 +365,148 @@ mod tests {
         LensKey { base: base(b), digest: format!("lens-{n}") }
     }
 
-    fn held(bytes: u64, users: u32, last_used: u64) -> Held {
+    fn held_base(bytes: u64, users: u32, last_used: u64) -> Held {
         Held { bytes, phase: Phase::Resident, users, last_used }
     }
 
     const BUDGETS: Budgets = Budgets { device_bytes: 100, lens_bytes: 30 };
+    /// After everything that was used.
+    const NOW: f64 = 100.0;
 
-    fn table() -> Table {
-        Table {
-            bases: [(base(0), held(40, 0, 5)), (base(1), held(20, 0, 2))].into(),
-            active: Some(base(0)),
-            lenses: [
-                (lens(0, 1), held(10, 0, 3)),
-                (lens(0, 2), held(10, 0, 1)),
-                (lens(1, 3), held(10, 1, 0)),
-            ]
-            .into(),
+    /// A table, and what is remembered of its lenses.
+    #[derive(Clone, Debug)]
+    struct Memory {
+        table: Table,
+        history: History,
+        policy: EvictionPolicy,
+    }
+
+    /// A lens: its base and number, bytes, users, and when it was last used.
+    type Spec = (u8, u8, u64, u32, u64);
+
+    impl Memory {
+        fn new(bases: &[(u8, u64, u64)], lenses: &[Spec]) -> Self {
+            let mut memory =
+                Self { table: Table::default(), history: History::new(10.0), policy: EvictionPolicy::Lru };
+            for &(n, bytes, last_used) in bases {
+                memory.table.bases.insert(base(n), held_base(bytes, 0, last_used));
+            }
+            let mut in_time = lenses.to_vec();
+            in_time.sort_by_key(|spec| spec.4);
+            for (b, n, bytes, users, last_used) in in_time {
+                memory.hold(lens(b, n), bytes, users, last_used as f64);
+            }
+            memory
+        }
+
+        fn hold(&mut self, key: LensKey, bytes: u64, users: u32, at: f64) {
+            let entry = self.history.register(bytes, 1.0, 0);
+            self.history.served(entry, at, 30);
+            let (phase, percent) = (Phase::Resident, 100);
+            let held = HeldLens { bytes, phase, percent, users, kept: false, entry, group: 0, id: None };
+            self.table.lenses.insert(key, held);
+        }
+
+        fn lens(&mut self, key: &LensKey) -> &mut HeldLens {
+            self.table.lenses.get_mut(key).unwrap()
+        }
+
+        fn plan(
+            &self,
+            wanted: &Wanted,
+            budgets: &Budgets,
+            protected: &BTreeSet<LensKey>,
+        ) -> Result<Plan, CannotFit> {
+            let order = Order { history: &self.history, ranking: self.history.ranking(self.policy, NOW) };
+            plan(wanted, &self.table, budgets, &order, protected)
+        }
+
+        fn plan_lens(&self, bytes: u64) -> Result<Plan, CannotFit> {
+            self.plan(&wanted_lens(bytes), &BUDGETS, &BTreeSet::new())
+        }
+
+        fn plan_base(&self, bytes: u64, instead_of_active: bool) -> Result<Plan, CannotFit> {
+            let wanted = Wanted::Base { key: base(9), bytes, working_bytes: 0, instead_of_active };
+            self.plan(&wanted, &BUDGETS, &BTreeSet::new())
         }
     }
 
-    fn lens_plan(bytes: u64, table: &Table) -> Result<Plan, CannotFit> {
-        plan(&Wanted::Lens(lens(0, 9), bytes), table, &BUDGETS, &BTreeSet::new())
+    fn wanted_lens(bytes: u64) -> Wanted {
+        Wanted::Lens { key: lens(0, 9), bytes, instead_of_others: true }
+    }
+
+    fn gone(plan: &Plan) -> Vec<LensKey> {
+        plan.evict_lenses.iter().map(|leaving| leaving.key.clone()).collect()
+    }
+
+    /// The lens that is used is the least recently used one.
+    fn memory() -> Memory {
+        let lenses = [(0, 1, 10, 0, 3), (0, 2, 10, 0, 1), (1, 3, 10, 1, 0)];
+        let mut memory = Memory::new(&[(0, 40, 5), (1, 20, 2)], &lenses);
+        memory.table.active = Some(base(0));
+        memory
     }
 
     #[test]
     fn the_least_recently_used_lens_leaves_and_one_in_use_never() {
-        assert_eq!(lens_plan(5, &table()).unwrap().evict_lenses, [lens(0, 2)]);
-        assert_eq!(lens_plan(20, &table()).unwrap().evict_lenses, [lens(0, 2), lens(0, 1)]);
-        let busy = lens_plan(25, &table()).unwrap_err();
-        assert_eq!((busy.short_by_bytes, busy.once_idle), (5, true));
-        let never = lens_plan(31, &table()).unwrap_err();
-        assert_eq!((never.short_by_bytes, never.once_idle), (1, false));
+        let memory = memory();
+        assert_eq!(gone(&memory.plan_lens(5).unwrap()), [lens(0, 2)]);
+        assert_eq!(gone(&memory.plan_lens(20).unwrap()), [lens(0, 2), lens(0, 1)]);
+        let busy = memory.plan_lens(25).unwrap_err();
+        assert_eq!((busy.short_by_bytes, busy.until), (5, Until::Idle));
+        let never = memory.plan_lens(31).unwrap_err();
+        assert_eq!((never.short_by_bytes, never.until), (1, Until::Never));
+    }
+
+    #[test]
+    fn a_lens_that_is_kept_stays_and_who_needs_its_room_is_told_so() {
+        let mut memory = memory();
+        memory.lens(&lens(0, 2)).kept = true;
+        assert_eq!(gone(&memory.plan_lens(5).unwrap()), [lens(0, 1)]);
+        memory.lens(&lens(1, 3)).kept = true;
+        let released = memory.plan_lens(11).unwrap_err();
+        assert_eq!((released.short_by_bytes, released.until), (1, Until::Released));
+        let ahead = Wanted::Lens { key: lens(0, 9), bytes: 5, instead_of_others: false };
+        assert_eq!(memory.plan(&ahead, &BUDGETS, &BTreeSet::new()).unwrap_err().until, Until::Idle);
     }
 
     #[test]
     fn a_lens_that_an_older_request_waits_for_stays() {
-        let protected = [lens(0, 2)].into();
-        let plan = plan(&Wanted::Lens(lens(0, 9), 5), &table(), &BUDGETS, &protected).unwrap();
-        assert_eq!(plan.evict_lenses, [lens(0, 1)]);
+        let plan = memory().plan(&wanted_lens(5), &BUDGETS, &[lens(0, 2)].into()).unwrap();
+        assert_eq!(gone(&plan), [lens(0, 1)]);
+    }
+
+    #[test]
+    fn who_leaves_is_told_why() {
+        let plan = memory().plan_lens(5).unwrap();
+        let leaving = &plan.evict_lenses[0];
+        assert_eq!(leaving.reason, EvictionReason::Room);
+        assert_eq!(leaving.message, "least recently used: idle 99 s");
+    }
+
+    #[test]
+    fn a_sweep_leaves_what_was_just_used_and_ends_at_the_low_watermark() {
+        let sweep = |high_percent, low_percent| {
+            let rule = SweepRule { high_percent, low_percent, every_seconds: 60 };
+            // Lens 3 is in use, lens 4 was used 5 s ago; 10 s make idle.
+            let lenses = [(0, 1, 10, 0, 3), (0, 2, 10, 0, 1), (1, 3, 5, 1, 0), (0, 4, 5, 0, 95)];
+            let plan =
+                Memory::new(&[], &lenses).plan(&Wanted::Swept(rule), &BUDGETS, &BTreeSet::new()).unwrap();
+            assert!(plan.evict_lenses.iter().all(|leaving| leaving.reason == EvictionReason::Idle));
+            gone(&plan)
+        };
+        assert_eq!(sweep(100, 0), [], "no more is taken than the high watermark");
+        assert_eq!(sweep(90, 80), [lens(0, 2)]);
+        assert_eq!(sweep(90, 0), [lens(0, 2), lens(0, 1)]);
     }
 
     #[test]
     fn smaller_budgets_send_parked_bases_away_and_never_the_active_one() {
-        let mut table = table();
-        table.lenses.get_mut(&lens(1, 3)).unwrap().users = 0;
+        let mut memory = memory();
+        memory.lens(&lens(1, 3)).users = 0;
         let less = |device_bytes| {
             let budgets = Budgets { device_bytes, ..BUDGETS };
-            plan(&Wanted::Less { working_bytes: 5 }, &table, &budgets, &BTreeSet::new()).unwrap()
+            memory.plan(&Wanted::Less { working_bytes: 5 }, &budgets, &BTreeSet::new()).unwrap()
         };
         assert!(less(95).is_empty(), "60 of bases, 30 for lenses, 5 to work with");
         assert_eq!(less(94).evict_bases, [base(1)]);
@@ -305,145 +515,166 @@ mod tests {
 
     #[test]
     fn ties_end_on_the_key() {
-        let mut table = table();
-        for held in table.lenses.values_mut() {
-            (held.last_used, held.users) = (7, 0);
-        }
-        assert_eq!(lens_plan(1, &table).unwrap().evict_lenses, [lens(0, 1)]);
-    }
-
-    fn base_plan(bytes: u64, instead_of_active: bool, table: &Table) -> Result<Plan, CannotFit> {
-        let wanted = Wanted::Base { key: base(9), bytes, working_bytes: 0, instead_of_active };
-        plan(&wanted, table, &BUDGETS, &BTreeSet::new())
+        let memory = Memory::new(&[], &[(0, 2, 10, 0, 7), (0, 1, 10, 0, 7), (1, 3, 10, 0, 7)]);
+        assert_eq!(gone(&memory.plan_lens(1).unwrap()), [lens(0, 1)]);
     }
 
     #[test]
     fn parked_bases_leave_before_the_active_one_and_only_idle() {
-        assert_eq!(base_plan(10, false, &table()).unwrap().evict_bases, [] as [BaseKey; 0]);
-        let parked_in_use = base_plan(20, false, &table()).unwrap_err();
-        assert!(parked_in_use.once_idle, "a lens over the parked base has a user");
-        let mut idle = table();
-        idle.lenses.get_mut(&lens(1, 3)).unwrap().users = 0;
-        let plan = base_plan(20, true, &idle).unwrap();
-        assert_eq!((plan.evict_bases, plan.evict_lenses), (vec![base(1)], vec![lens(1, 3)]));
-        assert_eq!(base_plan(60, true, &idle).unwrap().evict_bases, [base(1), base(0)]);
-        assert!(base_plan(60, false, &idle).unwrap_err().once_idle);
-        assert!(!base_plan(71, true, &idle).unwrap_err().once_idle);
+        let mut memory = memory();
+        assert_eq!(memory.plan_base(10, false).unwrap().evict_bases, [] as [BaseKey; 0]);
+        let parked_in_use = memory.plan_base(20, false).unwrap_err();
+        assert_eq!(parked_in_use.until, Until::Idle, "a lens over the parked base has a user");
+        memory.lens(&lens(1, 3)).users = 0;
+        let plan = memory.plan_base(20, true).unwrap();
+        assert_eq!((&plan.evict_bases[..], gone(&plan)), (&[base(1)][..], vec![lens(1, 3)]));
+        assert_eq!(memory.plan_base(60, true).unwrap().evict_bases, [base(1), base(0)]);
+        assert_eq!(memory.plan_base(60, false).unwrap_err().until, Until::Idle);
+        assert_eq!(memory.plan_base(71, true).unwrap_err().until, Until::Never);
+    }
+
+    #[test]
+    fn a_parked_base_with_a_lens_that_is_kept_leaves_after_the_others() {
+        let mut memory = Memory::new(&[(0, 20, 5), (1, 20, 2), (2, 20, 3)], &[(1, 3, 10, 0, 0)]);
+        memory.table.active = Some(base(0));
+        memory.lens(&lens(1, 3)).kept = true;
+        assert_eq!(memory.plan_base(30, false).unwrap().evict_bases, [base(2)]);
+        assert_eq!(memory.plan_base(50, false).unwrap().evict_bases, [base(2), base(1)]);
     }
 
     fn any_phase() -> impl Strategy<Value = Phase> {
         prop_oneof![3 => Just(Phase::Resident), 1 => Just(Phase::Loading), 1 => Just(Phase::Leaving)]
     }
 
-    fn any_table() -> impl Strategy<Value = (Table, Budgets)> {
-        let lenses =
-            proptest::collection::vec((0u8..3, 0u8..12, 1u64..20, any_phase(), 0u32..3, 0u64..6), 0..12);
+    fn any_policy() -> impl Strategy<Value = EvictionPolicy> {
+        proptest::sample::select(&EvictionPolicy::ALL)
+    }
+
+    fn any_memory() -> impl Strategy<Value = (Memory, Budgets)> {
+        let lens_spec =
+            (0u8..3, 0u8..12, 1u64..20, any_phase(), 0u32..3, 0u64..6, proptest::bool::weighted(0.2));
+        let lenses = proptest::collection::vec(lens_spec, 0..12);
         let bases = proptest::collection::vec((0u8..4, 1u64..40, any_phase(), 0u32..2, 0u64..6), 0..4);
-        (bases, lenses, 0u64..40, 0u64..60, proptest::option::of(0u8..4)).prop_map(
-            |(bases, lenses, lens_room, base_room, active)| {
-                let mut table = Table::default();
+        let active = proptest::option::of(0u8..4);
+        (bases, lenses, 0u64..40, 0u64..60, active, any_policy()).prop_map(
+            |(bases, lenses, lens_room, base_room, active, policy)| {
+                let specs: Vec<Spec> = lenses.iter().map(|l| (l.0, l.1, l.2, l.4, l.5)).collect();
+                let mut memory = Memory { policy, ..Memory::new(&[], &specs) };
                 for (n, bytes, phase, users, last_used) in bases {
                     let users = if phase == Phase::Resident { users } else { 0 };
-                    table.bases.insert(base(n), Held { bytes, phase, users, last_used });
+                    memory.table.bases.insert(base(n), Held { bytes, phase, users, last_used });
                 }
-                for (b, n, bytes, phase, users, last_used) in lenses {
-                    let users = if phase == Phase::Resident { users } else { 0 };
-                    table.lenses.insert(lens(b, n), Held { bytes, phase, users, last_used });
+                for (b, n, _, phase, _, _, kept) in lenses {
+                    let held = memory.lens(&lens(b, n));
+                    held.users = if phase == Phase::Resident { held.users } else { 0 };
+                    (held.phase, held.kept) = (phase, kept);
                 }
+                let table = &mut memory.table;
                 table.active = active.map(base).filter(|k| table.has_base(k));
                 // Budgets that the table respects, as it always does.
                 let lens_bytes = table.lens_bytes() + lens_room;
                 let device_bytes = lens_bytes + table.base_bytes() + base_room;
-                (table, Budgets { device_bytes, lens_bytes })
+                (memory, Budgets { device_bytes, lens_bytes })
             },
         )
     }
 
-    /// The table when the plan is carried out.
-    fn carried_out(plan: &Plan, wanted: &Wanted, mut table: Table) -> Table {
-        let leaves = |k: &LensKey| plan.evict_lenses.contains(k) || plan.evict_bases.contains(&k.base);
+    /// Memory when the plan is carried out.
+    fn carried_out(plan: &Plan, wanted: &Wanted, mut memory: Memory) -> Memory {
+        let gone = gone(plan);
+        let table = &mut memory.table;
+        let leaves = |k: &LensKey| gone.contains(k) || plan.evict_bases.contains(&k.base);
         table.lenses.retain(|k, h| h.phase != Phase::Leaving && !leaves(k));
         table.bases.retain(|k, h| h.phase != Phase::Leaving && !plan.evict_bases.contains(k));
         match wanted {
-            Wanted::Lens(key, bytes) if plan.load => {
-                table.lenses.insert(key.clone(), held(*bytes, 0, 9));
-            }
+            Wanted::Lens { key, bytes, .. } if plan.load => memory.hold(key.clone(), *bytes, 0, 9.0),
             Wanted::Base { key, bytes, .. } if plan.load => {
-                table.bases.insert(key.clone(), held(*bytes, 0, 9));
+                memory.table.bases.insert(key.clone(), held_base(*bytes, 0, 9));
             }
             _ => {}
         }
-        table
+        memory
     }
 
     proptest! {
         #[test]
-        fn what_is_used_or_moving_stays_and_budgets_hold(
-            (table, budgets) in any_table(),
+        fn what_is_used_kept_or_moving_stays_and_budgets_hold(
+            (memory, budgets) in any_memory(),
             wants_lens in any::<bool>(), bytes in 1u64..60, working_bytes in 0u64..5, instead in any::<bool>(),
             protect in 0u8..12,
         ) {
             let protected: BTreeSet<LensKey> = (0..3).map(|b| lens(b, protect)).collect();
             let wanted = if wants_lens {
-                Wanted::Lens(lens(0, 99), bytes)
+                Wanted::Lens { key: lens(0, 99), bytes, instead_of_others: instead }
             } else {
                 Wanted::Base { key: base(99), bytes, working_bytes, instead_of_active: instead }
             };
-            match plan(&wanted, &table, &budgets, &protected) {
+            let table = &memory.table;
+            match memory.plan(&wanted, &budgets, &protected) {
                 Ok(done) => {
-                    for key in &done.evict_lenses {
+                    let gone = gone(&done);
+                    for key in &gone {
                         let held = &table.lenses[key];
-                        prop_assert!(held.users == 0 && held.phase == Phase::Resident);
-                        prop_assert!(!wants_lens || !protected.contains(key));
+                        prop_assert!(held.is_idle());
+                        prop_assert!(!wants_lens || instead && !held.kept && !protected.contains(key));
                     }
                     for key in &done.evict_bases {
                         let held = &table.bases[key];
                         prop_assert!(held.users == 0 && held.phase == Phase::Resident);
                         prop_assert!(instead || table.active.as_ref() != Some(key));
-                        let orphans = table.lenses_over(key).filter(|l| !done.evict_lenses.contains(l)).count();
+                        let orphans = table.lenses_over(key).filter(|l| !gone.contains(l)).count();
                         prop_assert_eq!(orphans, 0, "lenses leave before their base");
                     }
-                    let after = carried_out(&done, &wanted, table.clone());
-                    prop_assert!(after.lens_bytes() <= budgets.lens_bytes);
+                    let after = carried_out(&done, &wanted, memory.clone());
+                    prop_assert!(after.table.lens_bytes() <= budgets.lens_bytes);
                     let working = if wants_lens { 0 } else { working_bytes };
-                    prop_assert!(after.base_bytes() + working + budgets.lens_bytes <= budgets.device_bytes);
-                    let again = plan(&wanted, &after, &budgets, &protected).unwrap();
+                    prop_assert!(after.table.base_bytes() + working + budgets.lens_bytes <= budgets.device_bytes);
+                    let again = after.plan(&wanted, &budgets, &protected).unwrap();
                     prop_assert!(again.is_empty(), "a plan on the planned state is empty: {again:?}");
                 }
                 Err(short) => {
                     prop_assert!(short.short_by_bytes > 0);
-                    // With a budget larger by what is missing, it fits.
+                    // With a budget larger by what is missing, it fits, or something else is missing.
                     let more = Budgets {
                         device_bytes: budgets.device_bytes + short.short_by_bytes,
                         lens_bytes: budgets.lens_bytes + if wants_lens { short.short_by_bytes } else { 0 },
                     };
-                    let retried = plan(&wanted, &table, &more, &protected);
-                    prop_assert!(retried.is_ok() || !short.once_idle && retried.unwrap_err().once_idle);
+                    let retried = memory.plan(&wanted, &more, &protected);
+                    prop_assert!(retried.is_ok() || short.until != Until::Idle && retried.unwrap_err().until != short.until);
+                    if short.until == Until::Idle && instead {
+                        // It is true: once nothing runs, nothing moves and nobody is before it, it fits.
+                        let mut idle = memory.clone();
+                        idle.table.lenses.values_mut().for_each(|h| (h.users, h.phase) = (0, Phase::Resident));
+                        idle.table.bases.values_mut().for_each(|h| (h.users, h.phase) = (0, Phase::Resident));
+                        prop_assert!(idle.plan(&wanted, &budgets, &BTreeSet::new()).is_ok());
+                    }
                 }
             }
         }
 
         #[test]
         fn smaller_budgets_are_met_as_far_as_what_is_idle_goes(
-            (table, budgets) in any_table(), cut in 0u64..50, device_cut in 0u64..80, working_bytes in 0u64..5,
+            (memory, budgets) in any_memory(), cut in 0u64..50, device_cut in 0u64..80, working_bytes in 0u64..5,
         ) {
             let less = Budgets {
                 lens_bytes: budgets.lens_bytes.saturating_sub(cut),
                 device_bytes: budgets.device_bytes.saturating_sub(device_cut),
             };
-            let active = table.active.clone();
+            let active = memory.table.active.clone();
             // A base may go once the lenses over it are gone: that takes another look.
-            let settled = table.lenses.values().all(|h| h.phase != Phase::Leaving);
+            let settled = memory.table.lenses.values().all(|h| h.phase != Phase::Leaving);
             let wanted = Wanted::Less { working_bytes };
-            let done = plan(&wanted, &table, &less, &BTreeSet::new()).unwrap();
-            let after = carried_out(&done, &wanted, table);
-            let idle = after.lenses.values().filter(|h| h.users == 0 && h.phase == Phase::Resident).count();
-            prop_assert!(after.lens_bytes() <= less.lens_bytes || idle == 0);
-            prop_assert!(active.is_none_or(|key| after.bases.contains_key(&key) || !done.evict_bases.contains(&key)));
-            let fits = after.base_bytes() + working_bytes + less.lens_bytes <= less.device_bytes;
-            let (can_leave, _) = parked(&after, false, u64::MAX);
+            let done = memory.plan(&wanted, &less, &BTreeSet::new()).unwrap();
+            let after = carried_out(&done, &wanted, memory);
+            let idle = after.table.lenses.values().filter(|h| h.is_idle()).count();
+            prop_assert!(after.table.lens_bytes() <= less.lens_bytes || idle == 0);
+            prop_assert!(
+                active.is_none_or(|key| after.table.bases.contains_key(&key) || !done.evict_bases.contains(&key))
+            );
+            let fits = after.table.base_bytes() + working_bytes + less.lens_bytes <= less.device_bytes;
+            let (can_leave, _) = parked(&after.table, false, u64::MAX);
             prop_assert!(fits || can_leave.is_empty() || !settled, "{can_leave:?} could leave");
-            let again = plan(&wanted, &after, &less, &BTreeSet::new()).unwrap();
+            let again = after.plan(&wanted, &less, &BTreeSet::new()).unwrap();
             prop_assert!(again.is_empty() || !settled, "{again:?}");
         }
     }

@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use turret_crds::document::PROTOCOL;
 use turret_crds::report::{
-    ArtifactState, BaseReport, LensReport, Tier, TierReport, WorkerReport, WorkerState,
+    ArtifactState, BaseReport, LeaseReport, LensReport, Tier, TierReport, WorkerReport, WorkerState,
 };
 
-use super::owner::{DeclaredBase, DeclaredLens, Owner, Stage, Turn};
+use super::declared::{Changed, DeclaredLens, LensName};
+use super::owner::{DeclaredBase, Owner, Stage, Turn};
+use super::resolve::CheckedFiles;
 use super::table::Phase;
 use super::{SpokenLens, Start, View};
 
@@ -25,43 +27,54 @@ pub(super) fn nothing(start: &Start, created: u64) -> View {
         report,
         document: None,
         bases: BTreeMap::new(),
-        lenses: BTreeMap::new(),
+        lenses: Arc::default(),
+        leases: Arc::default(),
+        evictions: BTreeMap::new(),
         max_context_tokens: start.limits.max_context_tokens,
         created,
     }
 }
 
+/// What was published of lenses last: the next view shares what stayed the same.
+#[derive(Debug, Default)]
+pub(super) struct Published {
+    reports: Vec<Arc<LensReport>>,
+    spoken: Arc<BTreeMap<LensName, SpokenLens>>,
+    pub(super) leases: Arc<Vec<LeaseReport>>,
+    disk: TierUse,
+}
+
+/// Bytes of files in the disk tier.
+#[derive(Clone, Copy, Debug, Default)]
+struct TierUse {
+    base_bytes: u64,
+    lens_bytes: u64,
+}
+
 impl Owner {
     /// Publishes what changed, if anything did.
     pub(super) fn publish(&mut self) {
+        self.follow_lenses();
         let report = WorkerReport {
             protocol: PROTOCOL,
             worker: self.start.worker.clone(),
             state: self.state(),
             bases: self.bases.iter().map(|(key, base)| self.base_report(key, base)).collect(),
-            lenses: self.lenses.iter().map(|(name, lens)| self.lens_report(name, lens)).collect(),
+            lenses: self.published.reports.clone(),
         };
         let bases = self
             .bases
             .iter()
             .filter_map(|(key, base)| Some((key.clone(), base.stage.ready()?.clone())))
             .collect();
-        let lenses = self
-            .lenses
-            .iter()
-            .filter_map(|(name, lens)| {
-                let ready = lens.stage.ready()?;
-                let spoken =
-                    SpokenLens { digest: ready.files.digest.clone(), tokenizer: ready.tokenizer.clone() };
-                Some((name.clone(), spoken))
-            })
-            .collect();
         let limits = self.coming_limits();
         let view = View {
             report,
             document: self.document.clone(),
             bases,
-            lenses,
+            lenses: self.published.spoken.clone(),
+            leases: self.published.leases.clone(),
+            evictions: self.evictions.clone(),
             max_context_tokens: limits.max_context_tokens,
             created: self.created,
         };
@@ -73,12 +86,67 @@ impl Owner {
             };
             let same_bases = current.bases.len() == view.bases.len()
                 && current.bases.iter().zip(&view.bases).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(a.1, b.1));
-            if same_documents && same_bases && current.report == view.report {
+            let same_leases = Arc::ptr_eq(&current.leases, &view.leases);
+            if same_documents && same_bases && same_leases && current.report == view.report {
                 return false;
             }
             *current = Arc::new(view);
             true
         });
+    }
+
+    /// Adds up which files of what is declared are in the disk tier; when that may have changed.
+    pub(super) fn measure_disk(&mut self) {
+        let cache = self.start.resolver.fetcher.cache();
+        let bytes = |files: &CheckedFiles| if cache.holds(&files.folder) { files.bytes } else { 0 };
+        self.published.disk = TierUse {
+            base_bytes: self.bases.values().filter_map(|b| Some(bytes(&b.stage.ready()?.files))).sum(),
+            lens_bytes: self.lenses.iter().filter_map(|(_, l)| Some(bytes(&l.stage.ready()?.files))).sum(),
+        };
+    }
+
+    /// Makes the reports of those lenses anew of which something changed.
+    fn follow_lenses(&mut self) {
+        let changed = self.lenses.take_changed();
+        let leased = match &changed {
+            Changed::All => true,
+            Changed::These(names) => names.iter().any(|name| self.leases.on(name) > 0),
+        };
+        if std::mem::take(&mut self.leases_changed) || leased {
+            self.published.leases = Arc::new(self.lease_reports());
+        }
+        if changed == Changed::default() {
+            return;
+        }
+        let mut published = std::mem::take(&mut self.published);
+        match changed {
+            Changed::All => {
+                published.reports =
+                    self.lenses.iter().map(|(name, lens)| self.lens_report(name, lens).into()).collect();
+                let spoken =
+                    self.lenses.iter().filter_map(|(name, lens)| Some((name.clone(), spoken(lens)?)));
+                published.spoken = Arc::new(spoken.collect());
+            }
+            Changed::These(names) => {
+                for name in names {
+                    let Some(lens) = self.lenses.get(&name) else { continue };
+                    let at =
+                        published.reports.binary_search_by(|r| (&r.group, &r.name).cmp(&(&name.0, &name.1)));
+                    // Names that come or go are `All`.
+                    let Ok(at) = at else { continue };
+                    published.reports[at] = self.lens_report(&name, lens).into();
+                    let digest = lens.stage.ready().map(|ready| &ready.files.digest);
+                    if published.spoken.get(&name).map(|spoken| &spoken.digest) != digest {
+                        let all = Arc::make_mut(&mut published.spoken);
+                        match spoken(lens) {
+                            Some(spoken) => all.insert(name, spoken),
+                            None => all.remove(&name),
+                        };
+                    }
+                }
+            }
+        }
+        self.published = published;
     }
 
     fn state(&self) -> WorkerState {
@@ -92,26 +160,23 @@ impl Owner {
                 Turn::Draining { to, .. } | Turn::Switching { to, .. } => Some(to.clone()),
             },
             tiers: self.tiers(),
-            running_rows: self.leases.len() as u32,
+            running_rows: self.permits.len() as u32,
             waiting_rows: self.waiters.len() as u32,
             switches: self.switches,
-            evictions: self.evictions,
+            evictions: self.evictions.values().sum(),
             cannot_fit: self.cannot_fit.clone(),
         }
     }
 
     fn tiers(&self) -> Vec<TierReport> {
         let cache = self.start.resolver.fetcher.cache();
-        let in_cache = |folder: &std::path::Path| cache.holds(folder);
-        let bases = self.bases.values().filter_map(|b| b.stage.ready()).filter(|b| in_cache(&b.files.folder));
-        let lenses =
-            self.lenses.values().filter_map(|l| l.stage.ready()).filter(|l| in_cache(&l.files.folder));
+        let TierUse { base_bytes, lens_bytes } = self.published.disk;
         let engine = self.engine.snapshot();
         vec![
             TierReport {
                 tier: Tier::Disk,
-                base_bytes: bases.map(|b| b.files.bytes).sum(),
-                lens_bytes: lenses.map(|l| l.files.bytes).sum(),
+                base_bytes,
+                lens_bytes,
                 working_bytes: 0,
                 budget_bytes: cache.budget(),
                 lens_budget_bytes: cache.budget(),
@@ -142,21 +207,33 @@ impl Owner {
         }
     }
 
-    fn lens_report(&self, name: &(String, String), lens: &DeclaredLens) -> LensReport {
+    fn lens_report(&self, name: &LensName, lens: &DeclaredLens) -> LensReport {
         let resolved = lens.stage.ready();
         let held = lens.key().and_then(|key| self.table.lenses.get(&key));
-        let loading = held.is_some_and(|h| h.phase == Phase::Loading);
+        let percent = held.filter(|h| h.phase == Phase::Loading).map(|h| h.percent);
+        let state = state_of(&lens.stage, percent);
+        let tier = tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some());
         LensReport {
-            group: name.0.clone(),
-            name: name.1.clone(),
-            state: state_of(&lens.stage, loading.then_some(0)),
-            tier: tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some()),
             digest: resolved.map(|r| r.files.digest.clone()),
             bytes: resolved.map(|r| r.bytes),
-            active_rows: lens.active_rows,
-            served: lens.served,
+            active_rows: lens.counts.active_rows,
+            served: lens.counts.served,
+            errors: lens.counts.errors,
+            last_used: lens.counts.last_used,
+            loads: lens.counts.loads,
+            load_millis: lens.counts.load_millis,
+            pinned: self.is_pinned(name, lens),
+            leases: u64::from(self.leases.on(name)),
+            last_eviction: lens.counts.last_eviction.clone(),
+            ..LensReport::new(&name.0, &name.1, state, tier)
         }
     }
+}
+
+/// What a request needs of a lens before it has a permit, once its files are found good.
+fn spoken(lens: &DeclaredLens) -> Option<SpokenLens> {
+    let ready = lens.stage.ready()?;
+    Some(SpokenLens { digest: ready.files.digest.clone(), tokenizer: ready.tokenizer.clone() })
 }
 
 fn tier(resident: bool, resolved: bool) -> Tier {

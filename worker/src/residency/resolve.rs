@@ -89,6 +89,16 @@ pub struct ResolvedLens {
     pub tokenizer: Option<Tokenizer>,
 }
 
+#[cfg(test)]
+impl ResolvedLens {
+    /// One that only has a digest.
+    pub(super) fn of_digest(digest: &str) -> Self {
+        let files =
+            CheckedFiles { folder: PathBuf::from("/"), digest: digest.into(), bytes: 1, files: Vec::new() };
+        Self { files, bytes: 1, tokenizer: None }
+    }
+}
+
 /// The declared number format as the engine calls it.
 pub fn engine_dtype(dtype: group::Dtype) -> Dtype {
     match dtype {

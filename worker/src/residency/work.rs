@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use turret_crds::document::BaseKey;
-use turret_crds::report::AppliedDocument;
+use turret_crds::report::{AppliedDocument, Eviction, EvictionReason};
 
 use super::Message;
+use super::declared::LensName;
 use super::failure::Failure;
 use super::loader::{self, LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
+use super::orders::epoch_seconds;
 use super::owner::{Owner, RECHECK, Span, Stage, Turn, base_too_large, lens_too_large};
+use super::plan::Leaving;
 use super::resolve::{ResolvedBase, ResolvedLens};
-use super::table::{Held, LensKey, Phase};
+use super::table::{Held, HeldLens, LensKey, Phase};
 use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
 /// Sources that are checked at a time.
@@ -23,9 +26,6 @@ const RESOLVE_AT_ONCE: usize = 3;
 const FIT_RETRY: Duration = Duration::from_secs(1);
 /// Budgets that do not fit are looked at again this often: a base may have failed meanwhile.
 const UNFIT_RECHECK: Duration = Duration::from_secs(10);
-
-/// A lens as it is declared: group and name.
-pub(super) type LensName = (String, String);
 
 /// What a job reports.
 #[derive(Debug)]
@@ -68,6 +68,10 @@ pub(super) enum Event {
         key: BaseKey,
         percent: u8,
     },
+    LensPercent {
+        key: LensKey,
+        percent: u8,
+    },
     Switched(SwitchOutcome),
     Reconfigured {
         limits: EngineConfig,
@@ -85,15 +89,24 @@ impl Owner {
     }
 
     pub(super) fn on_event(&mut self, event: Event) {
+        // What comes and goes with requests is looked at there.
+        let alone = matches!(
+            event,
+            Event::Measured(_)
+                | Event::LensLoaded { .. }
+                | Event::LensGone { .. }
+                | Event::BasePercent { .. }
+                | Event::LensPercent { .. }
+        );
+        self.untidy |= !alone;
+        self.look_ahead |= !alone;
         match event {
             Event::BaseResolved { key, token, result } => self.on_base_resolved(&key, token, result),
             Event::LensResolved { name, token, result } => self.on_lens_resolved(&name, token, result),
             Event::Measured(sizes) => {
                 for (name, token, bytes) in sizes {
-                    if let Some(lens) = self.lenses.get_mut(&name)
-                        && lens.token == token
-                    {
-                        lens.file_bytes = bytes;
+                    if self.lenses.get(&name).is_some_and(|lens| lens.token == token) {
+                        self.lenses.update(&name, |lens| lens.file_bytes = bytes);
                     }
                 }
             }
@@ -105,15 +118,13 @@ impl Owner {
             }
             Event::LensLoaded { key, result, since } => self.on_lens_loaded(&key, result, since),
             Event::LensGone { key, result } => match result {
-                Ok(()) => {
-                    self.table.lenses.remove(&key);
-                    self.lens_ids.remove(&key);
-                }
+                Ok(()) => self.lens_gone(&key),
                 Err(failure) => {
                     tracing::error!(digest = key.digest, error = %failure, "failed to free a lens");
                     if let Some(held) = self.table.lenses.get_mut(&key) {
                         held.phase = Phase::Resident;
                     }
+                    self.untidy = true;
                 }
             },
             Event::BaseLoaded { key, result } => self.on_base_loaded(&key, result),
@@ -136,6 +147,12 @@ impl Owner {
                     base.percent = percent;
                 }
             }
+            Event::LensPercent { key, percent } => {
+                if let Some(held) = self.table.lenses.get_mut(&key) {
+                    held.percent = percent;
+                    self.lenses.mark_key(&key);
+                }
+            }
             Event::Switched(outcome) => self.on_switched(outcome),
             Event::Reconfigured { limits, result } => self.on_reconfigured(limits, result),
         }
@@ -143,7 +160,12 @@ impl Owner {
 
     /// Starts what can be resolved now: bases first, the default group's before all, then small lenses.
     pub(super) fn start_resolutions(&mut self, now: Instant) {
+        if self.resolve_at.is_none_or(|at| now < at) {
+            return;
+        }
         let Some(document) = self.document.clone() else { return };
+        // The end of a resolution, or a new document, is a reason to look again; otherwise only time is.
+        self.resolve_at = None;
         let volumes: Arc<[String]> = document.source_volumes.clone().into();
         let default = document.default_group().map(|g| g.base.key.clone());
         let due = |in_flight: bool, resolving: bool, retry_at: Option<Instant>| {
@@ -183,16 +205,21 @@ impl Owner {
             }
             self.resolve_lens(name, volumes.clone());
         }
+        let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
+        let lenses = self.lenses.iter().map(|(_, l)| l).filter(|l| !l.in_flight);
+        let lenses = lenses.filter_map(|l| l.stage.retry_at());
+        // What is due waits for its base, whose end is a reason too.
+        self.resolve_at = bases.chain(lenses).filter(|at| *at > now).min();
     }
 
     fn resolve_lens(&mut self, name: LensName, volumes: Arc<[String]>) {
-        let Some(declared) = self.lenses.get_mut(&name) else { return };
+        let Some(declared) = self.lenses.get(&name) else { return };
         let Some(base) = self.bases.get(&declared.base).and_then(|b| b.stage.ready()).cloned() else {
             return;
         };
-        self.resolving += 1;
-        declared.in_flight = true;
         let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
+        self.resolving += 1;
+        self.lenses.update(&name, |declared| declared.in_flight = true);
         self.spawn(async move {
             Event::LensResolved { name, token, result: resolver.lens(lens, volumes, base).await }
         });
@@ -260,6 +287,7 @@ impl Owner {
 
     fn on_base_resolved(&mut self, key: &BaseKey, token: u64, result: Result<ResolvedBase, Failure>) {
         self.resolving -= 1;
+        self.resolve_at = Some(Instant::now());
         let limits = self.coming_limits().clone();
         let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
         declared.in_flight = false;
@@ -286,48 +314,52 @@ impl Owner {
 
     fn on_lens_resolved(&mut self, name: &LensName, token: u64, result: Result<ResolvedLens, Failure>) {
         self.resolving -= 1;
+        self.resolve_at = Some(Instant::now());
         let lens_budget = self.coming_limits().lens_bytes;
-        let Some(declared) = self.lenses.get_mut(name).filter(|l| l.token == token) else { return };
-        declared.in_flight = false;
+        let Some(declared) = self.lenses.get(name).filter(|l| l.token == token) else { return };
         let result = result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
+        let known = declared.stage.ready().map(|r| r.files.digest.clone());
+        let resident = declared.key().is_some_and(|key| self.table.has_lens(&key));
         let (group, lens) = name;
-        match result {
+        match &result {
+            Ok(resolved) if known.as_ref() == Some(&resolved.files.digest) => {}
             Ok(resolved) => {
-                if declared.stage.ready().map(|r| &r.files.digest) != Some(&resolved.files.digest) {
-                    tracing::info!(
-                        group,
-                        lens,
-                        digest = resolved.files.digest,
-                        bytes = resolved.bytes,
-                        "lens resolved"
-                    );
-                }
-                declared.failures = 0;
-                declared.stage = Stage::Ready(resolved);
+                let digest = &resolved.files.digest;
+                tracing::info!(group, lens, digest, bytes = resolved.bytes, "lens resolved");
+            }
+            // What is in memory was good when it came; the files are missed when they are needed again.
+            Err(failure) if resident => {
+                tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "the source of a loaded lens is no longer good");
             }
             Err(failure) => {
-                let resident = declared.key().is_some_and(|key| self.table.has_lens(&key));
-                if resident {
-                    // What is in memory was good when it came; the files are missed when they are needed again.
-                    tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "the source of a loaded lens is no longer good");
-                } else {
+                tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "lens failed");
+            }
+        }
+        self.lenses.update(name, |declared| {
+            declared.in_flight = false;
+            match result {
+                Ok(resolved) => {
+                    declared.failures = 0;
+                    declared.stage = Stage::Ready(resolved);
+                }
+                Err(_) if resident => {}
+                Err(failure) => {
                     declared.failures += 1;
-                    tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "lens failed");
                     declared.stage = Self::failed(failure, declared.failures);
                 }
             }
-        }
+        });
         self.retain_folders();
     }
 
     /// Lets the disk tier forget folders that nothing declared refers to.
-    fn retain_folders(&self) {
-        let busy = self.bases.values().any(|b| b.in_flight) || self.lenses.values().any(|l| l.in_flight);
-        if busy {
+    fn retain_folders(&mut self) {
+        self.measure_disk();
+        if self.resolving > 0 {
             return;
         }
         let bases = self.bases.values().filter_map(|b| Some(b.stage.ready()?.files.folder.clone()));
-        let lenses = self.lenses.values().filter_map(|l| Some(l.stage.ready()?.files.folder.clone()));
+        let lenses = self.lenses.iter().filter_map(|(_, l)| Some(l.stage.ready()?.files.folder.clone()));
         let folders: BTreeSet<PathBuf> = bases.chain(lenses).collect();
         self.start.resolver.fetcher.cache().retain(&folders);
     }
@@ -338,71 +370,92 @@ impl Owner {
         else {
             return;
         };
-        self.uses += 1;
-        let held = Held { bytes: lens.bytes, phase: Phase::Loading, users: 0, last_used: self.uses };
+        let Some(entry) = self.entry(&key) else { return };
+        let held = HeldLens {
+            bytes: lens.bytes,
+            phase: Phase::Loading,
+            percent: 0,
+            users: 0,
+            kept: self.is_kept(&key),
+            entry,
+            group: self.group_index(&key),
+            id: None,
+        };
         self.table.lenses.insert(key.clone(), held);
+        self.lenses.mark_key(&key);
         let engine = self.engine.clone();
         let since = Instant::now();
+        let loading = key.clone();
+        let on_percent = self.on_percent(move |percent| Event::LensPercent { key: loading.clone(), percent });
         self.spawn(async move {
-            let result = loader::load_lens(engine, base, layout, lens, Arc::new(|_| {})).await;
+            let result = loader::load_lens(engine, base, layout, lens, on_percent).await;
             Event::LensLoaded { key, result, since }
         });
     }
 
     fn on_lens_loaded(&mut self, key: &LensKey, result: Result<LensId, LoadError>, since: Instant) {
-        let names: Vec<LensName> = self
-            .lenses
-            .iter()
-            .filter(|(_, l)| l.key().as_ref() == Some(key))
-            .map(|(name, _)| name.clone())
-            .collect();
+        self.lenses.mark_key(key);
+        let names: Vec<LensName> = self.lenses.names(key).cloned().collect();
+        // It was taken out of the declaration on its way, or left too little room.
+        self.untidy |= names.is_empty() || self.wanted_limits.is_some();
+        self.look_ahead = true;
         match result {
             Ok(id) => {
-                self.lens_ids.insert(key.clone(), id);
+                let now = Instant::now();
+                let seconds = self.seconds(now);
+                let ms = (now - since).as_millis() as u64;
                 if let Some(held) = self.table.lenses.get_mut(key) {
-                    held.phase = Phase::Resident;
+                    (held.phase, held.id) = (Phase::Resident, Some(id));
+                    self.history.loaded(held.entry, seconds);
+                    self.history.set_load_seconds(held.entry, (now - since).as_secs_f64());
                 }
                 for name in &names {
-                    self.lenses.get_mut(name).expect("just listed").failures = 0;
+                    self.lenses.update(name, |lens| {
+                        lens.failures = 0;
+                        lens.counts.loads += 1;
+                        lens.counts.load_millis = Some(ms);
+                    });
                 }
-                let now = Instant::now();
-                tracing::info!(
-                    lens = ?names.first(),
-                    digest = key.digest,
-                    ms = (now - since).as_millis() as u64,
-                    "lens loaded"
-                );
+                tracing::info!(lens = ?names.first(), digest = key.digest, ms, "lens loaded");
                 if self.last_loads.len() > 4096 {
                     self.last_loads.clear();
                 }
                 self.last_loads.insert(key.clone(), (since, now));
             }
             Err(error) => {
-                self.table.lenses.remove(key);
+                if let Some(held) = self.table.lenses.remove(key) {
+                    self.history.failed(held.entry, self.seconds(Instant::now()));
+                }
+                self.resolve_at = Some(Instant::now());
+                let failure = match &error {
+                    LoadError::Changed => None,
+                    LoadError::Failed(failure) | LoadError::NoRoom(failure) => Some(failure),
+                };
                 for name in &names {
-                    let declared = self.lenses.get_mut(name).expect("just listed");
+                    if let Some(failure) = failure {
+                        tracing::warn!(group = name.0, lens = name.1, reason = %failure.reason, error = failure.message, "lens failed to load");
+                    }
                     self.next_token += 1;
-                    declared.token = self.next_token;
-                    declared.in_flight = false;
-                    declared.stage = match &error {
-                        LoadError::Changed => Stage::Resolving,
-                        LoadError::Failed(failure) | LoadError::NoRoom(failure) => {
-                            declared.failures += 1;
-                            tracing::warn!(group = name.0, lens = name.1, reason = %failure.reason, error = failure.message, "lens failed to load");
+                    let token = self.next_token;
+                    self.lenses.update(name, |declared| {
+                        (declared.token, declared.in_flight) = (token, false);
+                        declared.failures += u32::from(failure.is_some());
+                        declared.stage = failure.map_or(Stage::Resolving, |failure| {
                             Self::failed(failure.clone(), declared.failures)
-                        }
-                    };
+                        });
+                    });
                 }
             }
         }
     }
 
-    pub(super) fn evict_lens(&mut self, key: LensKey, why: &str) {
+    pub(super) fn evict_lens(&mut self, leaving: Leaving, why: &str) {
+        let Leaving { key, reason, message } = leaving;
         let Some(held) = self.table.lenses.get_mut(&key) else { return };
-        let Some(id) = self.lens_ids.get(&key).copied() else { return };
+        let Some(id) = held.id else { return };
         held.phase = Phase::Leaving;
-        self.evictions += 1;
-        tracing::info!(digest = key.digest, bytes = held.bytes, why, "lens evicted");
+        tracing::info!(digest = key.digest, bytes = held.bytes, %reason, message, why, "lens evicted");
+        self.note_eviction(&key, reason, message);
         let engine = self.engine.clone();
         self.spawn(async move {
             let result = loader::remove_lens(&engine, id).await;
@@ -410,16 +463,32 @@ impl Owner {
         });
     }
 
-    fn on_percent(&self, key: &BaseKey) -> OnPercent {
-        let (messages, key) = (self.messages.clone(), key.clone());
+    fn note_eviction(&mut self, key: &LensKey, reason: EvictionReason, message: String) {
+        *self.evictions.entry(reason).or_default() += 1;
+        let at = epoch_seconds();
+        let names: Vec<LensName> = self.lenses.names(key).cloned().collect();
+        for name in names {
+            let eviction = Eviction { reason, message: message.clone(), at };
+            self.lenses.count(&name, |counts| counts.last_eviction = Some(eviction));
+        }
+    }
+
+    /// Has a job report how far it is, every few percent.
+    fn on_percent(&self, event: impl Fn(u8) -> Event + Send + Sync + 'static) -> OnPercent {
+        let messages = self.messages.clone();
         let last = std::sync::atomic::AtomicU8::new(0);
         Arc::new(move |percent| {
             use std::sync::atomic::Ordering::Relaxed;
             if percent >= last.load(Relaxed).saturating_add(5) {
                 last.store(percent, Relaxed);
-                let _ = messages.send(Message::Event(Event::BasePercent { key: key.clone(), percent }));
+                let _ = messages.send(Message::Event(event(percent)));
             }
         })
+    }
+
+    fn on_base_percent(&self, key: &BaseKey) -> OnPercent {
+        let key = key.clone();
+        self.on_percent(move |percent| Event::BasePercent { key: key.clone(), percent })
     }
 
     fn hold_base(&mut self, key: &BaseKey, bytes: u64) {
@@ -435,7 +504,8 @@ impl Owner {
     pub(super) fn preload_base(&mut self, key: BaseKey, base: Arc<ResolvedBase>) {
         tracing::info!(base = %key, bytes = base.layout.bytes, "loading a base beside the active one");
         self.hold_base(&key, base.layout.bytes);
-        let (engine, on_percent) = (self.engine.clone(), self.on_percent(&key));
+        let engine = self.engine.clone();
+        let on_percent = self.on_base_percent(&key);
         self.spawn(async move {
             let result = loader::load_base(engine, base, on_percent).await;
             Event::BaseLoaded { key, result }
@@ -465,6 +535,7 @@ impl Owner {
     fn base_load_failed(&mut self, key: &BaseKey, error: LoadFailure) {
         let Some(base) = self.bases.get_mut(key) else { return };
         self.next_token += 1;
+        self.resolve_at = Some(Instant::now());
         base.token = self.next_token;
         base.in_flight = false;
         base.stage = match error {
@@ -482,7 +553,7 @@ impl Owner {
         let lenses = self
             .table
             .lenses_over(key)
-            .filter_map(|lens| Some((lens.clone(), *self.lens_ids.get(lens)?)))
+            .filter_map(|lens| Some((lens.clone(), self.table.lenses.get(lens)?.id?)))
             .collect();
         let base = self.bases.get(key).and_then(|b| b.stage.ready()).cloned();
         Some(Victim { key: key.clone(), id, lenses, base })
@@ -507,6 +578,7 @@ impl Owner {
         for (lens, held) in &mut self.table.lenses {
             if lens.base == *key {
                 held.phase = Phase::Leaving;
+                self.lenses.mark_key(lens);
             }
         }
     }
@@ -536,15 +608,22 @@ impl Owner {
             self.hold_base(&to, base.layout.bytes);
         }
         self.turn = Turn::Switching { to: to.clone(), since: Instant::now() };
-        let (engine, on_percent) = (self.engine.clone(), self.on_percent(&to));
+        let engine = self.engine.clone();
+        let on_percent = self.on_base_percent(&to);
         self.spawn(async move { Event::Switched(loader::switch(engine, order, on_percent).await) });
+    }
+
+    fn lens_gone(&mut self, key: &LensKey) {
+        self.table.lenses.remove(key);
+        self.lenses.mark_key(key);
+        self.look_ahead = true;
     }
 
     /// Takes what left out of the table.
     fn remove(&mut self, outcome: &SwitchOutcome) {
         for key in &outcome.removed_lenses {
-            self.table.lenses.remove(key);
-            self.lens_ids.remove(key);
+            self.note_eviction(key, EvictionReason::Base, "its base left the device".into());
+            self.lens_gone(key);
         }
         for key in &outcome.removed_bases {
             self.table.bases.remove(key);
@@ -601,7 +680,7 @@ impl Owner {
                     self.applied = Some(applied);
                 }
             }
-            Some(_) if self.reconfiguring || matches!(self.turn, Turn::Switching { .. }) => {}
+            Some(_) if self.reconfiguring.is_some() || matches!(self.turn, Turn::Switching { .. }) => {}
             Some(_) if self.is_shedding() || now < self.reconfigure_at => {}
             Some(wanted) => {
                 if let Some(short) = self.unfit_budgets() {
@@ -617,8 +696,8 @@ impl Owner {
                     self.reconfigure_at = now + FIT_RETRY;
                     return;
                 }
-                self.reconfiguring = true;
                 let (engine, limits) = (self.engine.clone(), wanted.clone());
+                self.reconfiguring = Some(limits.clone());
                 self.spawn(async move {
                     let result = engine.reconfigure(limits.clone()).await;
                     Event::Reconfigured { limits, result }
@@ -629,12 +708,11 @@ impl Owner {
 
     /// Whether something leaves, or is about to, so that smaller budgets can be met.
     fn is_shedding(&self) -> bool {
-        let held = self.table.bases.values().chain(self.table.lenses.values());
-        held.into_iter().any(|h| h.phase == Phase::Leaving) || !self.shed().is_empty()
+        self.table.phases().any(|phase| phase == Phase::Leaving) || !self.shed().is_empty()
     }
 
     fn on_reconfigured(&mut self, limits: EngineConfig, result: Result<(), ChangeError>) {
-        self.reconfiguring = false;
+        self.reconfiguring = None;
         match result {
             Ok(()) => {
                 // A newer document may have come meanwhile; then its limits are still wanted.
@@ -647,7 +725,7 @@ impl Owner {
             Err(ChangeError::CannotFit(short)) => {
                 let now = Instant::now();
                 // What is resident was shed before: without rows, nothing else can make room.
-                let once_idle = !self.leases.is_empty();
+                let once_idle = !self.permits.is_empty();
                 tracing::warn!(error = %short, once_idle, "the document's budgets do not fit");
                 let needed = limits.device_bytes.saturating_add(short.short_by_bytes);
                 self.cannot_fit = Some(self.cannot_fit(needed, limits.device_bytes, once_idle, short.why));
