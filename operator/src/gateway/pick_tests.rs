@@ -17,6 +17,7 @@ fn worker(name: &str) -> Worker<()> {
         state: ArtifactState::Ready,
         tier,
         digest: None,
+        revision: None,
         bytes: None,
         max_context_tokens: None,
     };
@@ -55,6 +56,7 @@ fn lens(group: &str, name: &str, tier: Tier) -> LensReport {
         state: ArtifactState::Ready,
         tier,
         digest: None,
+        revision: None,
         bytes: None,
         active_rows: 0,
         served: 0,
