@@ -11,17 +11,22 @@
 
 mod admit;
 pub mod cache;
+mod content;
 pub mod failure;
 pub mod fetch;
 pub mod files;
+pub mod hosts;
+pub mod hub;
 pub mod loader;
 mod owner;
 pub mod plan;
 mod publish;
+mod remote;
 pub mod resolve;
 pub mod source;
 pub mod switch;
 pub mod table;
+pub mod token;
 mod work;
 
 use std::collections::BTreeMap;

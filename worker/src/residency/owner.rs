@@ -14,6 +14,7 @@ use turret_crds::report::{AppliedDocument, CannotFit};
 use super::failure::{Failure, backoff};
 use super::plan::Budgets;
 use super::resolve::{ResolvedBase, ResolvedLens};
+use super::source::Listed;
 use super::table::{LensKey, Table};
 use super::{DEFAULT_DISK_BYTES, Lease, Message, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
@@ -322,10 +323,9 @@ impl Owner {
         self.reconfigure_at = Instant::now();
         let cache = self.start.resolver.fetcher.cache();
         cache.set_budget(document.memory.disk_bytes.unwrap_or(DEFAULT_DISK_BYTES));
-        let same_volumes =
-            self.document.as_ref().is_some_and(|d| d.source_volumes == document.source_volumes);
-        self.declare_bases(&document, same_volumes);
-        self.declare_lenses(&document, same_volumes);
+        let same_listed = self.document.as_ref().is_some_and(|d| Listed::of(d) == Listed::of(&document));
+        self.declare_bases(&document, same_listed);
+        self.declare_lenses(&document, same_listed);
         self.not_beside.clear();
         self.document = Some(Arc::new(document));
         self.cannot_fit = self.unfit_budgets();
@@ -379,7 +379,7 @@ impl Owner {
         }
     }
 
-    fn declare_bases(&mut self, document: &WorkerDocument, same_volumes: bool) {
+    fn declare_bases(&mut self, document: &WorkerDocument, same_listed: bool) {
         let mut old = std::mem::take(&mut self.bases);
         for group in &document.groups {
             let key = &group.base.key;
@@ -389,7 +389,7 @@ impl Owner {
             }
             let groups = vec![group.name.clone()];
             let declared = match old.remove(key) {
-                Some(known) if known.base == group.base && same_volumes => {
+                Some(known) if known.base == group.base && same_listed => {
                     DeclaredBase { groups, stage: known.stage.looked_at_again(), ..known }
                 }
                 _ => {
@@ -409,7 +409,7 @@ impl Owner {
         }
     }
 
-    fn declare_lenses(&mut self, document: &WorkerDocument, same_volumes: bool) {
+    fn declare_lenses(&mut self, document: &WorkerDocument, same_listed: bool) {
         let mut old = std::mem::take(&mut self.lenses);
         for group in &document.groups {
             for lens in &group.lenses {
@@ -420,7 +420,7 @@ impl Owner {
                     k.base == group.base.key
                         && k.lens.source == lens.source
                         && k.lens.kind == lens.kind
-                        && same_volumes
+                        && same_listed
                 };
                 let declared = match known {
                     Some(known) if same(&known) => {

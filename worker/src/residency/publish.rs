@@ -137,6 +137,7 @@ impl Owner {
             state: state_of(&base.stage, loading.then_some(base.percent)),
             tier: tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some()),
             digest: resolved.map(|r| r.files.digest.clone()),
+            revision: resolved.and_then(|_| base.base.source.revision.clone()),
             bytes: resolved.map(|r| r.layout.bytes),
             max_context_tokens: resolved.map(|r| r.context_tokens(self.coming_limits().max_context_tokens)),
         }
@@ -152,6 +153,7 @@ impl Owner {
             state: state_of(&lens.stage, loading.then_some(0)),
             tier: tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some()),
             digest: resolved.map(|r| r.files.digest.clone()),
+            revision: resolved.and_then(|_| lens.lens.source.revision.clone()),
             bytes: resolved.map(|r| r.bytes),
             active_rows: lens.active_rows,
             served: lens.served,

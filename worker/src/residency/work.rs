@@ -14,6 +14,7 @@ use super::failure::Failure;
 use super::loader::{self, LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
 use super::owner::{Owner, RECHECK, Span, Stage, Turn, base_too_large, lens_too_large};
 use super::resolve::{ResolvedBase, ResolvedLens};
+use super::source::Listed;
 use super::table::{Held, LensKey, Phase};
 use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
@@ -144,7 +145,7 @@ impl Owner {
     /// Starts what can be resolved now: bases first, the default group's before all, then small lenses.
     pub(super) fn start_resolutions(&mut self, now: Instant) {
         let Some(document) = self.document.clone() else { return };
-        let volumes: Arc<[String]> = document.source_volumes.clone().into();
+        let listed = Arc::new(Listed::of(&document));
         let default = document.default_group().map(|g| g.base.key.clone());
         let due = |in_flight: bool, resolving: bool, retry_at: Option<Instant>| {
             !in_flight && (resolving || retry_at.is_some_and(|at| at <= now))
@@ -163,10 +164,10 @@ impl Owner {
             self.resolving += 1;
             let declared = self.bases.get_mut(&key).expect("it was just listed");
             declared.in_flight = true;
-            let (base, token, resolver, volumes) =
-                (declared.base.clone(), declared.token, self.start.resolver.clone(), volumes.clone());
+            let (base, token, resolver, listed) =
+                (declared.base.clone(), declared.token, self.start.resolver.clone(), listed.clone());
             self.spawn(async move {
-                Event::BaseResolved { key, token, result: resolver.base(base, volumes).await }
+                Event::BaseResolved { key, token, result: resolver.base(base, listed).await }
             });
         }
         let mut lenses: Vec<(u64, LensName)> = self
@@ -181,11 +182,11 @@ impl Owner {
             if self.resolving >= RESOLVE_AT_ONCE {
                 return;
             }
-            self.resolve_lens(name, volumes.clone());
+            self.resolve_lens(name, listed.clone());
         }
     }
 
-    fn resolve_lens(&mut self, name: LensName, volumes: Arc<[String]>) {
+    fn resolve_lens(&mut self, name: LensName, listed: Arc<Listed>) {
         let Some(declared) = self.lenses.get_mut(&name) else { return };
         let Some(base) = self.bases.get(&declared.base).and_then(|b| b.stage.ready()).cloned() else {
             return;
@@ -194,16 +195,16 @@ impl Owner {
         declared.in_flight = true;
         let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
         self.spawn(async move {
-            Event::LensResolved { name, token, result: resolver.lens(lens, volumes, base).await }
+            Event::LensResolved { name, token, result: resolver.lens(lens, listed, base).await }
         });
     }
 
     /// Checks a lens again that was found good, while it goes on being served.
     fn resolve_again(&mut self, name: &LensName) {
         let Some(document) = &self.document else { return };
-        let volumes: Arc<[String]> = document.source_volumes.clone().into();
+        let listed = Arc::new(Listed::of(document));
         if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.stage.ready().is_some()) {
-            self.resolve_lens(name.clone(), volumes);
+            self.resolve_lens(name.clone(), listed);
         }
     }
 
