@@ -54,6 +54,8 @@ pub struct Options {
     pub env: Vec<(String, String)>,
     /// Without the static token.
     pub no_token: bool,
+    /// The disk tier of an earlier worker.
+    pub cache: Option<PathBuf>,
 }
 
 impl Worker {
@@ -81,7 +83,7 @@ impl Worker {
             .arg("--config")
             .arg(path)
             .arg("--cache-dir")
-            .arg(folder.path().join("cache"))
+            .arg(options.cache.unwrap_or_else(|| folder.path().join("cache")))
             .args(&options.args)
             .env("RUST_LOG", "info")
             .env("TURRET_THREADS", "1")
