@@ -81,6 +81,8 @@ pub enum FailureReason {
     NotAllowed,
     /// The source is on a volume that the placement does not list.
     VolumeNotMounted,
+    /// The source names a Secret that the placement does not list.
+    SecretNotMounted,
     /// A file is cut short or is not what its name says.
     Malformed,
     /// The lens was made for another base: shapes, layers or modules do not match.
@@ -97,7 +99,7 @@ impl FailureReason {
     /// Whether waiting can help. Sources change and come back, so most failures are looked at
     /// again; what is wrong in the declaration itself is not.
     pub fn is_retryable(self) -> bool {
-        !matches!(self, Self::NotAllowed | Self::VolumeNotMounted | Self::DoesNotFit)
+        !matches!(self, Self::NotAllowed | Self::VolumeNotMounted | Self::SecretNotMounted | Self::DoesNotFit)
     }
 
     /// Whether only a change by somebody can help, which makes a group `Stalled`.

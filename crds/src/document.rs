@@ -55,6 +55,9 @@ pub struct WorkerDocument {
     pub admission: AdmissionLimits,
     /// Names of the volumes mounted below the worker's volumes folder, sorted.
     pub source_volumes: Vec<String>,
+    /// Names of the Secrets whose tokens are below the worker's folder of Secrets, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_secrets: Vec<String>,
     /// Keys whose tokens are accepted, sorted. Empty without a cluster.
     pub public_keys: Vec<PublicKey>,
 }
@@ -110,7 +113,8 @@ pub struct DocumentBase {
 /// Identity of what is active on a worker: which weights, in which number format, quantized or not.
 ///
 /// Written `IDENTITY/DTYPE`, where IDENTITY is the declared digest, or the URI where none is
-/// declared (then two spellings of one place count as two bases), and DTYPE `stored` when absent.
+/// declared (then two spellings of one place count as two bases; `@COMMIT` follows a hub's), and DTYPE
+/// `stored` when absent.
 /// `/Q8_0` follows when it is quantized.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -120,7 +124,7 @@ impl BaseKey {
     /// The key of a base.
     pub fn of(base: &Base) -> Self {
         let source = &base.source;
-        let identity = source.digest.as_deref().unwrap_or(source.uri.trim_end_matches('/'));
+        let identity = source.digest.clone().unwrap_or_else(|| source.identity());
         let dtype = base.dtype.map_or("stored".into(), |dtype| format!("{dtype:?}"));
         match base.quantization.unwrap_or_default() {
             Quantization::None => Self(format!("{identity}/{dtype}")),
@@ -407,6 +411,8 @@ fn assemble(
     };
     let mut source_volumes: Vec<String> = spec.source_volumes.iter().map(|v| v.name.clone()).collect();
     source_volumes.sort();
+    let mut source_secrets: Vec<String> = spec.source_secrets.iter().map(|s| s.name.clone()).collect();
+    source_secrets.sort();
     let mut public_keys = public_keys.to_vec();
     public_keys.sort();
     let mut document = WorkerDocument {
@@ -426,6 +432,7 @@ fn assemble(
         eviction: eviction(spec),
         admission: admission(spec),
         source_volumes,
+        source_secrets,
         public_keys,
     };
     document.digest = document.compute_digest();

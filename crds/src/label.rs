@@ -32,6 +32,10 @@ pub const DOCUMENT_KEY: &str = "document.json.gz";
 pub const DOCUMENT_DIR: &str = "/etc/turret/document";
 /// Where a worker pod finds its source volumes, one folder per name.
 pub const VOLUMES_DIR: &str = "/var/lib/turret/volumes";
+/// Where a worker pod finds the Secrets of its sources, one folder per name.
+pub const SECRETS_DIR: &str = "/etc/turret/secrets";
+/// Key of a Secret, and so the file in its folder, that holds a token.
+pub const SECRET_KEY: &str = "token";
 /// Where a worker pod keeps its disk tier.
 pub const CACHE_DIR: &str = "/var/lib/turret/cache";
 

@@ -12,6 +12,7 @@
 pub mod condition;
 pub mod document;
 pub mod group;
+pub mod host_pattern;
 pub mod label;
 pub mod model_name;
 pub mod placement;

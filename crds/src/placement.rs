@@ -80,6 +80,12 @@ pub struct ModelPlacementSpec {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub source_volumes: Vec<SourceVolume>,
+    /// Secrets that `source.secretRef` of the groups' sources may name. Their key `token` is mounted read-only into
+    /// every worker; one that does not exist (yet) keeps no worker from starting.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub source_secrets: Vec<SourceSecret>,
     /// How long a worker that leaves may finish its running rows, in seconds. Default 120.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
@@ -302,6 +308,16 @@ pub struct ClaimRef {
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("claimName is the name of a PersistentVolumeClaim: lower-case letters, digits, `-` and `.`"))]
     pub claim_name: String,
+}
+
+/// A Secret of the placement's namespace that sources may name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceSecret {
+    /// Its name. Its key `token` is what the servers of sources are shown.
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("sourceSecrets names Secrets: lower-case letters, digits, `-` and `.`"))]
+    pub name: String,
 }
 
 /// The worker pods. A change here replaces them.

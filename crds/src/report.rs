@@ -192,6 +192,9 @@ pub struct BaseReport {
     /// Digest of its files, once computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+    /// The commit of the hub's repository that its files are of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Bytes in device memory, once its headers are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
@@ -215,6 +218,9 @@ pub struct LensReport {
     /// Digest of its files, once computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+    /// The commit of the hub's repository that its files are of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Bytes in device memory, once its headers are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
@@ -348,6 +354,7 @@ impl LensReport {
             state,
             tier,
             digest: None,
+            revision: None,
             bytes: None,
             active_rows: 0,
             served: 0,

@@ -17,7 +17,10 @@ use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
 };
-use turret_crds::label;
+use turret_crds::{
+    host_pattern::{self, HostPattern},
+    label,
+};
 
 use crate::{
     controllers::{
@@ -58,6 +61,16 @@ pub struct RunArgs {
     /// Image of workers whose placement names none.
     #[arg(long, env = "TURRET_WORKER_IMAGE")]
     worker_image: String,
+    /// Hosts that workers may fetch `https://` and `hf://` sources from, separated by commas; see `turret-worker serve
+    /// --help`. A change replaces the workers.
+    #[arg(
+        long,
+        env = "TURRET_ALLOWED_SOURCE_HOSTS",
+        value_name = "HOSTS",
+        value_delimiter = ',',
+        default_value = host_pattern::DEFAULT_SOURCE_HOSTS
+    )]
+    allowed_source_hosts: Vec<HostPattern>,
     /// Name of the Lease of the election.
     #[arg(long, default_value = rbac::LEASE)]
     lease_name: String,
@@ -284,6 +297,9 @@ fn context(
         fleet: Fleet::new(http.clone(), changed),
         public_keys: keys.public.clone(),
         worker_image: args.worker_image.clone(),
+        // What workers do anyway is not written into their pods: a new operator is not to replace them.
+        allowed_source_hosts: Some(host_pattern::join(&args.allowed_source_hosts))
+            .filter(|hosts| hosts != host_pattern::DEFAULT_SOURCE_HOSTS),
         metrics: metrics.clone(),
         placement_failures: Failures::default(),
         group_failures: Failures::default(),

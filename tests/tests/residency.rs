@@ -313,6 +313,7 @@ async fn a_worker_that_is_killed_at_any_moment_leaves_whole_files_and_the_next_o
     let cache = scratch.path().join("cache");
     let ca = server.ca.to_str().unwrap().to_owned();
     let options = || Options {
+        args: vec!["--allowed-source-hosts=localhost".into()],
         env: vec![("SSL_CERT_FILE".into(), ca.clone())],
         cache: Some(cache.clone()),
         ..Options::default()

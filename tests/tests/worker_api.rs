@@ -328,7 +328,9 @@ async fn https_sources_are_fetched_resumed_and_kept() {
         .lens("a", "pirate", &format!("{}/lenses/pirate", server.url))
         .lens("a", "none", &format!("{}/lenses/none", server.url));
     let ca = server.ca.to_str().unwrap().to_owned();
-    let options = Options { env: vec![("SSL_CERT_FILE".into(), ca)], ..Options::default() };
+    // The server is on this machine, which is allowed by name only.
+    let args = vec!["--allowed-source-hosts=localhost".into()];
+    let options = Options { args, env: vec![("SSL_CERT_FILE".into(), ca)], ..Options::default() };
     let worker = Worker::start_with(&family.document(), options);
     let report = worker.settled().await;
     assert_eq!(failure(&report, "a", "none").unwrap().0, FailureReason::SourceNotFound);

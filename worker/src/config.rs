@@ -4,10 +4,16 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand};
+use reqwest::Url;
+use turret_crds::host_pattern::{DEFAULT_SOURCE_HOSTS, HostPattern};
 use turret_crds::label;
 
 use crate::device::DeviceChoice;
+use crate::residency::hosts::{ClientError, Hosts};
+use crate::residency::hub::{DEFAULT_ENDPOINT, Hub, Mode};
+use crate::residency::token::{Own, Tokens};
 
 /// One base in memory, many lenses over it.
 #[derive(Debug, Parser)]
@@ -73,6 +79,32 @@ pub struct ServeArgs {
     /// Folders, separated by `:`, below which `file://` sources may lie. With -f, default: anywhere; else nowhere.
     #[arg(long, value_name = "FOLDERS", env = label::ENV_FILE_ROOTS)]
     pub file_roots: Option<String>,
+    /// Folder with one folder per Secret that a source's `secretRef` names, each with a file `token`. Read whenever a
+    /// token is needed.
+    #[arg(long, value_name = "FOLDER", default_value = label::SECRETS_DIR)]
+    pub secrets_dir: PathBuf,
+    /// File with the token of a Secret, which then need not be listed in `sourceSecrets`. May be repeated.
+    #[arg(long = "secret", value_name = "NAME=FILE", value_parser = parse_secret)]
+    pub secrets: Vec<(String, PathBuf)>,
+    /// Hosts that `https://` and `hf://` sources may be fetched from, separated by commas: a name
+    /// (`models.example.org`), names below one (`*.example.org`), an address or network (`10.1.0.0/16`), `hub` for the hub
+    /// and the hosts it stores files on, `public` for every name with a public address. What only `hub` or `public`
+    /// allows never leads to a private, link-local or loopback address.
+    #[arg(long, value_name = "HOSTS", value_delimiter = ',', default_value = DEFAULT_SOURCE_HOSTS)]
+    pub allowed_source_hosts: Vec<HostPattern>,
+    /// The hub of `hf://` sources. One that is given may have a private address. Default: https://huggingface.co
+    #[arg(long, value_name = "URL", env = "HF_ENDPOINT")]
+    pub hub_endpoint: Option<String>,
+    /// Never ask the hub: `hf://` sources are served from the Hugging Face cache and from what was fetched before.
+    #[arg(long, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
+    pub hub_offline: bool,
+    /// A cache of Hugging Face's own tools, used in place and never written to. Default: `hub` below `HF_HOME`, which is
+    /// `~/.cache/huggingface`
+    #[arg(long, value_name = "FOLDER", env = "HF_HUB_CACHE")]
+    pub hub_cache: Option<PathBuf>,
+    /// Token for the hub where a source names no Secret. Default: that of `hf auth login`
+    #[arg(long, value_name = "TOKEN", env = "HF_TOKEN", hide_env_values = true)]
+    pub hub_token: Option<String>,
     /// Where to compute.
     #[arg(long, env = label::ENV_DEVICE, default_value = "auto")]
     pub device: DeviceChoice,
@@ -108,6 +140,32 @@ impl ServeArgs {
         self.volumes.iter().cloned().collect()
     }
 
+    /// Where tokens of sources are.
+    pub fn tokens(&self) -> Tokens {
+        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        let file = || match variable("HF_TOKEN_PATH") {
+            Some(path) => path.into(),
+            None => hf_hub::hf_home().join("token"),
+        };
+        let own = match variable("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
+            Some(_) => Own::default(),
+            None => Own { given: self.hub_token.clone(), file: Some(file()) },
+        };
+        Tokens { secrets_dir: self.secrets_dir.clone(), files: self.secrets.iter().cloned().collect(), own }
+    }
+
+    /// The hub of `hf://` sources, and which hosts may be asked for files.
+    pub fn hub(&self) -> Result<(Hub, Hosts), HubError> {
+        let given = self.hub_endpoint.as_deref().map(str::trim).filter(|e| !e.is_empty());
+        let text = given.unwrap_or(DEFAULT_ENDPOINT);
+        let endpoint = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+        let endpoint = endpoint.ok_or_else(|| HubError::Endpoint(text.into()))?;
+        let hosts = Hosts::new(self.allowed_source_hosts.clone(), endpoint.clone(), given.is_some());
+        let mode = if self.hub_offline { Mode::Offline } else { Mode::Online };
+        let cache = self.hub_cache.clone().filter(|cache| !cache.as_os_str().is_empty());
+        Ok((Hub::new(endpoint, mode, cache, hosts.clone())?, hosts))
+    }
+
     /// The static token, if one was given.
     pub fn read_token(&self) -> Result<Option<String>, TokenError> {
         let (token, place) = match (&self.token, &self.token_file) {
@@ -121,6 +179,17 @@ impl ServeArgs {
         };
         if token.is_empty() { Err(TokenError::Empty(place)) } else { Ok(Some(token)) }
     }
+}
+
+/// Why there is no way to a hub.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// Its address is none.
+    #[error("the hub's endpoint `{0}` (HF_ENDPOINT) is no URL that begins with https:// or http://")]
+    Endpoint(String),
+    /// There are no certificates.
+    #[error(transparent)]
+    Client(#[from] ClientError),
 }
 
 /// Why there is no static token although one was asked for.
@@ -141,10 +210,16 @@ pub enum TokenError {
 }
 
 fn parse_volume(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => Ok((name.into(), folder.into())),
-        _ => Err("write NAME=FOLDER".into()),
-    }
+    parse_named(text).ok_or_else(|| "write NAME=FOLDER".into())
+}
+
+fn parse_secret(text: &str) -> Result<(String, PathBuf), String> {
+    parse_named(text).ok_or_else(|| "write NAME=FILE".into())
+}
+
+fn parse_named(text: &str) -> Option<(String, PathBuf)> {
+    let (name, path) = text.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty())?;
+    Some((name.into(), path.into()))
 }
 
 fn default_cache_dir() -> PathBuf {

@@ -16,14 +16,15 @@ use turret_crds::document::Verdict;
 use turret_crds::report::WorkerIdentity;
 
 use crate::api::{self, App};
-use crate::config::{ServeArgs, TokenError};
+use crate::config::{HubError, ServeArgs, TokenError};
 use crate::device::{self, NoDevice};
 use crate::document::{DocumentError, DocumentInput};
 use crate::engine::handle::{EngineConfig, EngineHandle};
 use crate::engine::{Engine, StartError};
 use crate::residency::cache::Cache;
-use crate::residency::fetch::{ClientError, Fetcher};
+use crate::residency::fetch::Fetcher;
 use crate::residency::files::Hasher;
+use crate::residency::hosts::ClientError;
 use crate::residency::resolve::Resolver;
 use crate::residency::source::Roots;
 use crate::residency::{DEFAULT_DISK_BYTES, Residency, Start};
@@ -60,6 +61,9 @@ pub enum ServeError {
     /// No certificates.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// Its hub cannot be asked.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// An address is taken or not ours.
     #[error("failed to listen on {address}")]
     Listen {
@@ -120,8 +124,14 @@ pub async fn serve(args: ServeArgs) -> Result<(), ServeError> {
         volumes: args.volumes(),
         volumes_dir: args.volumes_dir.clone(),
     };
-    let resolver =
-        Resolver { roots: Arc::new(roots), hasher: hasher.clone(), fetcher: Fetcher::new(cache, hasher)? };
+    let (hub, hosts) = args.hub()?;
+    let resolver = Resolver {
+        roots: Arc::new(roots),
+        hasher: hasher.clone(),
+        fetcher: Fetcher::new(cache, hasher, hosts)?,
+        hub,
+        tokens: Arc::new(args.tokens()),
+    };
     let worker = WorkerIdentity {
         name: args.name.clone().unwrap_or_else(host_name),
         instance: uuid::Uuid::new_v4().to_string(),

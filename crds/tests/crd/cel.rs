@@ -81,9 +81,14 @@ fn every_bound_has_an_object_beyond_it() {
 }
 
 /// What a worker reads without a cluster (`serve -f`) goes through these types: they must take
-/// every valid object, and the URI parser must agree with the CRD's rules.
+/// every valid object, and what takes sources apart must agree with the CRD's rules.
 #[test]
-fn the_types_read_every_valid_object_and_agree_about_uris() {
+fn the_types_read_every_valid_object_and_agree_about_sources() {
+    let about_sources = |message: &str| {
+        ["uri ", "an hf:// source", "only an hf://", "only hf://", "revision ", "secretRef."]
+            .iter()
+            .any(|start| message.starts_with(start))
+    };
     for kind in kinds() {
         for (what, object) in kind.valid() {
             let read = match kind.name() {
@@ -97,7 +102,7 @@ fn the_types_read_every_valid_object_and_agree_about_uris() {
             };
             read.unwrap_or_else(|error| panic!("{}: {what}: {error}", kind.name()));
         }
-        for (message, object) in kind.invalid().into_iter().filter(|(m, _)| m.starts_with("uri ")) {
+        for (message, object) in kind.invalid().into_iter().filter(|(m, _)| about_sources(m)) {
             let group: turret_crds::ModelGroup = serde_json::from_value(object).unwrap();
             let mut sources = group.spec.lenses.iter().map(|l| &l.source).chain([&group.spec.base.source]);
             assert!(sources.any(|source| source.location().is_err()), "{message}: {:?}", group.spec);

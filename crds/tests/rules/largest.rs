@@ -20,7 +20,12 @@ fn named(n: usize, length: usize) -> String {
 }
 
 fn source(uri: &str) -> Value {
-    json!({"uri": padded(uri, 1024), "digest": format!("sha256:{}", "0".repeat(64))})
+    json!({
+        "uri": padded(uri, 1024),
+        "digest": format!("sha256:{}", "0".repeat(64)),
+        "revision": "0".repeat(40),
+        "secretRef": {"name": "a".repeat(253)},
+    })
 }
 
 fn map(count: usize, value: impl Fn(usize) -> Value) -> Value {
@@ -34,7 +39,7 @@ fn group() -> Value {
         json!({
             "name": named(n, 63),
             "kind": "LoRA",
-            "source": source("https://models.example.org/"),
+            "source": source("hf://example-org/repo/"),
             "displayName": "a".repeat(128),
             "scaleMilli": -16000,
             "residency": "Preloaded",
@@ -46,7 +51,7 @@ fn group() -> Value {
         "kind": "ModelGroup",
         "metadata": {"name": "a".repeat(63)},
         "spec": {
-            "base": {"source": source("pvc://models/"), "dtype": "BF16", "quantization": "Q8_0"},
+            "base": {"source": source("hf://example-org/"), "dtype": "BF16", "quantization": "Q8_0"},
             "lenses": (0..256).map(lens).collect::<Vec<_>>(),
         },
     })
@@ -59,6 +64,7 @@ fn placement() -> Value {
     let volumes: Vec<_> = (0..16)
         .map(|n| json!({"name": named(n, 50), "persistentVolumeClaim": {"claimName": "a".repeat(253)}}))
         .collect();
+    let secrets: Vec<_> = (0..16).map(|n| json!({"name": named(n, 253)})).collect();
     let env: Vec<_> =
         (0..64).map(|n| json!({"name": padded(&format!("N{n}_"), 128), "value": "a".repeat(4096)})).collect();
     let toleration = json!({"key": "a".repeat(63), "operator": "Equal", "value": "a".repeat(63), "effect": "NoExecute", "tolerationSeconds": 30});
@@ -78,6 +84,7 @@ fn placement() -> Value {
             "switching": {"minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600},
             "admission": {"maxQueuedRequests": 65_536, "holdSeconds": 3600},
             "sourceVolumes": volumes,
+            "sourceSecrets": secrets,
             "terminationDrainSeconds": 3600,
             "worker": {
                 "image": "a".repeat(512),

@@ -50,6 +50,8 @@ pub struct Context {
     pub public_keys: watch::Receiver<Vec<PublicKey>>,
     /// Worker image of this operator's version.
     pub worker_image: String,
+    /// Hosts that workers may fetch sources from, where they are not a worker's default.
+    pub allowed_source_hosts: Option<String>,
     /// Events on objects.
     pub recorder: Recorder,
     /// Metrics.

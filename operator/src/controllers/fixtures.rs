@@ -82,6 +82,7 @@ impl World {
             workers: self.workers.clone(),
             public_keys: &[],
             default_image: &self.default_image,
+            allowed_source_hosts: None,
         };
         plan(&observed, at(second))
     }
@@ -180,6 +181,7 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
             .into_iter()
             .map(|(key, groups)| BaseReport {
                 digest: Some("sha256:base".into()),
+                revision: None,
                 bytes: Some(1 << 20),
                 max_context_tokens: Some(512),
                 key,

@@ -17,6 +17,7 @@ fn worker(name: &str) -> Worker<()> {
         state: ArtifactState::Ready,
         tier,
         digest: None,
+        revision: None,
         bytes: None,
         max_context_tokens: None,
     };

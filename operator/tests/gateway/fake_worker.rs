@@ -108,6 +108,7 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
                 state: ArtifactState::Ready,
                 tier: Tier::Disk,
                 digest: None,
+                revision: None,
                 bytes: None,
                 max_context_tokens: None,
             }),

@@ -37,8 +37,13 @@ impl Default for Family {
 
 impl Family {
     /// Adds a group over a base, computed in F32.
-    pub fn group(mut self, name: &str, base_uri: &str) -> Self {
-        let base = json!({"source": {"uri": base_uri}, "dtype": "F32"});
+    pub fn group(self, name: &str, base_uri: &str) -> Self {
+        self.group_of(name, json!({"uri": base_uri}))
+    }
+
+    /// The same, over a source with all its fields.
+    pub fn group_of(mut self, name: &str, source: Value) -> Self {
+        let base = json!({"source": source, "dtype": "F32"});
         self.groups.insert(name.into(), json!({"base": base, "lenses": []}));
         self
     }
@@ -52,6 +57,12 @@ impl Family {
     /// Adds a lens to a group, or replaces it.
     pub fn lens(mut self, group: &str, name: &str, uri: &str) -> Self {
         self.set_lens(group, name, json!({"name": name, "source": {"uri": uri}}));
+        self
+    }
+
+    /// The same, of a source with all its fields.
+    pub fn lens_of(mut self, group: &str, name: &str, source: Value) -> Self {
+        self.set_lens(group, name, json!({"name": name, "source": source}));
         self
     }
 

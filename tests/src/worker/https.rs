@@ -29,8 +29,15 @@ struct State {
     refuse: Mutex<Option<u16>>,
     /// Bytes a millisecond, at most.
     pace: Mutex<usize>,
-    /// Path and range of every request.
-    seen: Mutex<Vec<(String, Option<String>)>>,
+    /// Every request.
+    seen: Mutex<Vec<Seen>>,
+}
+
+/// A request as it came.
+struct Seen {
+    path: String,
+    range: Option<String>,
+    authorization: Option<String>,
 }
 
 impl Https {
@@ -93,7 +100,13 @@ impl Https {
     /// Ranges that were asked for, of one path, in order.
     pub fn ranges(&self, path: &str) -> Vec<Option<String>> {
         let seen = self.state.seen.lock().unwrap();
-        seen.iter().filter(|(p, _)| p == path).map(|(_, range)| range.clone()).collect()
+        seen.iter().filter(|s| s.path == path).map(|s| s.range.clone()).collect()
+    }
+
+    /// What was shown to be let in, with every request for one path, in order.
+    pub fn authorizations(&self, path: &str) -> Vec<Option<String>> {
+        let seen = self.state.seen.lock().unwrap();
+        seen.iter().filter(|s| s.path == path).map(|s| s.authorization.clone()).collect()
     }
 }
 
@@ -112,7 +125,8 @@ async fn answer(
         Some(line.split_once(':')?.1.trim().to_owned())
     };
     let range = header("range");
-    state.seen.lock().unwrap().push((path.clone(), range.clone()));
+    let authorization = header("authorization");
+    state.seen.lock().unwrap().push(Seen { path: path.clone(), range: range.clone(), authorization });
     let status = |status: u16| {
         format!("HTTP/1.1 {status} Status\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes()
     };

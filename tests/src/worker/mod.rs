@@ -2,4 +2,5 @@
 
 pub mod document;
 pub mod https;
+pub mod hub;
 pub mod process;

@@ -54,7 +54,7 @@ pub struct Options {
     pub env: Vec<(String, String)>,
     /// Without the static token.
     pub no_token: bool,
-    /// Another folder for fetched files than one of its own.
+    /// The disk tier of an earlier worker.
     pub cache: Option<PathBuf>,
 }
 

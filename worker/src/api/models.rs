@@ -73,6 +73,7 @@ fn lens_body(view: &View, group: &DocumentGroup, lens: &DocumentLens) -> Value {
         "display_name": lens.display_name,
         "scale_milli": lens.scale_milli,
         "source": lens.source.uri,
+        "revision": lens.source.revision,
         "declared_digest": lens.source.digest,
     });
     if let Some(report) = view.report.lens(&group.name, &lens.name) {

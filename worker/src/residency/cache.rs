@@ -4,6 +4,7 @@
 //! CACHE/blobs/<sha256>            a whole file
 //! CACHE/partial/<sha256 of url>   what has arrived of one, with its validator beside it
 //! CACHE/urls/<sha256 of url>.json which blob a URL was, and its validator
+//! CACHE/listings/<sha256>.json    the names of a hub folder's files, which never change
 //! CACHE/folders/<name>/<file>     links to blobs: a source as an ordinary folder
 //! ```
 //!
@@ -45,6 +46,13 @@ pub struct UrlRecord {
     pub size: u64,
     /// `ETag` or `Last-Modified`, for asking whether it is still the same.
     pub validator: Option<String>,
+}
+
+/// The files of a folder whose content never changes.
+#[derive(Debug, Serialize, Deserialize)]
+struct Listing {
+    folder: String,
+    names: BTreeSet<String>,
 }
 
 /// The budget is too small for a file.
@@ -153,6 +161,21 @@ impl Cache {
         replace(&path, &serde_json::to_vec(record)?)
     }
 
+    /// Names of the files of a folder, if they were written down.
+    pub fn listing(&self, folder: &str) -> Option<BTreeSet<String>> {
+        let text = fs::read(self.root.join("listings").join(name_of(folder) + ".json")).ok()?;
+        let listing: Listing = serde_json::from_slice(&text).ok()?;
+        (listing.folder == folder).then_some(listing.names)
+    }
+
+    /// Writes down the names of the files of a folder.
+    pub fn note_listing(&self, folder: &str, names: &BTreeSet<String>) -> io::Result<()> {
+        let at = self.root.join("listings");
+        fs::create_dir_all(&at)?;
+        let listing = Listing { folder: folder.to_owned(), names: names.clone() };
+        replace(&at.join(name_of(folder) + ".json"), &serde_json::to_vec(&listing)?)
+    }
+
     /// Makes the folder of a source: a link per file, and only those. Its blobs stay until [`Self::retain`] drops it.
     pub fn folder(&self, source: &str, files: &[(String, UrlRecord)]) -> io::Result<PathBuf> {
         let mut content = String::new();
@@ -229,6 +252,16 @@ mod tests {
         };
         cache.keep(&arrived, &record).unwrap();
         record
+    }
+
+    #[test]
+    fn a_listing_is_that_of_its_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::new(root.path(), 0);
+        let names = BTreeSet::from(["config.json".to_owned()]);
+        cache.note_listing("hf://a/b@1", &names).unwrap();
+        assert_eq!(cache.listing("hf://a/b@1"), Some(names));
+        assert_eq!(cache.listing("hf://a/b@2"), None);
     }
 
     #[test]

@@ -12,20 +12,25 @@
 mod admit;
 mod ahead;
 pub mod cache;
+mod content;
 mod declared;
 pub mod failure;
 pub mod fetch;
 pub mod files;
+pub mod hosts;
+pub mod hub;
 pub mod lease;
 pub mod loader;
 pub mod orders;
 mod owner;
 pub mod plan;
 mod publish;
+mod remote;
 pub mod resolve;
 pub mod source;
 pub mod switch;
 pub mod table;
+pub mod token;
 mod work;
 
 use std::collections::BTreeMap;

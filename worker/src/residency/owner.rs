@@ -20,6 +20,7 @@ use super::orders::{Obeyed, OrderError};
 use super::plan::Budgets;
 use super::publish::Published;
 use super::resolve::ResolvedBase;
+use super::source::Listed;
 use super::table::{LensKey, Table};
 use super::{DEFAULT_DISK_BYTES, Message, Outcome, Permit, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle};
@@ -345,10 +346,9 @@ impl Owner {
         self.reconfigure_at = Instant::now();
         let cache = self.start.resolver.fetcher.cache();
         cache.set_budget(document.memory.disk_bytes.unwrap_or(DEFAULT_DISK_BYTES));
-        let same_volumes =
-            self.document.as_ref().is_some_and(|d| d.source_volumes == document.source_volumes);
-        self.declare_bases(&document, same_volumes);
-        self.declare_lenses(&document, same_volumes);
+        let same_listed = self.document.as_ref().is_some_and(|d| Listed::of(d) == Listed::of(&document));
+        self.declare_bases(&document, same_listed);
+        self.declare_lenses(&document, same_listed);
         self.not_beside.clear();
         self.document = Some(Arc::new(document));
         self.cannot_fit = self.unfit_budgets();
@@ -407,7 +407,7 @@ impl Owner {
         }
     }
 
-    fn declare_bases(&mut self, document: &WorkerDocument, same_volumes: bool) {
+    fn declare_bases(&mut self, document: &WorkerDocument, same_listed: bool) {
         let mut old = std::mem::take(&mut self.bases);
         for group in &document.groups {
             let key = &group.base.key;
@@ -417,7 +417,7 @@ impl Owner {
             }
             let groups = vec![group.name.clone()];
             let declared = match old.remove(key) {
-                Some(known) if known.base == group.base && same_volumes => {
+                Some(known) if known.base == group.base && same_listed => {
                     DeclaredBase { groups, stage: known.stage.looked_at_again(), ..known }
                 }
                 _ => {
@@ -437,7 +437,7 @@ impl Owner {
         }
     }
 
-    fn declare_lenses(&mut self, document: &WorkerDocument, same_volumes: bool) {
+    fn declare_lenses(&mut self, document: &WorkerDocument, same_listed: bool) {
         let mut tokens = self.next_token;
         self.lenses.declare(|mut old| {
             let mut declared = BTreeMap::new();
@@ -446,7 +446,7 @@ impl Owner {
                     let name = (group.name.clone(), lens.name.clone());
                     let known = old.remove(&name);
                     tokens += 1;
-                    declared.insert(name, declare_lens(lens, &group.base.key, known, same_volumes, tokens));
+                    declared.insert(name, declare_lens(lens, &group.base.key, known, same_listed, tokens));
                 }
             }
             declared
@@ -539,11 +539,11 @@ fn declare_lens(
     lens: &DocumentLens,
     base: &BaseKey,
     known: Option<DeclaredLens>,
-    same_volumes: bool,
+    same_listed: bool,
     token: u64,
 ) -> DeclaredLens {
     let same = |k: &DeclaredLens| {
-        k.base == *base && k.lens.source == lens.source && k.lens.kind == lens.kind && same_volumes
+        k.base == *base && k.lens.source == lens.source && k.lens.kind == lens.kind && same_listed
     };
     match known {
         Some(known) if same(&known) => {

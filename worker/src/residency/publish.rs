@@ -202,6 +202,7 @@ impl Owner {
             state: state_of(&base.stage, loading.then_some(base.percent)),
             tier: tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some()),
             digest: resolved.map(|r| r.files.digest.clone()),
+            revision: resolved.and_then(|_| base.base.source.revision.clone()),
             bytes: resolved.map(|r| r.layout.bytes),
             max_context_tokens: resolved.map(|r| r.context_tokens(self.coming_limits().max_context_tokens)),
         }
@@ -215,6 +216,7 @@ impl Owner {
         let tier = tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some());
         LensReport {
             digest: resolved.map(|r| r.files.digest.clone()),
+            revision: resolved.and_then(|_| lens.lens.source.revision.clone()),
             bytes: resolved.map(|r| r.bytes),
             active_rows: lens.counts.active_rows,
             served: lens.counts.served,

@@ -2,6 +2,7 @@
 //!
 //! Runs on loader threads; reads headers and digests, never weights into memory.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,11 +11,15 @@ use turret_crds::document::{DocumentBase, DocumentLens};
 use turret_crds::group;
 use turret_crds::source::{Source, files_digest};
 
+use super::cache::UrlRecord;
 use super::failure::Failure;
-use super::fetch::Fetcher;
+use super::fetch::{Broken, Fetcher};
 use super::files::{FileIdentity, Hasher};
-use super::source::{Folder, Place, Roots, io_failure};
-use crate::lens::lora::{LENS_SIDE_FILES, LORA_FILES, LoraFolder, lora_files};
+use super::hub::{Hub, HubFolder, Mode};
+use super::remote::{Remote, not_here};
+use super::source::{Folder, Listed, Place, Roots, io_failure};
+use super::token::{Audience, Token, Tokens};
+use crate::lens::lora::{LENS_SIDE_FILES, LORA_FILES, LoraFolder, files_of_other_kinds, lora_files};
 use crate::lens::{LensError, LensFailure};
 use crate::model::config::ModelConfig;
 use crate::model::tensor_file::TensorFileError;
@@ -31,8 +36,12 @@ pub struct Resolver {
     pub roots: Arc<Roots>,
     /// Remembers digests.
     pub hasher: Arc<Hasher>,
-    /// Fetches `https://` sources.
+    /// Fetches files from servers.
     pub fetcher: Fetcher,
+    /// Knows what a hub has.
+    pub hub: Hub,
+    /// What servers are shown.
+    pub tokens: Arc<Tokens>,
 }
 
 /// Files as they were when they were checked.
@@ -118,8 +127,8 @@ pub fn engine_quantization(quantization: group::Quantization) -> Quantization {
 
 impl Resolver {
     /// Resolves a base.
-    pub async fn base(&self, base: DocumentBase, volumes: Arc<[String]>) -> Result<ResolvedBase, Failure> {
-        let folder = self.folder(&base.source, &volumes, Kind::Base).await?;
+    pub async fn base(&self, base: DocumentBase, listed: Arc<Listed>) -> Result<ResolvedBase, Failure> {
+        let folder = self.folder(&base.source, &listed, Kind::Base).await?;
         let resolver = self.clone();
         on_loader_thread(move || resolver.check_base(&base, &folder)).await
     }
@@ -128,82 +137,113 @@ impl Resolver {
     pub async fn lens(
         &self,
         lens: DocumentLens,
-        volumes: Arc<[String]>,
+        listed: Arc<Listed>,
         base: Arc<ResolvedBase>,
     ) -> Result<ResolvedLens, Failure> {
-        let folder = self.folder(&lens.source, &volumes, Kind::Lens).await?;
+        let folder = self.folder(&lens.source, &listed, Kind::Lens).await?;
         let resolver = self.clone();
         on_loader_thread(move || resolver.check_lens(&lens, &folder, &base)).await
     }
 
-    async fn folder(&self, source: &Source, volumes: &[String], kind: Kind) -> Result<Folder, Failure> {
-        match self.roots.locate(source, volumes)? {
+    async fn folder(&self, source: &Source, listed: &Listed, kind: Kind) -> Result<Folder, Failure> {
+        let token = |audience| self.tokens.find(source.secret_ref.as_ref(), &listed.secrets, audience);
+        match self.roots.locate(source, &listed.volumes)? {
             Place::Folder(folder) => Ok(folder),
-            Place::Https(url) => self.fetch(&url, kind).await,
+            Place::Https(url) => {
+                self.fetch(&Remote::Https { url, token: token(Audience::Server)? }, kind).await
+            }
+            Place::Hub(folder) => self.hub_folder(folder, token(Audience::Hub)?, kind).await,
+        }
+    }
+
+    /// A folder of a hub: where Hugging Face's own tools left it on this machine, or fetched.
+    async fn hub_folder(&self, folder: HubFolder, token: Token, kind: Kind) -> Result<Folder, Failure> {
+        if let Some(cached) = self.hub.cached(&folder).filter(|cached| kind.is_whole(&cached.path)) {
+            tracing::debug!(source = %folder, path = %cached.path.display(), "used in place from the Hugging Face cache");
+            return Ok(cached);
+        }
+        let names = self.names(&folder, &token).await?;
+        self.fetch(&Remote::Hub { hub: &self.hub, folder, names, token }, kind).await
+    }
+
+    /// Names of the files of a hub's folder. The hub is asked each time, since the answer also says who may see them;
+    /// what it said before counts while it cannot be asked.
+    async fn names(&self, folder: &HubFolder, token: &Token) -> Result<BTreeSet<String>, Failure> {
+        let (cache, key) = (self.fetcher.cache(), folder.to_string());
+        if self.hub.mode() == Mode::Offline {
+            return cache.listing(&key).ok_or_else(|| not_here(folder));
+        }
+        match self.hub.list(folder, token).await {
+            Ok(names) => {
+                cache.note_listing(&key, &names).map_err(|e| cache_failure(&e))?;
+                Ok(names)
+            }
+            Err(Broken::Final(failure)) => Err(failure),
+            Err(Broken::Network { failure, .. }) => {
+                let known = cache.listing(&key).ok_or_else(|| failure.clone())?;
+                tracing::warn!(
+                    source = key,
+                    error = failure.message,
+                    "hub not reachable, using what it listed before"
+                );
+                Ok(known)
+            }
         }
     }
 
     /// Fetches what a loader reads, and makes it an ordinary folder.
-    async fn fetch(&self, url: &str, kind: Kind) -> Result<Folder, Failure> {
-        let missing = |name: &str| {
-            Failure::new(FailureReason::SourceNotFound, format!("`{url}` has no `{name}` (404)"))
-        };
+    async fn fetch(&self, remote: &Remote<'_>, kind: Kind) -> Result<Folder, Failure> {
         let mut files = Vec::new();
         match kind {
             Kind::Lens => {
                 for name in LORA_FILES {
-                    let record = self.fetcher.file(url, name).await?.ok_or_else(|| missing(name))?;
-                    files.push((name.to_owned(), record));
+                    files.push((name.to_owned(), self.needed(remote, name).await?));
                 }
-                for name in LENS_SIDE_FILES {
-                    if let Some(record) = self.fetcher.file(url, name).await? {
+                // What makes it more than a LoRA is fetched too, so that it is not taken for one.
+                for name in LENS_SIDE_FILES.into_iter().chain(files_of_other_kinds()) {
+                    if let Some(record) = remote.file(&self.fetcher, name).await? {
                         files.push((name.to_owned(), record));
                     }
                 }
             }
             Kind::Base => {
                 for name in BASE_SIDE_FILES {
-                    match self.fetcher.file(url, name).await? {
-                        Some(record) => files.push(((*name).to_owned(), record)),
-                        None if matches!(*name, "config.json" | "tokenizer.json") => {
-                            return Err(missing(name));
-                        }
-                        None => {}
+                    if BASE_NEEDED.contains(name) {
+                        files.push(((*name).to_owned(), self.needed(remote, name).await?));
+                    } else if let Some(record) = remote.file(&self.fetcher, name).await? {
+                        files.push(((*name).to_owned(), record));
                     }
                 }
-                for name in self.fetch_shard_names(url, &mut files).await? {
-                    let record = self.fetcher.file(url, &name).await?.ok_or_else(|| missing(&name))?;
+                for name in self.fetch_shard_names(remote, &mut files).await? {
+                    let record = self.needed(remote, &name).await?;
                     files.push((name, record));
                 }
             }
         }
         let cache = self.fetcher.cache();
-        let internal = |e: std::io::Error| {
-            Failure::new(FailureReason::Internal, format!("failed to write to the cache folder: {e}"))
-        };
-        let root = cache.root().map_err(internal)?;
-        let path = cache.folder(url, &files).map_err(internal)?;
-        let path = std::fs::canonicalize(path).map_err(internal)?;
+        let root = cache.root().map_err(|e| cache_failure(&e))?;
+        let path = cache.folder(&remote.to_string(), &files).map_err(|e| cache_failure(&e))?;
+        let path = std::fs::canonicalize(path).map_err(|e| cache_failure(&e))?;
         Ok(Folder { path, root })
+    }
+
+    async fn needed(&self, remote: &Remote<'_>, name: &str) -> Result<UrlRecord, Failure> {
+        remote.file(&self.fetcher, name).await?.ok_or_else(|| remote.missing(name))
     }
 
     async fn fetch_shard_names(
         &self,
-        url: &str,
-        files: &mut Vec<(String, super::cache::UrlRecord)>,
+        remote: &Remote<'_>,
+        files: &mut Vec<(String, UrlRecord)>,
     ) -> Result<Vec<String>, Failure> {
         const INDEX: &str = "model.safetensors.index.json";
-        let Some(index) = self.fetcher.file(url, INDEX).await? else {
+        let Some(index) = remote.file(&self.fetcher, INDEX).await? else {
             return Ok(vec!["model.safetensors".to_owned()]);
         };
         files.push((INDEX.to_owned(), index));
-        let names: Vec<(String, super::cache::UrlRecord)> = files.clone();
-        let internal = |e: std::io::Error| {
-            Failure::new(FailureReason::Internal, format!("failed to write to the cache folder: {e}"))
-        };
         // The index is read by the same code that reads it from a folder.
-        let folder = self.fetcher.cache().folder(&format!("{url}#index"), &names).map_err(internal)?;
-        let known = base_files(&folder).map_err(|e| base_failure(&e))?;
+        let folder = self.fetcher.cache().folder(&format!("{remote}#index"), files);
+        let known = base_files(&folder.map_err(|e| cache_failure(&e))?).map_err(|e| base_failure(&e))?;
         Ok(known.into_iter().filter(|name| name.ends_with(".safetensors")).collect())
     }
 
@@ -272,10 +312,31 @@ impl Resolver {
     }
 }
 
+/// Files without which there is no base.
+const BASE_NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
+
 #[derive(Clone, Copy)]
 enum Kind {
     Base,
     Lens,
+}
+
+impl Kind {
+    /// Whether all that is needed of it is in a folder.
+    fn is_whole(self, folder: &Path) -> bool {
+        let is_there = |name: &str| folder.join(name).is_file();
+        match self {
+            Self::Lens => LORA_FILES.into_iter().all(is_there),
+            Self::Base => {
+                BASE_NEEDED.into_iter().all(is_there)
+                    && base_files(folder).is_ok_and(|names| names.iter().all(|name| is_there(name)))
+            }
+        }
+    }
+}
+
+fn cache_failure(error: &std::io::Error) -> Failure {
+    Failure::new(FailureReason::Internal, format!("failed to write to the cache folder: {error}"))
 }
 
 /// A file as `inspect` tells of it.

@@ -1,14 +1,32 @@
-//! Where a source may lie: below a root for `file://`, on a listed and mounted volume for `pvc://`. Nothing, not even a
-//! symbolic link, leads out of its root.
+//! Where a source may lie: below a root for `file://`, on a listed and mounted volume for `pvc://`, on a server or a hub.
+//! Nothing, not even a symbolic link, leads out of its root.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use turret_crds::WorkerDocument;
 use turret_crds::condition::FailureReason;
 use turret_crds::source::{Source, SourceLocation};
 
 use super::failure::Failure;
+use super::hub::HubFolder;
+
+/// What the placement lists.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// Volumes.
+    pub volumes: Vec<String>,
+    /// Secrets.
+    pub secrets: Vec<String>,
+}
+
+impl Listed {
+    /// What a document's placement lists.
+    pub fn of(document: &WorkerDocument) -> Self {
+        Self { volumes: document.source_volumes.clone(), secrets: document.source_secrets.clone() }
+    }
+}
 
 /// What this worker may read.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +46,8 @@ pub enum Place {
     Folder(Folder),
     /// On an HTTPS server, as a URL without trailing slash.
     Https(String),
+    /// In a repository on a hub.
+    Hub(HubFolder),
 }
 
 /// A folder and the root that its files may not leave. Both without symbolic links.
@@ -46,6 +66,10 @@ impl Roots {
             source.location().map_err(|e| Failure::new(FailureReason::NotAllowed, e.to_string()))?;
         match location {
             SourceLocation::Https { url } => Ok(Place::Https(url.to_owned())),
+            SourceLocation::Hub { org, repo, path, revision } => {
+                let [org, repo, path, revision] = [org, repo, path, revision].map(str::to_owned);
+                Ok(Place::Hub(HubFolder { org, repo, path, revision }))
+            }
             SourceLocation::File { path } => self.file(source, Path::new(path)),
             SourceLocation::Volume { volume, path } => self.volume(source, volume, path, listed),
         }
@@ -140,7 +164,7 @@ mod tests {
     use super::*;
 
     fn source(uri: &str) -> Source {
-        Source { uri: uri.into(), digest: None }
+        Source { uri: uri.into(), ..Source::default() }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::orders::epoch_seconds;
 use super::owner::{Owner, RECHECK, Span, Stage, Turn, base_too_large, lens_too_large};
 use super::plan::Leaving;
 use super::resolve::{ResolvedBase, ResolvedLens};
+use super::source::Listed;
 use super::table::{Held, HeldLens, LensKey, Phase};
 use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
@@ -166,7 +167,7 @@ impl Owner {
         let Some(document) = self.document.clone() else { return };
         // The end of a resolution, or a new document, is a reason to look again; otherwise only time is.
         self.resolve_at = None;
-        let volumes: Arc<[String]> = document.source_volumes.clone().into();
+        let listed = Arc::new(Listed::of(&document));
         let default = document.default_group().map(|g| g.base.key.clone());
         let due = |in_flight: bool, resolving: bool, retry_at: Option<Instant>| {
             !in_flight && (resolving || retry_at.is_some_and(|at| at <= now))
@@ -185,10 +186,10 @@ impl Owner {
             self.resolving += 1;
             let declared = self.bases.get_mut(&key).expect("it was just listed");
             declared.in_flight = true;
-            let (base, token, resolver, volumes) =
-                (declared.base.clone(), declared.token, self.start.resolver.clone(), volumes.clone());
+            let (base, token, resolver, listed) =
+                (declared.base.clone(), declared.token, self.start.resolver.clone(), listed.clone());
             self.spawn(async move {
-                Event::BaseResolved { key, token, result: resolver.base(base, volumes).await }
+                Event::BaseResolved { key, token, result: resolver.base(base, listed).await }
             });
         }
         let mut lenses: Vec<(u64, LensName)> = self
@@ -203,7 +204,7 @@ impl Owner {
             if self.resolving >= RESOLVE_AT_ONCE {
                 return;
             }
-            self.resolve_lens(name, volumes.clone());
+            self.resolve_lens(name, listed.clone());
         }
         let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
         let lenses = self.lenses.iter().map(|(_, l)| l).filter(|l| !l.in_flight);
@@ -212,7 +213,7 @@ impl Owner {
         self.resolve_at = bases.chain(lenses).filter(|at| *at > now).min();
     }
 
-    fn resolve_lens(&mut self, name: LensName, volumes: Arc<[String]>) {
+    fn resolve_lens(&mut self, name: LensName, listed: Arc<Listed>) {
         let Some(declared) = self.lenses.get(&name) else { return };
         let Some(base) = self.bases.get(&declared.base).and_then(|b| b.stage.ready()).cloned() else {
             return;
@@ -221,16 +222,16 @@ impl Owner {
         self.resolving += 1;
         self.lenses.update(&name, |declared| declared.in_flight = true);
         self.spawn(async move {
-            Event::LensResolved { name, token, result: resolver.lens(lens, volumes, base).await }
+            Event::LensResolved { name, token, result: resolver.lens(lens, listed, base).await }
         });
     }
 
     /// Checks a lens again that was found good, while it goes on being served.
     fn resolve_again(&mut self, name: &LensName) {
         let Some(document) = &self.document else { return };
-        let volumes: Arc<[String]> = document.source_volumes.clone().into();
+        let listed = Arc::new(Listed::of(document));
         if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.stage.ready().is_some()) {
-            self.resolve_lens(name.clone(), volumes);
+            self.resolve_lens(name.clone(), listed);
         }
     }
 

@@ -22,7 +22,7 @@ use turret_crds::{
     token::PublicKey,
 };
 
-use super::resources::{self, Rollout};
+use super::resources::{self, Rollout, Settings};
 use crate::controllers::{
     assess::{DocumentRef, ObservedWorker},
     live,
@@ -45,6 +45,8 @@ pub struct Observed<'a> {
     pub public_keys: &'a [PublicKey],
     /// Worker image of this operator's version.
     pub default_image: &'a str,
+    /// Hosts that sources may be fetched from, where they are not the worker's default.
+    pub allowed_source_hosts: Option<&'a str>,
 }
 
 /// The owned objects as cached.
@@ -136,7 +138,8 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let compiled = compile(placement, &observed.groups, observed.public_keys, &previous);
     let image = image(observed);
     let (rollout, look_again) = rollout(observed, now);
-    let deployment = resources::deployment(placement, &image, rollout);
+    let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };
+    let deployment = resources::deployment(placement, settings, rollout);
     let mut plan = Plan {
         document: compiled.document.as_ref().map(resources::reference).or_else(|| stored.clone()),
         gzip: compiled.document.as_ref().map(|d| d.to_gzip()),

@@ -124,6 +124,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         workers: ctx.workers(&key),
         public_keys: &public_keys,
         default_image: &ctx.worker_image,
+        allowed_source_hosts: ctx.allowed_source_hosts.as_deref(),
     };
     let now = Timestamp::now();
     let mut plan = plan::plan(&observed, now);

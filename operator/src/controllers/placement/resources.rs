@@ -1,8 +1,9 @@
 //! What a placement owns, from its spec alone. Pure.
 //!
 //! **The pod template depends on nothing but the pod-shaped part of the spec**: image, `worker`,
-//! `accelerator`, `sourceVolumes`, `memory.diskBudget` and `terminationDrainSeconds`. Groups, lenses,
-//! policies and budgets travel in the worker document, so changing them replaces no pod.
+//! `accelerator`, `sourceVolumes`, `sourceSecrets`, `memory.diskBudget` and `terminationDrainSeconds`, and
+//! the operator's own [`Settings`]. Groups, lenses, policies and budgets travel in the worker document, so
+//! changing them replaces no pod.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +13,11 @@ use k8s_openapi::{
         apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
         core::v1::{
             Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
-            EnvVar, EnvVarSource, HTTPGetAction, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
-            PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceFieldSelector, ResourceRequirements,
-            SeccompProfile, SecurityContext, Service, ServicePort, ServiceSpec, Toleration,
-            TopologySpreadConstraint, Volume, VolumeMount,
+            EnvVar, EnvVarSource, HTTPGetAction, KeyToPath, ObjectFieldSelector,
+            PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+            ProjectedVolumeSource, ResourceFieldSelector, ResourceRequirements, SeccompProfile,
+            SecretProjection, SecurityContext, Service, ServicePort, ServiceSpec, Toleration,
+            TopologySpreadConstraint, Volume, VolumeMount, VolumeProjection,
         },
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
@@ -55,6 +57,20 @@ const NODE_LOST_SECONDS: i64 = 30;
 const DEFAULT_DISK_BYTES: u64 = 64 << 30;
 /// The cache volume may be this much larger than the budget, which counts whole files only.
 const DISK_MARGIN_BYTES: u64 = 1 << 30;
+
+/// What the operator's own settings bring into worker pods.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings<'a> {
+    /// The resolved image.
+    pub image: &'a str,
+    /// Hosts that sources may be fetched from, where they are not the worker's default.
+    pub allowed_source_hosts: Option<&'a str>,
+}
+
+/// Name of the volume with the tokens of sources.
+const SECRETS: &str = "secrets";
+/// Tokens are read by the worker's group only.
+const SECRET_MODE: i32 = 0o440;
 
 /// How pods are replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,15 +202,16 @@ pub fn disruption_budget(placement: &ModelPlacement) -> PodDisruptionBudget {
 
 /// Hash of the pod-shaped part of the spec: a change of it, and nothing else, replaces pods.
 pub fn pod_shape(placement: &ModelPlacement) -> String {
-    // Which image a placement without one gets is decided by this hash, so it cannot be part of it.
+    // Which image a placement without one gets is decided by this hash, so it cannot be part of it; nor can
+    // other settings, since a new image is not to come along with them.
     let given = placement.spec.worker.as_ref().and_then(|w| w.image.as_deref()).unwrap_or_default();
-    let template = template(placement, given);
+    let template = template(placement, Settings { image: given, allowed_source_hosts: None });
     live::hash(&serde_json::to_value(template).expect("a pod template is JSON"))
 }
 
-/// The Deployment of the workers, made from `image`.
-pub fn deployment(placement: &ModelPlacement, image: &str, rollout: Rollout) -> Deployment {
-    let mut template = template(placement, image);
+/// The Deployment of the workers.
+pub fn deployment(placement: &ModelPlacement, settings: Settings<'_>, rollout: Rollout) -> Deployment {
+    let mut template = template(placement, settings);
     let hash = live::hash(&serde_json::to_value(&template).expect("a pod template is JSON"));
     template
         .metadata
@@ -232,7 +249,7 @@ pub fn template_hash(deployment: &Deployment) -> Option<&str> {
     Some(template.metadata.as_ref()?.annotations.as_ref()?.get(TEMPLATE)?.as_str())
 }
 
-fn template(placement: &ModelPlacement, image: &str) -> PodTemplateSpec {
+fn template(placement: &ModelPlacement, settings: Settings<'_>) -> PodTemplateSpec {
     let worker = placement.spec.worker.clone().unwrap_or_default();
     let drain = i64::from(placement.spec.termination_drain_seconds());
     let mut pod_labels = worker.pod_labels.clone();
@@ -246,7 +263,7 @@ fn template(placement: &ModelPlacement, image: &str) -> PodTemplateSpec {
         spec: Some(PodSpec {
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
-            containers: vec![container(placement, &worker, image, drain)],
+            containers: vec![container(placement, &worker, settings, drain)],
             node_selector: (!worker.node_selector.is_empty()).then(|| worker.node_selector.clone()),
             priority_class_name: worker.priority_class_name.clone(),
             runtime_class_name: worker.runtime_class_name.clone(),
@@ -281,7 +298,7 @@ fn template(placement: &ModelPlacement, image: &str) -> PodTemplateSpec {
     }
 }
 
-fn container(placement: &ModelPlacement, worker: &Worker, image: &str, drain: i64) -> Container {
+fn container(placement: &ModelPlacement, worker: &Worker, settings: Settings<'_>, drain: i64) -> Container {
     let port = |name: &str, number: u16| ContainerPort {
         name: Some(name.into()),
         container_port: number.into(),
@@ -300,7 +317,7 @@ fn container(placement: &ModelPlacement, worker: &Worker, image: &str, drain: i6
         timeout_seconds: Some(timeout),
         ..Probe::default()
     };
-    let args = [
+    let mut args = vec![
         "serve".into(),
         format!("--config={}", label::DOCUMENT_DIR),
         format!("--listen=0.0.0.0:{}", label::DATA_PORT),
@@ -309,11 +326,12 @@ fn container(placement: &ModelPlacement, worker: &Worker, image: &str, drain: i6
         format!("--volumes-dir={}", label::VOLUMES_DIR),
         format!("--drain-seconds={drain}"),
     ];
+    args.extend(settings.allowed_source_hosts.map(|hosts| format!("--allowed-source-hosts={hosts}")));
     Container {
         name: CONTAINER.into(),
-        image: Some(image.into()),
+        image: Some(settings.image.into()),
         image_pull_policy: Some("IfNotPresent".into()),
-        args: Some(args.into()),
+        args: Some(args),
         env: Some(environment(placement, worker)),
         ports: Some(vec![
             port(label::DATA_PORT_NAME, label::DATA_PORT),
@@ -435,7 +453,34 @@ fn volumes(placement: &ModelPlacement) -> Vec<Volume> {
         }),
         ..Volume::default()
     }));
+    volumes.extend(secrets(placement));
     volumes
+}
+
+/// The tokens of the listed Secrets as `NAME/token`: nothing else of them, and those that there are. The kubelet
+/// replaces them when a Secret changes, so a new token replaces no pod.
+fn secrets(placement: &ModelPlacement) -> Option<Volume> {
+    let listed = &placement.spec.source_secrets;
+    let project = |name: &str| VolumeProjection {
+        secret: Some(SecretProjection {
+            name: name.into(),
+            items: Some(vec![KeyToPath {
+                key: label::SECRET_KEY.into(),
+                path: format!("{name}/{}", label::SECRET_KEY),
+                mode: None,
+            }]),
+            optional: Some(true),
+        }),
+        ..VolumeProjection::default()
+    };
+    (!listed.is_empty()).then(|| Volume {
+        name: SECRETS.into(),
+        projected: Some(ProjectedVolumeSource {
+            default_mode: Some(SECRET_MODE),
+            sources: Some(listed.iter().map(|secret| project(&secret.name)).collect()),
+        }),
+        ..Volume::default()
+    })
 }
 
 /// Volume names of the user cannot meet ours.
@@ -458,5 +503,8 @@ fn mounts(placement: &ModelPlacement) -> Vec<VolumeMount> {
     mounts.extend(placement.spec.source_volumes.iter().map(|source| {
         mount(&source_volume_name(&source.name), &format!("{}/{}", label::VOLUMES_DIR, source.name), true)
     }));
+    if !placement.spec.source_secrets.is_empty() {
+        mounts.push(mount(SECRETS, label::SECRETS_DIR, true));
+    }
     mounts
 }

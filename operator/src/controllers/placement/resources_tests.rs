@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use turret_crds::ModelPlacement;
 
-use super::resources::{self, Rollout};
+use super::resources::{self, Rollout, Settings};
 use crate::controllers::fixtures::World;
 
 /// Compares with a file below `tests/golden`; `TURRET_UPDATE_GOLDEN=1` writes it.
@@ -28,6 +28,11 @@ fn placement(spec: Value) -> ModelPlacement {
     });
     whole["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
     serde_json::from_value(whole).unwrap()
+}
+
+/// The operator's settings where only the image is set.
+fn of(image: &str) -> Settings<'_> {
+    Settings { image, allowed_source_hosts: None }
 }
 
 /// With sorted keys, whatever `serde_json` was built to do.
@@ -54,7 +59,7 @@ fn the_smallest_placement() {
         &[
             value(resources::service(&placement)),
             value(resources::disruption_budget(&placement)),
-            value(resources::deployment(&placement, "registry.example/worker:1", Rollout::Surge)),
+            value(resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge)),
         ],
     );
 }
@@ -66,6 +71,7 @@ fn a_placement_with_everything_that_shapes_pods() {
         "accelerator": {"resourceName": "nvidia.com/gpu"},
         "memory": {"deviceBudget": "20Gi", "diskBudget": "10Gi"},
         "sourceVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models-claim"}}],
+        "sourceSecrets": [{"name": "hub-token"}, {"name": "team-a.models"}],
         "terminationDrainSeconds": 5,
         "worker": {
             "image": "registry.example/worker:mine",
@@ -80,10 +86,9 @@ fn a_placement_with_everything_that_shapes_pods() {
             "podAnnotations": {"example.com/note": "b"},
         },
     }));
-    golden(
-        "everything.yaml",
-        &[value(resources::deployment(&placement, "registry.example/worker:mine", Rollout::InPlace))],
-    );
+    let settings =
+        Settings { allowed_source_hosts: Some("hub,10.1.0.0/16"), ..of("registry.example/worker:mine") };
+    golden("everything.yaml", &[value(resources::deployment(&placement, settings, Rollout::InPlace))]);
 }
 
 #[test]
@@ -103,6 +108,7 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"accelerator": {"resourceName": "nvidia.com/gpu"}}),
         json!({"memory": {"diskBudget": "10Gi"}}),
         json!({"sourceVolumes": [{"name": "m", "persistentVolumeClaim": {"claimName": "c"}}]}),
+        json!({"sourceSecrets": [{"name": "hub-token"}]}),
         json!({"terminationDrainSeconds": 5}),
         json!({"worker": {"image": "other"}}),
         json!({"worker": {"resources": {"limits": {"memory": "1Gi"}}}}),
@@ -127,7 +133,7 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
     let shape = |spec: &Value| {
         let placement = placement(spec.clone());
         let image = placement.spec.worker.as_ref().and_then(|w| w.image.clone()).unwrap_or("image".into());
-        let deployment = resources::deployment(&placement, &image, Rollout::Surge);
+        let deployment = resources::deployment(&placement, of(&image), Rollout::Surge);
         let hash = resources::template_hash(&deployment).unwrap().to_owned();
         (value(deployment.spec.unwrap().template), hash, resources::pod_shape(&placement))
     };
@@ -145,4 +151,14 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
     let fields: std::collections::BTreeSet<_> =
         spec.properties.unwrap()["spec"].properties.clone().unwrap().into_keys().collect();
     assert_eq!(covered, fields, "every field of the spec is tried");
+}
+
+#[test]
+fn a_setting_of_the_operator_replaces_pods_and_brings_no_other_image() {
+    let placement = placement(json!({}));
+    let hosts = |allowed_source_hosts| Settings { allowed_source_hosts, ..of("image") };
+    let [open, closed] =
+        [None, Some("hub")].map(|allowed| resources::deployment(&placement, hosts(allowed), Rollout::Surge));
+    assert_ne!(resources::template_hash(&open), resources::template_hash(&closed));
+    assert_eq!(open.metadata.annotations, closed.metadata.annotations, "the shape that keeps an image");
 }

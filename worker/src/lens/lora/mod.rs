@@ -58,6 +58,11 @@ pub fn lora_files(folder: &Path) -> Vec<String> {
 const OTHER_KINDS: [(&str, &str); 2] =
     [("oracle.json", "an activation oracle"), ("verbalizer.json", "a verbalizer")];
 
+/// Files that tell that a folder is more than a LoRA.
+pub fn files_of_other_kinds() -> impl Iterator<Item = &'static str> {
+    OTHER_KINDS.iter().map(|(file, _)| *file)
+}
+
 /// What of a base a lens is laid out for.
 #[derive(Debug, Clone, PartialEq)]
 struct BaseKind {

@@ -1,0 +1,93 @@
+//! A folder of files on a server: which there are, and where each is asked for.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use reqwest::Url;
+use turret_crds::condition::FailureReason;
+
+use super::cache::UrlRecord;
+use super::failure::Failure;
+use super::fetch::{Content, Fetcher, Wanted};
+use super::hub::{Hub, HubFolder, Mode};
+use super::token::Token;
+
+/// A folder on a server.
+#[derive(Debug)]
+pub enum Remote<'a> {
+    /// Below a URL; which files there are is found out by asking for them.
+    Https {
+        /// Without trailing slash.
+        url: String,
+        /// What its server is shown.
+        token: Token,
+    },
+    /// Of a hub's repository.
+    Hub {
+        /// The hub.
+        hub: &'a Hub,
+        /// The folder.
+        folder: HubFolder,
+        /// What is in it.
+        names: BTreeSet<String>,
+        /// What the hub is shown.
+        token: Token,
+    },
+}
+
+impl fmt::Display for Remote<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Https { url, .. } => f.write_str(url),
+            Self::Hub { folder, .. } => write!(f, "{folder}"),
+        }
+    }
+}
+
+impl Remote<'_> {
+    /// A file of the folder; `None` when there is none of that name.
+    pub async fn file(&self, fetcher: &Fetcher, name: &str) -> Result<Option<UrlRecord>, Failure> {
+        match self {
+            Self::Https { url, token } => {
+                let key = format!("{url}/{name}");
+                let url = Url::parse(&key).map_err(|error| {
+                    Failure::new(FailureReason::NotAllowed, format!("`{key}` is no URL: {error}"))
+                })?;
+                fetcher.file(&Wanted { key, url, name, token, content: Content::Changing }).await
+            }
+            Self::Hub { names, .. } if !names.contains(name) => Ok(None),
+            Self::Hub { hub, folder, token, .. } => {
+                let key = folder.key(name);
+                if hub.mode() == Mode::Offline {
+                    return fetcher.cache().known(&key).map(Some).ok_or_else(|| not_here(folder));
+                }
+                let (url, content) = (hub.url(folder, name), Content::OfCommit(&folder.revision));
+                let found = fetcher.file(&Wanted { key, url, name, token, content }).await?;
+                // What is listed is there, or the hub contradicts itself.
+                Ok(Some(found.ok_or_else(|| self.missing(name))?))
+            }
+        }
+    }
+
+    /// A file that is needed is not there.
+    pub fn missing(&self, name: &str) -> Failure {
+        let message = match self {
+            Self::Https { url, .. } => format!("`{url}` has no `{name}` (404)"),
+            Self::Hub { folder, names, .. } if names.is_empty() && !folder.path.is_empty() => {
+                let HubFolder { org, repo, path, revision } = folder;
+                format!("the hub's repository `{org}/{repo}` has no folder `{path}` at the commit {revision}")
+            }
+            Self::Hub { folder, .. } => format!("`{folder}` has no `{name}`"),
+        };
+        Failure::new(FailureReason::SourceNotFound, message)
+    }
+}
+
+/// The hub may not be asked, and what is needed is not on this machine.
+pub fn not_here(folder: &HubFolder) -> Failure {
+    let message = format!(
+        "`{folder}` is not on this machine whole, neither in the Hugging Face cache nor in the worker's, and \
+         HF_HUB_OFFLINE keeps the hub from being asked"
+    );
+    Failure::new(FailureReason::SourceUnavailable, message)
+}
