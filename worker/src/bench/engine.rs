@@ -190,13 +190,13 @@ impl Loaded {
     ) -> Result<Vec<RowStream>, BenchError> {
         // Rows of the take before are cancelled and may be in one more step, behind which some of these would begin.
         while self.engine.snapshot().running_rows > 0 {
-            std::thread::sleep(Duration::from_millis(1));
+            wait(Duration::from_millis(1));
         }
         let chunk = GATE + rows * SHORT;
         self.engine.reconfigure(EngineConfig { prefill_chunk_tokens: chunk, ..self.config.clone() }).await?;
         let mut gate = self.engine.submit(self.row(GATE, 1, None)).await?;
         // Until its step has begun: who comes just before would begin in it, ahead of the others.
-        std::thread::sleep(Duration::from_millis(20));
+        wait(Duration::from_millis(20));
         let submit = |row: u32| {
             let lens = self.lenses[..lenses].get(row as usize % lenses.max(1));
             self.engine.submit(RowRequest { sampling, ..self.row(SHORT, new + SLACK, lens) })
@@ -337,6 +337,12 @@ impl Loaded {
             },
         ])
     }
+}
+
+/// Lets the engine's thread go on while this one has nothing to do but to be in time.
+#[expect(clippy::disallowed_methods, reason = "there is no event for what has not happened yet")]
+fn wait(time: Duration) {
+    std::thread::sleep(time);
 }
 
 /// Takes what a row has generated already, so that the next token is one that is waited for.

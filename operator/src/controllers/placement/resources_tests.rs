@@ -128,6 +128,7 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"memory": {"deviceBudget": "10Gi", "lensBudget": "1Gi"}}),
         json!({"batching": {"maxRunningRows": 3}}),
         json!({"switching": {"drainSeconds": 3}}),
+        json!({"eviction": {"policy": "LRU", "highWatermarkPercent": 80}}),
         json!({"admission": {"holdSeconds": 3}}),
     ];
     let shape = |spec: &Value| {
