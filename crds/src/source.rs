@@ -289,16 +289,16 @@ mod tests {
             let source = Source { revision: revision.map(Into::into), ..source("hf://a/b") };
             assert_eq!(source.location(), Err(InvalidSource::Revision("hf://a/b".into())), "{revision:?}");
         }
-        let unused = at("https://h/x", COMMIT).location();
-        assert_eq!(unused, Err(InvalidSource::UnusedRevision("https://h/x".into())));
+        let unused = at("https://h/x", COMMIT);
+        assert_eq!(unused.location(), Err(InvalidSource::UnusedRevision("https://h/x".into())));
         assert_eq!(at("hf://a/b/", COMMIT).identity(), format!("hf://a/b@{COMMIT}"));
         assert_eq!(source("pvc://v/x/").identity(), "pvc://v/x");
     }
 
     #[test]
     fn a_secret_is_named_where_it_is_used_and_leads_nowhere_else() {
-        let unused = with_secret(source("pvc://v/x"), "a").location();
-        assert_eq!(unused, Err(InvalidSource::UnusedSecret("pvc://v/x".into())));
+        let unused = with_secret(source("pvc://v/x"), "a");
+        assert_eq!(unused.location(), Err(InvalidSource::UnusedSecret("pvc://v/x".into())));
         for name in ["", "..", "a/b", "../a", "A", "a."] {
             let location = with_secret(source("https://h/x"), name);
             assert_eq!(location.location(), Err(InvalidSource::SecretName(name.into())));

@@ -510,7 +510,7 @@ async fn private_addresses_are_refused_also_behind_names_and_redirects() {
         .lens_of("a", "terse", hf("lenses/terse"))
         .lens_of("a", "shout", hf("lenses/shout"))
         .lens("a", "literal", "https://169.254.169.254/latest")
-        .lens("a", "odd", "https://0x7f000001/a")
+        .lens("a", "odd", "https://0x0a000001/a")
         .lens("a", "name", &format!("{}/lenses/shout", server.url));
     let mut options = options(&hub, scratch.path());
     options.env.push(("SSL_CERT_FILE".into(), server.ca.to_str().unwrap().into()));
@@ -519,7 +519,7 @@ async fn private_addresses_are_refused_also_behind_names_and_redirects() {
     let lenses =
         ["pirate", "terse", "shout"].into_iter().zip(elsewhere.iter().map(|(_, _, address)| *address));
     for (lens, word) in
-        lenses.chain([("literal", "169.254.169.254"), ("odd", "127.0.0.1"), ("name", "localhost")])
+        lenses.chain([("literal", "169.254.169.254"), ("odd", "10.0.0.1"), ("name", "localhost")])
     {
         let (reason, message) = failure(&report, lens).unwrap();
         assert_eq!(reason, FailureReason::NotAllowed, "{lens}: {message}");

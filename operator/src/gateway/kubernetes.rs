@@ -107,19 +107,21 @@ fn lean<K: ResourceExt>(mut object: K) -> K {
 }
 
 enum Seen {
-    Group(watcher::Event<ModelGroup>),
+    Group(Box<watcher::Event<ModelGroup>>),
     Placement(Box<watcher::Event<ModelPlacement>>),
-    Slice(watcher::Event<EndpointSlice>),
+    Slice(Box<watcher::Event<EndpointSlice>>),
 }
 
 /// Watches for ever. `tokens` signs what workers ask for.
 pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Directory>) {
     let events: [BoxStream<'static, Seen>; 3] = [
-        watch(watched.api(), watcher::Config::default()).map(Seen::Group).boxed(),
+        watch(watched.api(), watcher::Config::default()).map(|event| Seen::Group(Box::new(event))).boxed(),
         watch(watched.api(), watcher::Config::default())
             .map(|event| Seen::Placement(Box::new(event)))
             .boxed(),
-        watch(watched.api(), watcher::Config::default().labels(label::PLACEMENT)).map(Seen::Slice).boxed(),
+        watch(watched.api(), watcher::Config::default().labels(label::PLACEMENT))
+            .map(|event| Seen::Slice(Box::new(event)))
+            .boxed(),
     ];
     let mut events = futures::stream::select_all(events).ready_chunks(256);
     let mut groups = Objects::new();
@@ -130,9 +132,9 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
         let (mut declared, mut addresses) = (BTreeSet::new(), BTreeSet::new());
         for event in events {
             match event {
-                Seen::Group(event) => groups.take(event, &mut declared),
+                Seen::Group(event) => groups.take(*event, &mut declared),
                 Seen::Placement(event) => placements.take(*event, &mut declared),
-                Seen::Slice(event) => slices.take(event, &mut addresses),
+                Seen::Slice(event) => slices.take(*event, &mut addresses),
             }
         }
         let complete = groups.listed && placements.listed && slices.listed;
