@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use clap::Parser;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,6 +23,7 @@ use turret_crds::report::{
     DeviceReport, EvictionReason, LensReport, Tier, TierReport, WorkerIdentity, WorkerReport,
 };
 use turret_crds::{ModelGroup, ModelPlacement};
+use turret_worker::config::{Cli, Command};
 use turret_worker::engine::Engine;
 use turret_worker::engine::handle::{EngineConfig, EngineHandle};
 use turret_worker::residency::cache::Cache;
@@ -168,8 +170,14 @@ impl World {
             volumes: BTreeMap::new(),
             volumes_dir: PathBuf::from("/none"),
         };
-        let fetcher = Fetcher::new(cache, hasher.clone()).unwrap();
-        let resolver = Resolver { roots: Arc::new(roots), hasher, fetcher };
+        let Command::Serve(args) = Cli::parse_from(["turret-worker", "serve", "--file", "none"]).command
+        else {
+            panic!("it says serve")
+        };
+        let (hub, hosts) = args.hub().unwrap();
+        let fetcher = Fetcher::new(cache, hasher.clone(), hosts).unwrap();
+        let tokens = Arc::new(args.tokens());
+        let resolver = Resolver { roots: Arc::new(roots), hasher, fetcher, hub, tokens };
         let device = DeviceReport { kind: "cpu".into(), name: "test".into(), total_bytes: DEVICE_BYTES };
         let worker =
             WorkerIdentity { name: "test".into(), instance: "life".into(), version: "0".into(), device };
