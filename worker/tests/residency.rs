@@ -359,9 +359,12 @@ impl World {
 
         for (_, permit) in &self.permits {
             let Some(lens) = &permit.lens else { continue };
-            let mut named =
-                report.lenses.iter().filter(|l| l.digest.as_ref() == Some(&lens.digest)).peekable();
             // The same files under a name over the other base are another content.
+            let same = |l: &LensReport| {
+                let base = report.base_of(&l.group).and_then(|base| base.digest.as_ref());
+                l.digest.as_ref() == Some(&lens.digest) && base == Some(&permit.base_digest)
+            };
+            let mut named = report.lenses.iter().filter(|l| same(l)).peekable();
             let here = named.peek().is_none() || named.any(|l| l.tier == Tier::Device);
             assert!(here, "a row uses {} and it is gone: {report:#?}", lens.digest);
         }
