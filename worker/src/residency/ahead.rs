@@ -100,13 +100,18 @@ impl Owner {
         for (key, entry) in entries {
             self.history.set_priority(entry, self.priority(&key));
         }
+        self.follow_names();
+        self.look_ahead = true;
+    }
+
+    /// What is in memory is pinned, leased and grouped by its names, which have changed.
+    pub(super) fn follow_names(&mut self) {
         let held: Vec<LensKey> = self.table.lenses.keys().cloned().collect();
         for key in held {
             let (kept, group) = (self.is_kept(&key), self.group_index(&key));
             let held = self.table.lenses.get_mut(&key).expect("just listed");
             (held.kept, held.group) = (kept, group);
         }
-        self.look_ahead = true;
     }
 
     /// Where the history of these files is, once they are declared.

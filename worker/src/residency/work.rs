@@ -350,6 +350,8 @@ impl Owner {
                 }
             }
         });
+        // It may be other files now, which are in memory under another name already.
+        self.follow_names();
         self.retain_folders();
     }
 
