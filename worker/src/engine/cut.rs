@@ -1,13 +1,21 @@
 //! Which tokens of a vocabulary remain in the choice: the best k, or the smallest set of best ones with enough mass.
 //!
 //! Sorting a vocabulary takes longer than the rest of a step. What remains is always the tokens above a value, and the
-//! first few by id of those equal to it; so the value is searched by halving an interval, each time with one pass at
-//! the speed of the cache, until few enough lie inside to sort them.
+//! first few by id of those equal to it; so the value is searched in an interval that a sample of the weights suggests
+//! and that is then halved, each time with one pass at the speed of the cache over what still lies inside, until that is
+//! little enough to be sorted.
 
-use crate::kernels::vocabulary::{BLOCK, at_least};
+use crate::kernels::simd::LANES;
+use crate::kernels::vocabulary::{BLOCK, at_least, between};
 
 /// Numbers that are sorted rather than searched further.
-const FEW: usize = 512;
+const FEW: usize = 256;
+/// One of so many weights is in the sample. Odd, so that no pattern of a power of two decides what is in it.
+const STRIDE: usize = 61;
+/// Least number of weights of which a sample is worth taking.
+const SAMPLED: usize = 128 * STRIDE;
+/// Share by which the sample may be wrong without the interval missing the value; if it is, that costs time only.
+const DOUBT: f64 = 1.0 / 16.0;
 
 /// The tokens that remain, as a set over weights that are zero or more.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,19 +26,26 @@ pub(super) struct Cut {
     ties: usize,
 }
 
-/// Room for sums and sorting; reused.
+/// Room for sums and for the weights inside of an interval; reused.
 #[derive(Debug, Default)]
 pub(super) struct Room {
-    near: Vec<f32>,
+    /// By turns: those inside before and after the interval was halved.
+    near: [Vec<f32>; 2],
     blocks: Vec<f64>,
 }
 
 impl Room {
     pub(super) fn with_vocabulary(vocab: usize) -> Self {
-        Self { near: Vec::with_capacity(FEW), blocks: Vec::with_capacity(vocab.div_ceil(BLOCK)) }
+        let mut room = Self::default();
+        room.reserve_vocabulary(vocab);
+        room
     }
 
     pub(super) fn reserve_vocabulary(&mut self, vocab: usize) {
+        // They are copied once half of them are left.
+        for near in &mut self.near {
+            near.reserve((vocab / 2 + LANES + FEW).saturating_sub(near.len()));
+        }
         self.blocks.reserve(vocab.div_ceil(BLOCK).saturating_sub(self.blocks.len()));
     }
 }
@@ -57,17 +72,28 @@ impl Cut {
             return Self::ALL;
         }
         let count = count.max(1);
-        let (value, above) = search(weights, 0.0, room, |above| above.count >= count);
-        Self { value, ties: count - above.count }
+        match search(weights, 0.0, room, |above| above.count >= count) {
+            Some(Found { value, above, equal }) => Self::with_ties(value, count - above.count, equal),
+            None => Self::ALL,
+        }
     }
 
     /// The best tokens of this cut until they weigh `mass` together: the fewest that do.
     pub(super) fn until(self, weights: &[f32], mass: f64, room: &mut Room) -> Self {
-        let (value, above) = search(weights, self.value, room, |above| above.mass >= mass);
+        let Some(Found { value, above, equal }) =
+            search(weights, self.value, room, |above| above.mass >= mass)
+        else {
+            return self;
+        };
         let lacking = (mass - above.mass) / f64::from(value);
-        // Of equal ones as many as are needed; a sum that rounding keeps from being reached takes them all.
+        // Of equal ones as many as are needed; those that weigh nothing all remain.
         let ties = if lacking.is_finite() { (lacking.ceil() as usize).max(1) } else { usize::MAX };
-        Self { value, ties: if value == self.value { ties.min(self.ties) } else { ties } }
+        Self::with_ties(value, if value == self.value { ties.min(self.ties) } else { ties }, equal)
+    }
+
+    /// Of `equal` tokens with this very weight the first `ties` remain. To know that all do saves a look for the last one.
+    fn with_ties(value: f32, ties: usize, equal: usize) -> Self {
+        Self { value, ties: if ties >= equal { usize::MAX } else { ties } }
     }
 
     /// The sum of the weights that remain.
@@ -131,46 +157,118 @@ impl Cut {
     }
 }
 
-/// The largest weight from `lowest` on for which the weights that are at least as large are `enough`, and what lies
-/// above it. `lowest` when they never are.
-fn search(weights: &[f32], lowest: f32, room: &mut Room, enough: impl Fn(Above) -> bool) -> (f32, Above) {
-    // Floats of zero and more are ordered as their bits are.
-    let (mut low, mut high) = (lowest.to_bits(), 1.0_f32.to_bits() + 1);
-    let mut above = Above::default();
-    let mut inside = weights.len();
-    while high - low > 1 && inside > FEW {
-        let middle = low + (high - low) / 2;
-        let (count, mass) = at_least(weights, f32::from_bits(middle));
-        let here = Above { count, mass };
+/// What [`search`] finds.
+struct Found {
+    value: f32,
+    above: Above,
+    /// How many weigh as much as the value.
+    equal: usize,
+}
+
+/// Between which bits the value lies, and what is known of the weights on both sides. Floats of zero and more are ordered as
+/// their bits are.
+#[derive(Debug, Clone, Copy)]
+struct Interval {
+    low: u32,
+    /// Not inside.
+    high: u32,
+    /// From `high` on.
+    above: Above,
+    /// How many weights are inside.
+    inside: usize,
+}
+
+impl Interval {
+    fn of(weights: &[f32], lowest: f32) -> Self {
+        // The largest weight is 1.
+        let (low, high) = (lowest.to_bits(), 1.0_f32.to_bits() + 1);
+        Self { low, high, above: Above::default(), inside: weights.len() }
+    }
+
+    /// What lies inside is `from..below`.
+    fn ends(&self) -> (f32, f32) {
+        (f32::from_bits(self.low), f32::from_bits(self.high))
+    }
+
+    fn middle(&self) -> u32 {
+        self.low + (self.high - self.low) / 2
+    }
+
+    /// Cuts it at these bits, if they are inside, by one pass over the weights, which lie below `outside`.
+    fn cut(&mut self, bits: u32, weights: &[f32], outside: Above, enough: impl Fn(Above) -> bool) {
+        if bits <= self.low || bits >= self.high {
+            return;
+        }
+        let (count, mass) = at_least(weights, f32::from_bits(bits));
+        let here = Above { count: outside.count + count, mass: outside.mass + mass };
         if enough(here) {
-            inside = count - above.count;
-            low = middle;
+            self.inside = here.count - self.above.count;
+            self.low = bits;
         } else {
-            inside -= count - above.count;
-            (high, above) = (middle, here);
+            self.inside -= here.count - self.above.count;
+            (self.high, self.above) = (bits, here);
         }
     }
-    if high - low == 1 {
-        return (f32::from_bits(low), above);
-    }
-    let (from, to) = (f32::from_bits(low), f32::from_bits(high));
-    room.near.clear();
-    room.near.extend(weights.iter().copied().filter(|weight| (from..to).contains(weight)));
-    room.near.sort_unstable_by(|a, b| b.total_cmp(a));
-    let mut here = above;
-    for (i, &weight) in room.near.iter().enumerate() {
-        if i > 0 && weight < room.near[i - 1] {
-            above = here;
+}
+
+/// The largest weight from `lowest` on for which the weights that are at least as large are `enough`. `None` when they
+/// never are.
+fn search(weights: &[f32], lowest: f32, room: &mut Room, enough: impl Fn(Above) -> bool) -> Option<Found> {
+    let [near, next] = &mut room.near;
+    let mut interval = Interval::of(weights, lowest);
+    if weights.len() >= SAMPLED {
+        near.clear();
+        near.extend(weights.iter().copied().step_by(STRIDE));
+        for times in [1.0 - DOUBT, 1.0 + DOUBT].map(|doubt| doubt * STRIDE as f64) {
+            let guess = guess(near, lowest, |above| {
+                enough(Above { count: (above.count as f64 * times) as usize, mass: above.mass * times })
+            });
+            interval.cut(guess, weights, Above::default(), &enough);
         }
-        here = Above { count: here.count + 1, mass: here.mass + f64::from(weight) };
+    }
+    // Whether the weights inside were copied, and what lies above those that were.
+    let (mut copied, mut outside) = (false, Above::default());
+    loop {
+        let among = if copied { near.as_slice() } else { weights };
+        let is_last = interval.high - interval.low <= 1 || interval.inside <= FEW;
+        if is_last || 2 * interval.inside <= among.len() {
+            let (from, below) = interval.ends();
+            between(among, from, below, interval.inside, next);
+            std::mem::swap(near, next);
+            // Until here those below `lowest` may have been counted.
+            interval.inside = near.len();
+            (copied, outside) = (true, interval.above);
+        }
+        if is_last {
+            break;
+        }
+        let among = if copied { near.as_slice() } else { weights };
+        interval.cut(interval.middle(), among, outside, &enough);
+    }
+    near.sort_unstable_by(|a, b| b.total_cmp(a));
+    let (mut above, mut last) = (interval.above, None);
+    for equal in near.chunk_by(|a, b| a == b) {
+        let here = equal
+            .iter()
+            .fold(above, |sum, weight| Above { count: sum.count + 1, mass: sum.mass + f64::from(*weight) });
+        last = Some(Found { value: equal[0], above, equal: equal.len() });
         if enough(here) {
-            return (weight, above);
+            return last;
         }
+        above = here;
     }
-    match room.near.last() {
-        Some(&last) if from > lowest => (last, above),
-        _ => (lowest, here),
+    // A pass over all of them may have found enough where this sum, rounded otherwise, falls short by a hair.
+    last.filter(|_| interval.low > lowest.to_bits())
+}
+
+/// The bits of the value as these weights alone have it.
+fn guess(sample: &[f32], lowest: f32, enough: impl Fn(Above) -> bool) -> u32 {
+    let mut interval = Interval::of(sample, lowest);
+    // Beyond twelve bits it would be a guess at the sample's own noise.
+    while interval.high - interval.low > 1 << 12 {
+        interval.cut(interval.middle(), sample, Above::default(), &enough);
     }
+    interval.low
 }
 
 #[cfg(test)]
@@ -205,10 +303,17 @@ mod tests {
         (0..weights.len()).filter(|&id| keeps(weights[id])).collect()
     }
 
-    /// Weights in quarters, so that sums are exact and many are equal; the largest is 1.
+    /// Weights of few bits, so that sums are exact and many are equal; the largest is 1. Few or enough for a sample, flat
+    /// or, with a few large ones among many small ones, of a kind whose sample says little.
     fn weights() -> impl Strategy<Value = Vec<f32>> {
-        proptest::collection::vec(0u8..64, 1..3000).prop_map(|quarters| {
-            let mut weights: Vec<f32> = quarters.into_iter().map(|q| f32::from(q) / 64.0).collect();
+        let few = proptest::collection::vec(0u8..64, 1..3000);
+        let many = proptest::collection::vec(0u8..64, SAMPLED..2 * SAMPLED);
+        (prop_oneof![few, many], prop_oneof![Just(1), Just(64)]).prop_map(|(numbers, rare)| {
+            let weight = |(i, n): (usize, u8)| match i % rare {
+                0 => f32::from(n) / 64.0,
+                _ => f32::from(n) / 65536.0,
+            };
+            let mut weights: Vec<f32> = numbers.into_iter().enumerate().map(weight).collect();
             weights[0] = 1.0;
             weights
         })
@@ -218,7 +323,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn what_remains_is_what_sorting_keeps(
-            weights in weights(), count in 1usize..3000, part in 0.0f64..1.0, floor in 0u8..64
+            weights in weights(), count in prop_oneof![1usize..100, 1usize..30_000], part in 0.0f64..1.0, floor in 0u8..64
         ) {
             let mut room = Room::default();
             let all: Vec<usize> = (0..weights.len()).collect();

@@ -5,14 +5,13 @@
 
 use super::cut::{Cut, Room};
 use super::row::{Sampling, TokenLogprobs};
-use crate::kernels::vocabulary::{largest, numerators};
+use crate::kernels::vocabulary::{BLOCK, largest, numerators};
 
 /// Room to choose in; reused for every row.
 #[derive(Debug, Default)]
 pub struct Sampler {
     weights: Vec<f32>,
     room: Room,
-    candidates: Vec<u32>,
 }
 
 /// The logits hold something that is not a number.
@@ -22,17 +21,12 @@ pub struct NotFinite;
 impl Sampler {
     /// A sampler that will not grow for vocabularies up to this size.
     pub fn with_vocabulary(vocab: usize) -> Self {
-        Self {
-            weights: Vec::with_capacity(vocab),
-            room: Room::with_vocabulary(vocab),
-            candidates: Vec::with_capacity(vocab),
-        }
+        Self { weights: Vec::with_capacity(vocab), room: Room::with_vocabulary(vocab) }
     }
 
     /// Makes room for a vocabulary of this size.
     pub fn reserve_vocabulary(&mut self, vocab: usize) {
         self.weights.reserve(vocab.saturating_sub(self.weights.len()));
-        self.candidates.reserve(vocab.saturating_sub(self.candidates.len()));
         self.room.reserve_vocabulary(vocab);
     }
 
@@ -72,21 +66,35 @@ impl Sampler {
     pub fn logprobs(&mut self, logits: &[f32], id: u32, top: u8) -> TokenLogprobs {
         let max = largest(logits).unwrap_or(f32::NAN);
         let log_sum = (f64::from(max) + self.weigh(logits, max, 1.0).ln()) as f32;
-        let order = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
-        self.candidates.clear();
-        if top > 0 {
-            self.candidates.extend(0..logits.len() as u32);
-            let top = usize::from(top).min(logits.len());
-            if top < logits.len() {
-                self.candidates.select_nth_unstable_by(top, order);
-                self.candidates.truncate(top);
-            }
-            self.candidates.sort_unstable_by(order);
-        }
-        let logprob = |id: u32| logits[id as usize] - log_sum;
-        let top = self.candidates.iter().map(|&id| (id, logprob(id))).collect();
-        TokenLogprobs { id, logprob: logprob(id), top }
+        let logprob = |logit: f32| logit - log_sum;
+        let top = best(logits, top.into()).into_iter().map(|(id, logit)| (id, logprob(logit))).collect();
+        TokenLogprobs { id, logprob: logprob(logits[id as usize]), top }
     }
+}
+
+/// The `count` largest numbers and where they are, largest first, the first of equal ones first.
+fn best(numbers: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
+    for (block, numbers) in numbers.chunks(BLOCK).enumerate() {
+        let is_better = |best: &[(u32, f32)], x: f32| match best.get(count.wrapping_sub(1)) {
+            Some((_, last)) => x > *last,
+            None => best.len() < count,
+        };
+        // Most blocks have none, which one quick pass shows.
+        if largest(numbers).is_some_and(|largest| !is_better(&best, largest)) {
+            continue;
+        }
+        for (i, &x) in numbers.iter().enumerate() {
+            if is_better(&best, x) {
+                best.insert(
+                    best.partition_point(|(_, better)| *better >= x),
+                    ((block * BLOCK + i) as u32, x),
+                );
+                best.truncate(count);
+            }
+        }
+    }
+    best
 }
 
 /// A number in [0, 1) for this place of this row.
@@ -169,6 +177,17 @@ mod tests {
         let log_sum = LOGITS.iter().map(|x| x.exp()).sum::<f32>().ln();
         assert!((got.logprob - (2.0 - log_sum)).abs() < 1e-5);
         assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3]);
+    }
+
+    #[test]
+    fn the_best_are_those_that_sorting_puts_first() {
+        let numbers: Vec<f32> = (0..5000).map(|i| ((i * 7919) % 257) as f32).collect();
+        let mut sorted: Vec<(u32, f32)> = (0..).zip(numbers.iter().copied()).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+        for count in [0, 1, 20, 300] {
+            assert_eq!(best(&numbers, count), sorted[..count], "{count}");
+        }
+        assert_eq!(best(&numbers[..3], 5).len(), 3);
     }
 
     #[test]

@@ -7,9 +7,10 @@
 use std::sync::Arc;
 
 use super::chain::{Chain, Found, Private};
+use super::choice::{Answer, Choice, Chosen, Question};
 use super::handle::LensId;
 use super::row::{FinishReason, RowEvent, RowFailure, RowId, RowRequest, RowSender, TokenLogprobs, Usage};
-use super::sampler::Sampler;
+use super::sampler::NotFinite;
 use super::schedule::RowState;
 use crate::lens::FilledLens;
 use crate::lens::tap::{Activations, Tap, Tapped};
@@ -62,8 +63,11 @@ impl Sequence {
         let length = prompt_len + request.max_new_tokens;
         let room = |tap: &Tap| vec![0.0; tap.positions.count(length) * width];
         let tapped = activations.taps.iter().map(room).collect();
+        // What was reported before is not reported again.
+        request.prompt_logprobs = request.prompt_logprobs.filter(|_| request.generated.is_empty());
         let mut tokens = std::mem::take(&mut request.prompt);
         tokens.reserve_exact(request.max_new_tokens as usize);
+        tokens.append(&mut request.generated);
         Self {
             id,
             lens_ids: request.lenses.iter().map(|l| l.lens).collect(),
@@ -228,30 +232,37 @@ impl Sequence {
         }
     }
 
-    /// Takes the logits of the token at `position`, in order of positions.
-    pub(crate) fn take_logits(&mut self, position: u32, logits: &[f32], sampler: &mut Sampler) -> Life {
-        if let (Some(collected), Some(top)) = (&mut self.prompt_logprobs, self.request.prompt_logprobs)
-            && let Some(&next) = self.tokens[..self.prompt_len as usize].get(position as usize + 1)
-        {
-            let scored = sampler.logprobs(logits, next, top);
-            if !scored.logprob.is_finite() {
-                return self.fail(RowFailure::NotFinite { position });
-            }
-            collected.push(scored);
-        }
-        if position + 1 < self.tokens.len() as u32 || self.request.max_new_tokens == 0 {
-            return Life::GoesOn;
-        }
-        self.send_prompt_logprobs();
-        let index = self.generated();
-        let Ok(id) = sampler.choose(logits, &self.request.sampling, index) else {
+    /// What it asks of the logits of the token at `position`.
+    pub(crate) fn question(&self, position: u32) -> Question {
+        let score = self.request.prompt_logprobs.filter(|_| self.prompt_logprobs.is_some()).and_then(|top| {
+            let next = self.tokens[..self.prompt_len as usize].get(position as usize + 1)?;
+            Some((*next, top))
+        });
+        let chooses = position + 1 == self.tokens.len() as u32 && self.request.max_new_tokens > 0;
+        let choice = chooses.then(|| Choice {
+            sampling: self.request.sampling,
+            index: self.generated(),
+            logprobs: self.request.logprobs,
+        });
+        Question { score, choice }
+    }
+
+    /// Takes the answer, in order of positions.
+    pub(crate) fn take_answer(&mut self, position: u32, answer: Result<Answer, NotFinite>) -> Life {
+        let Ok(Answer { scored, chosen }) = answer else {
             return self.fail(RowFailure::NotFinite { position });
         };
+        if let Some(collected) = &mut self.prompt_logprobs {
+            collected.extend(scored);
+        }
+        let Some(Chosen { id, logprobs }) = chosen else {
+            return Life::GoesOn;
+        };
+        self.send_prompt_logprobs();
         self.tokens.push(id);
         if self.request.stop_token_ids.contains(&id) {
             return self.finish(FinishReason::Stop { token: id });
         }
-        let logprobs = self.request.logprobs.map(|top| sampler.logprobs(logits, id, top));
         self.sender.send(RowEvent::Token { id, logprobs });
         if self.generated() >= self.request.max_new_tokens {
             return self.finish(FinishReason::Length);

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use candle_core::Result;
 
 use super::arena::Region;
+use super::choice::{Choices, Question};
 use super::handle::{BaseId, EngineConfig};
 use super::memory::BaseNeeds;
 use super::pace::Pace;
 use super::row::RowFailure;
-use super::sampler::Sampler;
 use super::schedule::{Plan, RowState, StepBudget, schedule};
 use super::sequence::{Life, Sequence};
 use super::{MAX_ROW_LENSES, Totals};
@@ -38,7 +38,8 @@ pub(super) struct Active {
     outputs: Vec<RowOutputs>,
     /// Shares in the order in which their rows are in the batch: those that leave it in mid-step last.
     order: Vec<usize>,
-    sampler: Sampler,
+    choices: Choices,
+    pool: Arc<Pool>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -66,14 +67,15 @@ impl Active {
             needs,
             cache: KvCache::new(cache_shape(config, base.layout.dtype), kv),
             workspace: Workspace::new(config, needs.step)?,
-            decoder: Decoder::new(config, pool, heartbeat),
+            decoder: Decoder::new(config, pool.clone(), heartbeat),
             batch: batch_for(&needs, rows),
             plan: Plan { shares: Vec::with_capacity(rows), ..Plan::default() },
             pace: Pace::default(),
             running_states: Vec::with_capacity(rows),
             outputs: Vec::with_capacity(rows),
             order: Vec::with_capacity(rows),
-            sampler: Sampler::with_vocabulary(config.vocab_size),
+            choices: Choices::new(needs.step.outputs, config.vocab_size, pool.threads()),
+            pool,
         })
     }
 
@@ -87,6 +89,7 @@ impl Active {
         if needs.step != self.workspace.size() {
             self.workspace = Workspace::new(config, needs.step)?;
             self.batch = batch_for(&needs, limits.max_running_rows as usize);
+            self.choices.reserve_outputs(needs.step.outputs);
         }
         self.needs = needs;
         Ok(())
@@ -95,7 +98,7 @@ impl Active {
     /// Makes room for a row whose lenses do this.
     pub(super) fn reserve(&mut self, effects: &Effects) -> Result<()> {
         self.workspace.reserve(effects)?;
-        self.sampler.reserve_vocabulary(effects.head_tokens);
+        self.choices.reserve_vocabulary(effects.head_tokens);
         Ok(())
     }
 
@@ -227,30 +230,35 @@ impl Active {
 
         let long_from = base.layout.config.long_rope_from();
         let group = self.workspace.size().outputs;
-        let mut next = 0;
         for start in (0..self.batch.outputs()).step_by(group) {
             let end = (start + group).min(self.batch.outputs());
-            let (outputs, sampler, pool) = (&self.outputs, &mut self.sampler, &mut self.cache.pool);
+            let (outputs, choices, threads) = (&self.outputs, &mut self.choices, &self.pool);
+            let blocks = &mut self.cache.pool;
             let began = Instant::now();
             let choosing =
                 self.decoder.logits(base, &self.batch, &self.workspace, start..end, |_, logits| {
                     let began = Instant::now();
-                    for (output, logits) in (start..end).zip(logits.rows()) {
-                        while outputs[next].end <= output {
-                            next += 1;
-                        }
-                        let at = outputs[next];
-                        let row = &mut running[at.row];
+                    let of = |output: usize| {
+                        let at = outputs[outputs.partition_point(|at| at.end <= output)];
+                        (at.row, at.position + (output - at.start) as u32)
+                    };
+                    let questions = (start..end).map(|output| {
+                        let (row, position) = of(output);
+                        if running[row].ended { Question::default() } else { running[row].question(position) }
+                    });
+                    choices.answer(threads, logits, questions);
+                    for (output, answer) in (start..end).zip(choices.answers()) {
+                        let (row, position) = of(output);
+                        let row = &mut running[row];
                         if row.ended {
                             continue;
                         }
                         let known = row.tokens.len();
-                        let position = at.position + (output - at.start) as u32;
-                        row.ended = row.take_logits(position, logits, sampler) == Life::Ended;
+                        row.ended = row.take_answer(position, answer) == Life::Ended;
                         counts.generated_tokens += (row.tokens.len() - known) as u64;
                         if long_from == Some(known as u32) && row.tokens.len() > known {
                             // A longer sequence is rotated otherwise, all of it.
-                            row.step_back(pool);
+                            row.step_back(blocks);
                         }
                     }
                     began.elapsed()

@@ -144,6 +144,42 @@ impl Kernel for AtLeast<'_> {
     }
 }
 
+/// The numbers that are at least `from` and less than `below`, in their order, into `found`: at most `most`.
+pub(crate) fn between(x: &[f32], from: f32, below: f32, most: usize, found: &mut Vec<f32>) {
+    // Every vector is stored whole, also the last one.
+    found.clear();
+    found.resize(most + LANES, 0.0);
+    let mut count = 0;
+    launch(Between { x, from, below, found, count: &mut count });
+    found.truncate(count);
+}
+
+struct Between<'a> {
+    x: &'a [f32],
+    from: f32,
+    below: f32,
+    found: &'a mut [f32],
+    count: &'a mut usize,
+}
+
+impl Kernel for Between<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (whole, rest) = self.x.as_chunks::<LANES>();
+        let mut count = 0;
+        for x in whole {
+            let to = &mut self.found[count..count + LANES];
+            // SAFETY: sixteen numbers are read, and sixteen are written.
+            count += unsafe { S::store_between(to.as_mut_ptr(), S::load(x.as_ptr()), self.from, self.below) };
+        }
+        for x in rest.iter().filter(|x| (self.from..self.below).contains(x)) {
+            self.found[count] = *x;
+            count += 1;
+        }
+        *self.count = count;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,6 +205,11 @@ mod tests {
             let kept: Vec<f64> = y.iter().filter(|y| **y >= 0.25).map(|y| f64::from(*y)).collect();
             assert_eq!(count, kept.len());
             assert!((mass - kept.iter().sum::<f64>()).abs() < 1e-4, "{n}");
+
+            let mut found = vec![f32::NAN; 3];
+            between(&x, -1.0, 2.5, n, &mut found);
+            let inside: Vec<f32> = x.iter().copied().filter(|x| (-1.0..2.5).contains(x)).collect();
+            assert_eq!(found, inside, "{n}");
         }
     }
 

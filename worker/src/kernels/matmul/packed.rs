@@ -11,6 +11,7 @@
 //! blocks). It is the same for every instruction set.
 
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 
 use super::q8_0;
 use crate::kernels::simd::pair_words;
@@ -22,7 +23,7 @@ pub const PANEL: usize = 32;
 const LANES: usize = super::LANES;
 
 /// How the numbers of a packed matrix are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Format {
     /// Each by itself.
     Plain(Dtype),
@@ -40,7 +41,7 @@ impl std::fmt::Display for Format {
 }
 
 /// The shape of a packed matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackedShape {
     /// Rows of the matrix.
     pub outputs: usize,
