@@ -21,7 +21,7 @@ use crate::folders;
 use crate::stage;
 use engines::{Engine, Sizes};
 use machine::Machine;
-use rounds::{Rounds, UNDISTURBED};
+use rounds::Rounds;
 use table::Table;
 
 /// What is measured.
@@ -147,7 +147,7 @@ fn engine(arguments: &EngineArguments) -> Result<()> {
         lens_bytes: serde_json::from_value(about["lensBytes"].clone()).unwrap_or_default(),
         info,
         missing: rounds.missing,
-        ..Table::of(&rounds.taken, UNDISTURBED)
+        ..Table::of(&rounds.taken)
     };
     match arguments.json {
         true => println!("{}", serde_json::to_string_pretty(&table.json())?),

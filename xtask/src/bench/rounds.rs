@@ -11,7 +11,7 @@ use super::table::Taken;
 use crate::stage::Stage;
 
 /// Share of the best probe below which a neighbour of it counts as disturbed.
-pub(super) const UNDISTURBED: f64 = 0.9;
+const UNDISTURBED: f64 = 0.9;
 /// A disturbed take is taken so many times more, if it is short.
 const AGAIN: usize = 2;
 /// What is short, in seconds.
@@ -65,7 +65,7 @@ impl Rounds {
                     continue;
                 }
                 stage.note(format!("{}: {name}", self.engines[engine].0.name()));
-                before = self.take(engine, &name, before)?;
+                before = self.take(engine, &name, number, before)?;
             }
         }
         self.engines.retain_mut(|(_, asked)| !asked.takes.is_empty());
@@ -73,7 +73,7 @@ impl Rounds {
     }
 
     /// Gives the probe after it.
-    fn take(&mut self, engine: usize, name: &str, mut before: f64) -> Result<f64> {
+    fn take(&mut self, engine: usize, name: &str, round: usize, mut before: f64) -> Result<f64> {
         for _ in 0..=AGAIN {
             let (kind, asked) = &mut self.engines[engine];
             let kind = *kind;
@@ -98,7 +98,7 @@ impl Rounds {
             }
             let after = self.probe()?;
             let probes = [before, after];
-            self.taken.push(Taken { engine: kind.name(), probes, seconds });
+            self.taken.push(Taken { engine: kind.name(), round, probes, seconds });
             before = after;
             let disturbed = probes.iter().any(|probe| *probe < UNDISTURBED * self.best_probe);
             if !disturbed || lasted > SHORT {

@@ -1,6 +1,6 @@
 //! From takes to medians, and how they are shown.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
@@ -11,23 +11,60 @@ use super::machine::Machine;
 #[derive(Debug, Clone)]
 pub(super) struct Taken {
     pub(super) engine: &'static str,
+    pub(super) round: usize,
     /// Bytes per second just before and just after.
     pub(super) probes: [f64; 2],
     /// By what was found.
     pub(super) seconds: BTreeMap<String, f64>,
 }
 
-/// The middle of some takes.
+/// What a round found: its take between the best probes.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Median {
-    /// Of the takes that nothing disturbed, or of all when there is none.
+pub(super) struct Round {
+    pub(super) number: usize,
     pub(super) seconds: f64,
-    /// Takes that nothing disturbed.
-    pub(super) kept: usize,
-    pub(super) all: usize,
+    /// Bytes per second that the memory gave around the take: the mean of its probes.
+    pub(super) bandwidth: f64,
+}
+
+/// The middle of some numbers, and their ends.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Spread {
+    pub(super) median: f64,
+    pub(super) low: f64,
+    pub(super) high: f64,
+}
+
+impl Spread {
+    /// Nothing of nothing.
+    pub(super) fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let (low, high) = (*values.first()?, *values.last()?);
+        let n = values.len();
+        Some(Self { median: (values[(n - 1) / 2] + values[n / 2]) / 2.0, low, high })
+    }
+
+    fn times(&self, factor: f64) -> Self {
+        let Self { median, low, high } = *self;
+        Self { median: median * factor, low: low * factor, high: high * factor }
+    }
+
+    /// The median, with the ends where they are others.
+    pub(super) fn show(&self) -> String {
+        let [median, low, high] = [self.median, self.low, self.high].map(short);
+        if low == high { median } else { format!("{median} ({low}–{high})") }
+    }
+
+    pub(super) fn json(&self) -> Value {
+        json!({"median": self.median, "low": self.low, "high": self.high})
+    }
 }
 
 /// What the takes say.
+///
+/// On a machine that others use too, bandwidth changes from second to second; so nothing is compared across rounds. A
+/// round gives one number for each thing, ratios are of one round's, and what is shown is the median of the rounds' ratios
+/// with their spread.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     pub(super) command: String,
@@ -36,45 +73,51 @@ pub(super) struct Table {
     /// Bytes that a step reads.
     pub(super) step_bytes: u64,
     pub(super) lens_bytes: Vec<u64>,
-    /// Median of the probes around the takes that were kept, and the best one: bytes per second.
-    pub(super) read_bandwidth: f64,
-    pub(super) best_bandwidth: f64,
+    /// Of the probes around the takes that count: bytes per second.
+    pub(super) bandwidth: Option<Spread>,
     /// By engine: its own words.
     pub(super) info: BTreeMap<&'static str, String>,
     /// What could not be had, and why.
     pub(super) missing: Vec<(String, String)>,
-    pub(super) medians: BTreeMap<(&'static str, String), Median>,
+    /// By engine and by what was found.
+    pub(super) found: BTreeMap<(&'static str, String), Vec<Round>>,
 }
 
 impl Table {
-    /// Takes with a probe below `undisturbed` of the best one are left out.
-    pub(super) fn of(taken: &[Taken], undisturbed: f64) -> Self {
-        let best = taken.iter().flat_map(|take| take.probes).fold(0.0, f64::max);
-        let quiet = |take: &Taken| take.probes.iter().all(|probe| *probe >= undisturbed * best);
-        let mut seconds: BTreeMap<_, (Vec<f64>, Vec<f64>)> = BTreeMap::new();
+    pub(super) fn of(taken: &[Taken]) -> Self {
+        let mut best: BTreeMap<_, BTreeMap<usize, (f64, Round)>> = BTreeMap::new();
         for take in taken {
-            for (name, value) in &take.seconds {
-                let (kept, all) = seconds.entry((take.engine, name.clone())).or_default();
-                all.push(*value);
-                kept.extend(quiet(take).then_some(*value));
+            let [before, after] = take.probes;
+            for (name, &seconds) in &take.seconds {
+                let round = Round { number: take.round, seconds, bandwidth: (before + after) / 2.0 };
+                let rounds = best.entry((take.engine, name.clone())).or_default();
+                let known = rounds.entry(take.round).or_insert((before.min(after), round));
+                if before.min(after) > known.0 {
+                    *known = (before.min(after), round);
+                }
             }
         }
-        let medians = seconds.into_iter().map(|(key, (kept, all))| {
-            let counts = (kept.len(), all.len());
-            let seconds = median(if kept.is_empty() { all } else { kept });
-            (key, Median { seconds, kept: counts.0, all: counts.1 })
-        });
-        let probes = taken.iter().filter(|take| quiet(take)).flat_map(|take| take.probes).collect();
-        Self {
-            read_bandwidth: median(probes),
-            best_bandwidth: best,
-            medians: medians.collect(),
-            ..Self::default()
-        }
+        let rounds = |rounds: BTreeMap<usize, (f64, Round)>| rounds.into_values().map(|(_, round)| round);
+        let found: BTreeMap<_, Vec<Round>> =
+            best.into_iter().map(|(key, of)| (key, rounds(of).collect())).collect();
+        let bandwidths = found.values().flatten().map(|round| round.bandwidth).collect();
+        Self { bandwidth: Spread::of(bandwidths), found, ..Self::default() }
     }
 
-    pub(super) fn median(&self, engine: &str, name: &str) -> Option<Median> {
-        self.medians.iter().find(|((e, n), _)| *e == engine && n == name).map(|(_, median)| *median)
+    /// What the rounds found.
+    pub(super) fn rounds(&self, engine: &str, name: &str) -> &[Round] {
+        let own = self.found.iter().find(|((e, n), _)| *e == engine && n == name);
+        own.map_or(&[], |(_, rounds)| rounds)
+    }
+
+    /// Every round that found anything.
+    pub(super) fn numbers(&self) -> BTreeSet<usize> {
+        self.found.values().flatten().map(|round| round.number).collect()
+    }
+
+    /// Seconds.
+    fn seconds(&self, engine: &str, name: &str) -> Option<Spread> {
+        Spread::of(self.rounds(engine, name).iter().map(|round| round.seconds).collect())
     }
 
     /// The table as it goes into the docs.
@@ -82,8 +125,9 @@ impl Table {
         let mut text = format!(
             "# The engine on a CPU, beside its peers\n\n\
              Made by `{}`: a Qwen2-0.5B-shaped base of made-up weights, the same for every engine, and rank-16 lenses\n\
-             over all its linear layers. Engines take turns, take by take; times are medians of the takes that nothing\n\
-             disturbed, by a probe of the memory's bandwidth before and after each.\n",
+             over all its linear layers. Engines take turns, take by take, with a probe of the memory's bandwidth before and\n\
+             after each. Of a round the take between the best probes counts; ratios are of one round's takes, so that they were\n\
+             measured within seconds of each other. Shown is the median of the rounds, with the lowest and the highest.\n",
             self.command
         );
         text += &self.budgets_markdown();
@@ -99,7 +143,7 @@ impl Table {
                 Bound::AtLeast(bound) => format!("≥ {bound}"),
                 Bound::AtMost(bound) => format!("≤ {bound}"),
             };
-            let found = budget.found.map_or("–".into(), short);
+            let found = budget.found.map_or("–".into(), |found| found.show());
             text += &format!("| {} | {found} | {bound} | {} |\n", budget.what, budget.verdict());
         }
         text
@@ -109,15 +153,14 @@ impl Table {
         let machine = &self.machine;
         let mut text = format!(
             "\n## Machine and engines\n\n{}, {} processors ({}), {:.0} GiB of memory, huge pages: {}. {} threads for every\n\
-             engine. Reading memory: {:.1} GB/s (best probe {:.1}). A step of the base reads {:.1} MB, a lens has {:.1} MB.\n",
+             engine. Reading memory: {} GB/s. A step of the base reads {:.1} MB, a lens has {:.1} MB.\n",
             machine.processor,
             machine.processors,
             machine.flags.join(" "),
             machine.memory_bytes as f64 / f64::from(1 << 30),
             machine.huge_pages,
             self.threads,
-            self.read_bandwidth / 1e9,
-            self.best_bandwidth / 1e9,
+            self.bandwidth.map_or("?".into(), |bandwidth| bandwidth.times(1e-9).show()),
             self.step_bytes as f64 / 1e6,
             self.lens_bytes.first().copied().unwrap_or(0) as f64 / 1e6,
         );
@@ -135,24 +178,21 @@ impl Table {
     }
 
     fn times_markdown(&self) -> String {
-        let mut text = "\n## Milliseconds\n\nOf a step of all rows together, or of what the line names. In brackets: takes that were kept, when not all were.\n\n| |".to_owned();
+        let mut text =
+            "\n## Milliseconds\n\nOf a step of all rows together, or of what the line names.\n\n| |"
+                .to_owned();
         for engine in self.info.keys() {
             text += &format!(" {engine} |");
         }
         text += &format!("\n|---|{}\n", "---:|".repeat(self.info.len()));
-        let mut names: Vec<&String> = self.medians.keys().map(|(_, name)| name).collect();
+        let mut names: Vec<&String> = self.found.keys().map(|(_, name)| name).collect();
         names.sort_by_key(|name| by_numbers(name));
         names.dedup();
         for name in names {
             text += &format!("| {name} |");
             for engine in self.info.keys() {
-                match self.median(engine, name) {
-                    Some(Median { seconds, kept, all }) if kept == all => {
-                        text += &format!(" {} |", short(seconds * 1e3));
-                    }
-                    Some(Median { seconds, kept, all }) => {
-                        text += &format!(" {} ({kept} of {all}) |", short(seconds * 1e3));
-                    }
+                match self.seconds(engine, name) {
+                    Some(seconds) => text += &format!(" {} |", seconds.times(1e3).show()),
                     None => text += " |",
                 }
             }
@@ -164,20 +204,19 @@ impl Table {
     /// The same for machines.
     pub(super) fn json(&self) -> Value {
         let engine = |(name, info): (&&str, &String)| {
-            let own = self.medians.iter().filter(|((engine, _), _)| engine == name);
-            let seconds = own.map(|((_, name), median)| {
-                let Median { seconds, kept, all } = median;
-                (name, json!({"median": seconds, "kept": kept, "takes": all}))
+            let own = self.found.iter().filter(|((engine, _), _)| engine == name);
+            let seconds = own.map(|((_, name), rounds)| {
+                let round = |round: &Round| json!({"round": round.number, "seconds": round.seconds, "bytesPerSecond": round.bandwidth});
+                (name, rounds.iter().map(round).collect::<Vec<_>>())
             });
-            json!({"name": name, "info": info, "seconds": seconds.collect::<BTreeMap<_, _>>()})
+            json!({"name": name, "info": info, "rounds": seconds.collect::<BTreeMap<_, _>>()})
         };
         let missing = self.missing.iter().map(|(what, why)| json!({"what": what, "why": why}));
         json!({
             "command": self.command,
             "machine": self.machine,
             "threads": self.threads,
-            "readBytesPerSecond": self.read_bandwidth,
-            "bestReadBytesPerSecond": self.best_bandwidth,
+            "readBytesPerSecond": self.bandwidth.map(|bandwidth| bandwidth.json()),
             "stepBytes": self.step_bytes,
             "lensBytes": self.lens_bytes,
             "budgets": budgets(self).iter().map(|budget| budget.json()).collect::<Vec<_>>(),
@@ -218,58 +257,50 @@ fn by_numbers(name: &str) -> Vec<(String, u64)> {
     key
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn taken(engine: &'static str, probes: [f64; 2], name: &str, seconds: f64) -> Taken {
-        Taken { engine, probes, seconds: [(name.to_owned(), seconds)].into() }
+    fn taken(engine: &'static str, round: usize, probes: [f64; 2], name: &str, seconds: f64) -> Taken {
+        Taken { engine, round, probes, seconds: [(name.to_owned(), seconds)].into() }
     }
 
     #[test]
-    fn disturbed_takes_count_for_nothing() {
+    fn of_a_round_the_quietest_take_counts() {
         let takes = [
-            taken("turret", [100.0, 95.0], "decode, 1 row", 1.0),
-            taken("llama.cpp", [95.0, 96.0], "decode, 1 row", 1.5),
-            taken("turret", [96.0, 20.0], "decode, 1 row", 9.0),
-            taken("llama.cpp", [20.0, 99.0], "decode, 1 row", 0.1),
-            taken("turret", [99.0, 91.0], "decode, 1 row", 2.0),
+            taken("turret", 1, [96.0, 20.0], "decode, 1 row", 9.0),
+            taken("turret", 1, [90.0, 80.0], "decode, 1 row", 1.0),
+            taken("turret", 1, [99.0, 70.0], "decode, 1 row", 3.0),
+            taken("turret", 2, [60.0, 50.0], "decode, 1 row", 2.0),
         ];
-        let table = Table::of(&takes, 0.9);
-        let own = table.median("turret", "decode, 1 row");
-        assert_eq!(own, Some(Median { seconds: 1.5, kept: 2, all: 3 }));
-        let peer = table.median("llama.cpp", "decode, 1 row");
-        assert_eq!(peer, Some(Median { seconds: 1.5, kept: 1, all: 2 }));
-        assert_eq!((table.best_bandwidth, table.read_bandwidth), (100.0, 95.5));
-        assert_eq!(table.median("turret", "decode, 8 rows"), None);
+        let table = Table::of(&takes);
+        let round = |number, seconds, bandwidth| Round { number, seconds, bandwidth };
+        assert_eq!(table.rounds("turret", "decode, 1 row"), [round(1, 1.0, 85.0), round(2, 2.0, 55.0)]);
+        assert_eq!(table.rounds("turret", "decode, 8 rows"), []);
+        assert_eq!(table.bandwidth, Some(Spread { median: 70.0, low: 55.0, high: 85.0 }));
     }
 
     #[test]
-    fn where_all_takes_were_disturbed_they_are_shown_as_such() {
+    fn ratios_are_of_one_round_and_show_their_spread() {
+        // The machine is half as fast in the second round, which changes no ratio; nor the share of its bandwidth.
         let takes = [
-            taken("turret", [100.0, 99.0], "prefill", 1.0),
-            taken("turret", [99.0, 50.0], "decode, 1 row", 3.0),
+            taken("turret", 1, [100.0, 100.0], "decode, 1 row", 1.0),
+            taken("llama.cpp", 1, [100.0, 100.0], "decode, 1 row", 1.3),
+            taken("turret", 2, [50.0, 50.0], "decode, 1 row", 2.0),
+            taken("llama.cpp", 2, [50.0, 50.0], "decode, 1 row", 2.4),
         ];
-        let table =
-            Table { info: [("turret", "info".to_owned())].into(), step_bytes: 60, ..Table::of(&takes, 0.9) };
-        assert_eq!(table.median("turret", "decode, 1 row"), Some(Median { seconds: 3.0, kept: 0, all: 1 }));
+        let info = [("turret", "info".to_owned())].into();
+        let table = Table { info, step_bytes: 60, ..Table::of(&takes) };
         let text = table.markdown();
-        assert!(text.contains("| decode, 1 row | 3000 (0 of 1) |"), "{text}");
+        assert!(text.contains("| decode, 1 row | 1500 (1000–2000) |"), "{text}");
         assert!(
-            text.contains(
-                "| decode, 1 row: share of the read bandwidth | 0.201 | ≥ 0.93 | missed, disturbed |"
-            )
+            text.contains("| decode, 1 row: share of the read bandwidth | 0.600 | ≥ 0.93 | missed |"),
+            "{text}"
         );
-        let first = &table.json()["budgets"][0];
-        assert_eq!((&first["holds"], &first["disturbed"]), (&json!(false), &json!(true)));
+        let against = "| decode, 1 row, against llama.cpp in bf16 | 1.25 (1.20–1.30) | ≥ 1.25 | holds in 1 of 2 rounds |";
+        assert!(text.contains(against), "{text}");
+        let budget = &table.json()["budgets"][1];
+        assert_eq!((&budget["holds"], &budget["found"]["low"]), (&json!(1), &json!(1.2)));
     }
 
     #[test]
