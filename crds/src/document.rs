@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
-    placement::{EvictionPolicy, ModelPlacement, ModelPlacementSpec},
+    placement::{EvictionPolicy, GroupResidency, ModelPlacement, ModelPlacementSpec, PlacedGroup, SwitchingMode},
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
     token::PublicKey,
@@ -48,6 +48,9 @@ pub struct WorkerDocument {
     pub batching: BatchingLimits,
     /// Rule of base switches.
     pub switching: SwitchingRule,
+    /// The group whose base is active, when requests do not decide it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_group: Option<String>,
     /// Which lenses leave when there is need for room.
     #[serde(default, skip_serializing_if = "is_default")]
     pub eviction: EvictionRule,
@@ -90,6 +93,9 @@ pub struct DocumentGroup {
     pub generation: i64,
     /// The base.
     pub base: DocumentBase,
+    /// When the base comes to the device.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub residency: GroupResidency,
     /// The lenses, sorted by name.
     pub lenses: Vec<DocumentLens>,
 }
@@ -373,7 +379,7 @@ pub fn compile(
         }
         match groups.get(&(group_namespace.to_owned(), name.to_owned())) {
             Some(group) if group.metadata.deletion_timestamp.is_none() => {
-                served.push(document_group(&placed.name, group));
+                served.push(document_group(placed, group));
             }
             _ => problems.push(Problem {
                 reason: reason::GROUP_NOT_FOUND,
@@ -429,6 +435,7 @@ fn assemble(
         memory,
         batching: batching(spec),
         switching: switching(spec),
+        active_group: active_group(spec),
         eviction: eviction(spec),
         admission: admission(spec),
         source_volumes,
@@ -443,7 +450,7 @@ fn assemble(
     Ok(Some(document))
 }
 
-fn document_group(name: &str, group: &ModelGroup) -> DocumentGroup {
+fn document_group(placed: &PlacedGroup, group: &ModelGroup) -> DocumentGroup {
     let mut lenses: Vec<DocumentLens> = group
         .spec
         .lenses
@@ -461,7 +468,7 @@ fn document_group(name: &str, group: &ModelGroup) -> DocumentGroup {
     lenses.sort_by(|a, b| a.name.cmp(&b.name));
     let base = &group.spec.base;
     DocumentGroup {
-        name: name.into(),
+        name: placed.name.clone(),
         object_name: group.metadata.name.clone().unwrap_or_default(),
         namespace: group.metadata.namespace.clone().unwrap_or_default(),
         uid: group.metadata.uid.clone().unwrap_or_default(),
@@ -472,6 +479,7 @@ fn document_group(name: &str, group: &ModelGroup) -> DocumentGroup {
             dtype: base.dtype,
             quantization: base.quantization.unwrap_or_default(),
         },
+        residency: placed.residency.unwrap_or_default(),
         lenses,
     }
 }
@@ -525,6 +533,12 @@ fn switching(spec: &ModelPlacementSpec) -> SwitchingRule {
         max_wait_seconds: count(given.max_wait_seconds, default.max_wait_seconds),
         drain_seconds: count(given.drain_seconds, default.drain_seconds),
     }
+}
+
+/// The schema has the name if and only if the mode is `Manual`.
+fn active_group(spec: &ModelPlacementSpec) -> Option<String> {
+    let given = spec.switching.as_ref()?;
+    given.active_group_name.clone().filter(|_| given.mode == Some(SwitchingMode::Manual))
 }
 
 fn eviction(spec: &ModelPlacementSpec) -> EvictionRule {

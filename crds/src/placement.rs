@@ -42,6 +42,7 @@ pub const MAX_GROUPS: usize = 16;
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.defaultGroupName) || self.groups.exists(g, g.name == self.defaultGroupName)").message("defaultGroupName must be the name of one of the groups"),
+    validation = Rule::new("!has(self.switching) || !has(self.switching.activeGroupName) || self.groups.exists(g, g.name == self.switching.activeGroupName)").message("switching.activeGroupName must be the name of one of the groups"),
 )]
 pub struct ModelPlacementSpec {
     /// The groups that every worker of this placement can serve. 1 to 16.
@@ -106,6 +107,20 @@ pub struct PlacedGroup {
     /// The ModelGroup, when it is called otherwise than `name`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group_ref: Option<GroupRef>,
+    /// When its base comes to a worker's device. `OnDemand`, the default: when a request needs it. `Preloaded`: ahead of
+    /// requests, while there is room for it beside the active one; a switch to it then takes no time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residency: Option<GroupResidency>,
+}
+
+/// When the base of a group comes to a worker's device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum GroupResidency {
+    /// When a request needs it.
+    #[default]
+    OnDemand,
+    /// Ahead of requests, into room that is free.
+    Preloaded,
 }
 
 impl PlacedGroup {
@@ -255,10 +270,21 @@ impl EvictionPolicy {
 
 /// When a worker changes its active base. Requests over another base wait; the switch happens
 /// when the active base has no rows, or when it has been active `minHoldSeconds` and the oldest
-/// waiter has waited `maxWaitSeconds`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// waiter has waited `maxWaitSeconds`. In mode `Manual` it happens when `activeGroupName` changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("(has(self.mode) && self.mode == 'Manual') == has(self.activeGroupName)").message("activeGroupName belongs to mode Manual: give both or neither"),
+)]
 pub struct Switching {
+    /// Who decides which base is active. `OnDemand`, the default: requests, by the rule below. `Manual`: you, by
+    /// `activeGroupName`; requests over another base are refused with 503 and a message that says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<SwitchingMode>,
+    /// In mode `Manual`: the group whose base is active on every worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub active_group_name: Option<String>,
     /// How long a base stays active at least while it has rows, in seconds. Default 30.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
@@ -267,11 +293,21 @@ pub struct Switching {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub max_wait_seconds: Option<i32>,
-    /// How long rows of the base that leaves may go on, in seconds; rows that need longer are
-    /// ended with 503 and Retry-After. Default 30.
+    /// How long rows of the base that leaves may go on, in seconds; rows that need longer are preempted: their
+    /// streams stay open, and they go on where they were when their base is active again. Default 30.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: Option<i32>,
+}
+
+/// Who decides which base is active.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum SwitchingMode {
+    /// Requests.
+    #[default]
+    OnDemand,
+    /// The spec.
+    Manual,
 }
 
 /// How many requests may wait, and how long.

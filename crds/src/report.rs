@@ -68,9 +68,9 @@ pub struct WorkerState {
     /// The active base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_base: Option<BaseKey>,
-    /// The base it is switching to, while it does.
+    /// The switch of base that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub switching_to: Option<BaseKey>,
+    pub switch: Option<SwitchReport>,
     /// Bytes used and allowed in each tier this worker has.
     pub tiers: Vec<TierReport>,
     /// Rows that are computed.
@@ -85,6 +85,32 @@ pub struct WorkerState {
     /// else of it is carried out, and the budgets before them stay in force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cannot_fit: Option<CannotFit>,
+}
+
+/// A switch of base that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SwitchReport {
+    /// The base that leaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<BaseKey>,
+    /// The base that comes.
+    pub to: BaseKey,
+    /// How far it is.
+    pub phase: SwitchPhase,
+    /// How much of the base that comes is in memory, 0 to 100.
+    pub percent: u8,
+    /// Requests that wait for it.
+    pub waiting_requests: u32,
+}
+
+/// How far a switch of base is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SwitchPhase {
+    /// Rows over the base that leaves go on for a while.
+    Draining,
+    /// Memory is freed and filled.
+    Loading,
 }
 
 /// Budgets that are not in force because of what they would have to hold.
@@ -240,6 +266,18 @@ pub struct LensReport {
     /// Seconds since the epoch when a request last used it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_used: Option<u64>,
+    /// Tokens it has generated.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub generated_tokens: u64,
+    /// Time from a request's arrival to its first token, milliseconds: the mean of the last few requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_to_first_token_millis: Option<u64>,
+    /// Time per output token after the first, microseconds: the mean of the last few requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_per_output_token_micros: Option<u64>,
+    /// What users think of its answers, where somebody reports it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub feedback: Option<Feedback>,
     /// Whether it never leaves: by declaration, or by hand until the worker restarts.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
@@ -249,6 +287,16 @@ pub struct LensReport {
     /// Why it last left the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_eviction: Option<Eviction>,
+}
+
+/// What users think of a lens's answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Feedback {
+    /// How many scores were given.
+    pub count: u64,
+    /// Their mean, in thousandths: 0 is useless, 1000 is perfect.
+    pub mean_milli: u32,
 }
 
 fn is_zero(number: &u64) -> bool {
@@ -362,6 +410,10 @@ impl LensReport {
             loads: 0,
             load_millis: None,
             last_used: None,
+            generated_tokens: 0,
+            time_to_first_token_millis: None,
+            time_per_output_token_micros: None,
+            feedback: None,
             pinned: false,
             leases: 0,
             last_eviction: None,

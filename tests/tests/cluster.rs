@@ -64,7 +64,7 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
         scenario!(runtime, release, faults::the_operator_is_killed_and_carries_on),
         scenario!(runtime, release, faults::a_worker_restarts_while_the_operator_is_down),
-        scenario!(runtime, release, switches::rows_are_ended_when_the_drain_is_over),
+        scenario!(runtime, release, switches::rows_are_preempted_when_the_drain_is_over),
         scenario!(runtime, release, switches::a_failed_switch_goes_back_to_the_old_base),
         scenario!(runtime, release, memory::a_budget_that_cannot_be_met_is_told_and_the_old_one_stays),
         scenario!(runtime, release, memory::nothing_is_held_once_the_last_group_is_gone),

@@ -178,7 +178,8 @@ fn compile_objects(
 fn over_all(groups: &[ModelGroup]) -> ModelPlacement {
     let mut names: Vec<String> = groups.iter().filter_map(|g| g.metadata.name.clone()).collect();
     names.sort();
-    let placed = names.into_iter().map(|name| PlacedGroup { name, group_ref: None }).collect();
+    let placed =
+        names.into_iter().map(|name| PlacedGroup { name, group_ref: None, residency: None }).collect();
     let spec = ModelPlacementSpec { groups: placed, ..minimal_spec() };
     let mut placement = ModelPlacement::new("local", spec);
     placement.metadata.namespace = groups[0].metadata.namespace.clone();

@@ -188,6 +188,7 @@ async fn allocations_of(kind: &Kind) -> usize {
     let plain = RowRequest {
         base,
         prompt: (6..6 + PROMPT).collect(),
+        generated: Vec::new(),
         lenses: Vec::new(),
         sampling: Sampling::GREEDY,
         stop_token_ids: Vec::new(),

@@ -81,7 +81,7 @@ fn placement() -> Value {
             "memory": {"deviceBudget": padded("1", 1).repeat(18), "lensBudget": "9".repeat(17), "diskBudget": "1Pi"},
             "batching": {"maxContextTokens": 10_485_760, "maxRunningRows": 4096, "prefillChunkTokens": 65_536},
             "eviction": {"policy": "Specialization", "highWatermarkPercent": 100, "lowWatermarkPercent": 100, "idleSeconds": 604_800, "sweepSeconds": 3600},
-            "switching": {"minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600},
+            "switching": {"mode": "Manual", "activeGroupName": named(15, 63), "minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600},
             "admission": {"maxQueuedRequests": 65_536, "holdSeconds": 3600},
             "sourceVolumes": volumes,
             "sourceSecrets": secrets,

@@ -154,7 +154,7 @@ fn phase<A>(worker: &Worker<A>) -> Option<Phase> {
         instance: report.worker.instance.clone(),
         ready: report.state.ready,
         active: report.state.active_base.clone(),
-        switching_to: report.state.switching_to.clone(),
+        switching_to: report.state.switch.as_ref().map(|switch| switch.to.clone()),
         document: report.state.document.as_ref().map_or(0, |d| d.sequence),
     })
 }
@@ -347,7 +347,7 @@ fn base_rank(report: &WorkerReport, wanted: &BaseKey, load: Option<&WorkerLoad>)
     let asked_for = |base: &BaseKey| load.is_some_and(|l| l.bases.contains_key(base));
     let others_asked_for = load.is_some_and(|l| l.bases.keys().any(|b| b != wanted));
     let is_active = state.active_base.as_ref() == Some(wanted);
-    match &state.switching_to {
+    match state.switch.as_ref().map(|switch| &switch.to) {
         Some(next) if next == wanted => BaseRank::Coming,
         Some(_) if is_active => BaseRank::Leaving,
         None if is_active && !others_asked_for => BaseRank::Active,

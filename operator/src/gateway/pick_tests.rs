@@ -1,7 +1,9 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use proptest::prelude::*;
-use turret_crds::report::{BaseReport, DeviceReport, LensReport, WorkerIdentity, WorkerState};
+use turret_crds::report::{
+    BaseReport, DeviceReport, LensReport, SwitchPhase, SwitchReport, WorkerIdentity, WorkerState,
+};
 
 use super::*;
 use crate::{
@@ -47,6 +49,11 @@ fn worker(name: &str) -> Worker<()> {
         link: Link::Open,
         report: Some(Arc::new(report)),
     }
+}
+
+fn switching_to(base: &str) -> Option<SwitchReport> {
+    let phase = SwitchPhase::Loading;
+    Some(SwitchReport { from: None, to: BaseKey(base.into()), phase, percent: 0, waiting_requests: 0 })
 }
 
 fn lens(group: &str, name: &str, tier: Tier) -> Arc<LensReport> {
@@ -108,9 +115,9 @@ fn an_active_base_goes_before_everything() {
 fn a_base_that_comes_goes_before_one_that_leaves() {
     let coming = with(worker("a"), |r| {
         r.state.active_base = Some(BaseKey("s".into()));
-        r.state.switching_to = Some(BaseKey("n".into()));
+        r.state.switch = switching_to("n");
     });
-    let leaving = with(worker("b"), |r| r.state.switching_to = Some(BaseKey("s".into())));
+    let leaving = with(worker("b"), |r| r.state.switch = switching_to("s"));
     assert_eq!(order("north", &[leaving.clone(), coming.clone()], &InFlight::default()), ["a", "b"]);
     let asked_for_another = worker("b");
     let in_flight = sent(&[("b", "s", "south", 1)]);
@@ -327,7 +334,7 @@ proptest! {
                     let (active, switching, rows) = simulated.reports.pop_front().unwrap();
                     let state = &mut Arc::make_mut(worker.report.as_mut().unwrap()).state;
                     state.active_base = Some(BaseKey(BASES[active].0.into()));
-                    state.switching_to = switching.map(|b| BaseKey(BASES[b].0.into()));
+                    state.switch = switching.and_then(|b| switching_to(BASES[b].0));
                     state.running_rows = rows;
                 }
             }

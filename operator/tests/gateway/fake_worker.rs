@@ -24,8 +24,8 @@ use turret_crds::{
     WorkerReport,
     document::BaseKey,
     report::{
-        ArtifactState, BaseReport, DeviceReport, LensReport, StateEvent, Tier, WorkerIdentity, WorkerState,
-        diff,
+        ArtifactState, BaseReport, DeviceReport, LensReport, StateEvent, SwitchPhase, SwitchReport, Tier,
+        WorkerIdentity, WorkerState, diff,
     },
 };
 use turret_operator::gateway::StaticWorker;
@@ -315,10 +315,18 @@ async fn switch(inner: &Inner, turn: &tokio::sync::Mutex<()>, model: &str) {
     if inner.report.borrow().state.active_base.as_ref() == Some(&wanted) {
         return;
     }
-    inner.report.send_modify(|r| r.state.switching_to = Some(wanted.clone()));
+    inner.report.send_modify(|r| {
+        r.state.switch = Some(SwitchReport {
+            from: r.state.active_base.clone(),
+            to: wanted.clone(),
+            phase: SwitchPhase::Loading,
+            percent: 0,
+            waiting_requests: 1,
+        });
+    });
     tokio::task::yield_now().await;
     inner.report.send_modify(|r| {
-        r.state.switching_to = None;
+        r.state.switch = None;
         r.state.active_base = Some(wanted);
         r.state.switches += 1;
     });

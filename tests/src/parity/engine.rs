@@ -124,6 +124,7 @@ pub async fn greedy_with(
     let request = RowRequest {
         base: base.id,
         prompt: prompt.to_vec(),
+        generated: Vec::new(),
         lenses,
         sampling: Sampling::GREEDY,
         stop_token_ids: stop.to_vec(),

@@ -173,6 +173,29 @@ pub async fn unpin(State(app): State<App>, Path(id): Path<String>) -> Result<Sta
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Body of `POST /control/v1/lenses/{id}/feedback`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NewFeedback {
+    /// From 0, useless, to 1, perfect.
+    score: f64,
+}
+
+/// `POST /control/v1/lenses/{id}/feedback`: counts what somebody thinks of a lens's answer. The state has the mean.
+pub async fn rate(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    body: Bytes,
+) -> Result<StatusCode, ApiError> {
+    let lens = lens_name(&app, &id)?;
+    let NewFeedback { score } = read(&body)?;
+    if !(0.0..=1.0).contains(&score) {
+        return Err(ApiError::invalid(Some("score"), format!("`score` is {score}; it goes from 0 to 1")));
+    }
+    order(&app, Order::Rate { lens, score_milli: (score * 1000.0).round() as u32 }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// `POST /control/v1/groups/{group}/activate`: makes a group's base the active one, as a switch for waiting requests does.
 pub async fn activate(State(app): State<App>, Path(group): Path<String>) -> Result<StatusCode, ApiError> {
     order(&app, Order::Switch { group }).await?;

@@ -155,6 +155,9 @@ impl From<Refusal> for ApiError {
         match refusal {
             Refusal::Unknown(_) => Self::unknown_model(message),
             Refusal::Failed { retry_after, .. } => Self::unavailable("model_failed", message, retry_after),
+            Refusal::NotActive { .. } => {
+                Self::unavailable("base_not_active", message, Duration::from_secs(30))
+            }
             Refusal::Overloaded { retry_after, .. } => {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", message);
                 Self { retry_after: Some(retry_after), ..error }
@@ -187,9 +190,10 @@ impl From<SubmitError> for ApiError {
                 Self::unavailable("unavailable", message, Duration::from_secs(1))
             }
             // A permit promises that both are there.
-            SubmitError::UnknownLens(_) | SubmitError::LensOfOtherBase(_) | SubmitError::System(_) => {
-                Self::internal(message)
-            }
+            SubmitError::UnknownLens(_)
+            | SubmitError::LensOfOtherBase(_)
+            | SubmitError::NothingLeft { .. }
+            | SubmitError::System(_) => Self::internal(message),
         }
     }
 }
@@ -198,7 +202,9 @@ impl From<RowFailure> for ApiError {
     fn from(failure: RowFailure) -> Self {
         let message = failure.to_string();
         match failure {
-            RowFailure::Aborted => Self::unavailable("preempted", message, Duration::from_secs(1)),
+            RowFailure::Aborted | RowFailure::Preempted => {
+                Self::unavailable("preempted", message, Duration::from_secs(1))
+            }
             RowFailure::EngineStopped => Self::unavailable("unavailable", message, Duration::from_secs(1)),
             RowFailure::NotFinite { .. } | RowFailure::Device(_) => Self::internal(message),
         }

@@ -3,25 +3,32 @@
 //! A task of its own follows each row and drops the permit when the row ends, so that a client that reads slowly holds
 //! neither a base nor a lens. The channel is bounded by the row's own length. A client that goes away closes the channel,
 //! which cancels the row.
+//!
+//! A row that is preempted for another base gives its permit back, waits for the next one like a new request, and goes on
+//! behind the tokens that it has. Its client sees a pause.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use turret_crds::model_name::ModelName;
 
+use super::App;
 use super::error::ApiError;
 use super::stop::StopStrings;
-use crate::engine::handle::{EngineHandle, SubmitError};
+use crate::engine::handle::SubmitError;
 use crate::engine::row::{
-    FinishReason, RowEvent, RowLens, RowRequest, RowStream, Sampling, TokenLogprobs, Usage,
+    FinishReason, RowEvent, RowFailure, RowLens, RowRequest, RowStream, Sampling, TokenLogprobs, Usage,
 };
 use crate::lens::tap::Activations;
-use crate::metrics::Metrics;
-use crate::model::tokenizer::Tokenizer;
-use crate::residency::{Outcome, Permit};
+use crate::model::tokenizer::{TextStream, Tokenizer, TokenizerError};
+use crate::residency::{Measured, Outcome, Permit};
 
 /// What to generate.
 pub(super) struct Job {
+    /// By which model.
+    pub(super) model: ModelName,
     /// Prompt tokens.
     pub(super) prompt: Vec<u32>,
     /// How tokens are chosen.
@@ -45,6 +52,8 @@ pub(super) struct Job {
 pub(super) enum Piece {
     /// Text that is certain, with the log-probabilities of the tokens since the last piece.
     Text { text: String, logprobs: Vec<TokenLogprobs> },
+    /// It was preempted and waits to go on.
+    Preempted,
     /// The end.
     End { finish: &'static str, usage: Usage },
     /// The row cannot go on.
@@ -53,112 +62,206 @@ pub(super) enum Piece {
 
 /// Starts a row, and a task that follows it.
 pub(super) async fn start(
-    engine: &EngineHandle,
-    metrics: Arc<Metrics>,
+    app: &App,
     permit: Permit,
     job: Job,
 ) -> Result<mpsc::UnboundedReceiver<Piece>, SubmitError> {
-    let row = RowRequest {
-        base: permit.base,
-        prompt: job.prompt.clone(),
-        lenses: permit.lens.iter().map(|l| RowLens { lens: l.id, scale: l.scale }).collect(),
-        sampling: job.sampling,
-        stop_token_ids: job.tokenizer.stop_token_ids().to_vec(),
-        max_new_tokens: job.max_new_tokens,
-        logprobs: job.logprobs,
-        prompt_logprobs: None,
-        activations: Activations::default(),
-        cache_salt: job.cache_salt.clone(),
-        parent: None,
+    let row = app.engine.submit(job.row(&permit, Vec::new())).await?;
+    let (pieces, receiver) = mpsc::unbounded_channel();
+    let text = job.tokenizer.text_stream(true);
+    let stop = StopStrings::new(job.stop.clone());
+    let follower = Follower {
+        app: app.clone(),
+        job,
+        pieces,
+        text,
+        stop,
+        tokens: Vec::new(),
+        pending: Vec::new(),
+        first: None,
+        time_to_first_token: None,
+        cached: None,
     };
-    let stream = engine.submit(row).await?;
-    let (sender, receiver) = mpsc::unbounded_channel();
-    tokio::spawn(follow(stream, sender, permit, job, metrics));
+    tokio::spawn(follower.follow(row, permit));
     Ok(receiver)
 }
 
-async fn follow(
-    mut row: RowStream,
-    pieces: mpsc::UnboundedSender<Piece>,
-    mut permit: Permit,
+impl Job {
+    fn row(&self, permit: &Permit, generated: Vec<u32>) -> RowRequest {
+        RowRequest {
+            base: permit.base,
+            prompt: self.prompt.clone(),
+            generated,
+            lenses: permit.lens.iter().map(|l| RowLens { lens: l.id, scale: l.scale }).collect(),
+            sampling: self.sampling,
+            stop_token_ids: self.tokenizer.stop_token_ids().to_vec(),
+            max_new_tokens: self.max_new_tokens,
+            logprobs: self.logprobs,
+            prompt_logprobs: None,
+            activations: Activations::default(),
+            cache_salt: self.cache_salt.clone(),
+            parent: None,
+        }
+    }
+}
+
+/// Follows a row until it ends, through every preemption.
+struct Follower {
+    app: App,
     job: Job,
-    metrics: Arc<Metrics>,
-) {
-    let mut text = job.tokenizer.text_stream(true);
-    let mut stop = StopStrings::new(job.stop);
-    let mut pending = Vec::new();
-    let mut generated = 0;
-    let prompt_tokens = job.prompt.len() as u32;
-    let failed =
-        |e: crate::model::tokenizer::TokenizerError| Piece::Failed(ApiError::internal(e.to_string()));
-    loop {
-        let event = tokio::select! {
-            event = row.next() => event,
-            // The client went away: dropping the stream cancels the row.
-            () = pieces.closed() => return,
-        };
-        let last = match event {
-            None => return,
-            Some(RowEvent::Prompt(_) | RowEvent::Tapped(_)) => continue,
-            Some(RowEvent::Failed(failure)) => {
-                permit.ended(Outcome::Failed);
-                Piece::Failed(failure.into())
-            }
-            Some(RowEvent::Token { id, logprobs }) => {
-                generated += 1;
-                if generated == 1 {
-                    metrics.first_token(job.since.elapsed());
-                }
-                pending.extend(logprobs);
-                let (certain, hit) = match text.push(id) {
-                    Ok(piece) => stop.push(&piece),
-                    Err(error) => {
-                        let _ = pieces.send(failed(error));
-                        return;
+    pieces: mpsc::UnboundedSender<Piece>,
+    text: TextStream,
+    stop: StopStrings,
+    /// Generated so far.
+    tokens: Vec<u32>,
+    /// Log-probabilities of tokens whose text is not certain yet.
+    pending: Vec<TokenLogprobs>,
+    /// When the first of them came; forgotten when the row was preempted, whose pause is no time per token.
+    first: Option<Instant>,
+    time_to_first_token: Option<Duration>,
+    /// Tokens of the prompt that needed not be computed when the row first began.
+    cached: Option<u32>,
+}
+
+/// The client went away.
+struct Gone;
+
+impl Follower {
+    async fn follow(mut self, mut row: RowStream, mut permit: Permit) {
+        loop {
+            let event = tokio::select! {
+                event = row.next() => event,
+                // Dropping the stream cancels the row.
+                () = self.pieces.closed() => return,
+            };
+            let last = match event {
+                None => return,
+                Some(RowEvent::Prompt(_) | RowEvent::Tapped(_)) => continue,
+                Some(RowEvent::Failed(RowFailure::Preempted)) => {
+                    self.cached.get_or_insert(row.cached_tokens());
+                    self.first = None;
+                    self.send(Piece::Preempted);
+                    match self.go_on(permit).await {
+                        Ok(Ok(again)) => {
+                            (row, permit) = again;
+                            continue;
+                        }
+                        Ok(Err(error)) => return self.send(Piece::Failed(error)),
+                        Err(Gone) => return,
                     }
-                };
-                if !certain.is_empty() {
-                    let piece = Piece::Text { text: certain, logprobs: std::mem::take(&mut pending) };
-                    let _ = pieces.send(piece);
                 }
-                if !hit {
-                    continue;
+                Some(RowEvent::Failed(failure)) => {
+                    permit.ended(Outcome::Failed);
+                    Ok(Some(Piece::Failed(failure.into())))
                 }
+                Some(RowEvent::Token { id, logprobs }) => self.token(id, logprobs, row.cached_tokens()),
+                Some(RowEvent::Finished { reason, usage }) => self.finish(reason, usage).map(Some),
+            };
+            let last = match last {
+                Ok(None) => continue,
+                Ok(Some(last)) => last,
+                Err(error) => Piece::Failed(ApiError::internal(error.to_string())),
+            };
+            if matches!(last, Piece::End { .. }) {
                 permit.ended(Outcome::Answered);
-                let cached_tokens = row.cached_tokens();
-                let usage = Usage { prompt_tokens, cached_tokens, generated_tokens: generated };
-                Piece::End { finish: "stop", usage }
             }
-            Some(RowEvent::Finished { reason, usage }) => {
-                let mut finish = match reason {
-                    FinishReason::Stop { .. } => "stop",
-                    FinishReason::Length => "length",
-                };
-                let rest = match text.finish() {
-                    Ok(rest) => rest,
-                    Err(error) => {
-                        let _ = pieces.send(failed(error));
-                        return;
-                    }
-                };
-                let (mut certain, hit) = stop.push(&rest);
-                if hit {
-                    finish = "stop";
-                } else {
-                    certain += &stop.finish();
-                }
-                if !certain.is_empty() || !pending.is_empty() {
-                    let _ =
-                        pieces.send(Piece::Text { text: certain, logprobs: std::mem::take(&mut pending) });
-                }
-                permit.ended(Outcome::Answered);
-                Piece::End { finish, usage }
-            }
+            permit.measured(self.measured());
+            // The engine is done, or is cancelled by this: the permit ends before the client has read the rest.
+            drop(row);
+            drop(permit);
+            return self.send(last);
+        }
+    }
+
+    /// Waits for the base and the lens, and submits the row again.
+    async fn go_on(&self, mut preempted: Permit) -> Result<Result<(RowStream, Permit), ApiError>, Gone> {
+        let digests = |permit: &Permit| {
+            (permit.base_digest.clone(), permit.lens.as_ref().map(|lens| lens.digest.clone()))
         };
-        // The engine is done, or is cancelled by this: the permit ends before the client has read the rest.
-        drop(row);
-        drop(permit);
-        let _ = pieces.send(last);
-        return;
+        let before = digests(&preempted);
+        preempted.ended(Outcome::Preempted);
+        drop(preempted);
+        loop {
+            let permit = tokio::select! {
+                permit = self.app.residency.acquire_again(self.job.model.clone()) => permit,
+                () = self.pieces.closed() => return Err(Gone),
+            };
+            let permit = match permit {
+                Ok(permit) => permit,
+                Err(refusal) => return Ok(Err(refusal.into())),
+            };
+            if digests(&permit) != before {
+                let message = "the row was preempted for another base, and the model's files changed before it could go on; \
+                               send the request again";
+                return Ok(Err(ApiError::unavailable("preempted", message, Duration::from_secs(1))));
+            }
+            match self.app.engine.submit(self.job.row(&permit, self.tokens.clone())).await {
+                Ok(row) => return Ok(Ok((row, permit))),
+                // Overtaken by the next switch.
+                Err(SubmitError::BaseNotActive) => {}
+                Err(error) => return Ok(Err(error.into())),
+            }
+        }
+    }
+
+    fn token(
+        &mut self,
+        id: u32,
+        logprobs: Option<TokenLogprobs>,
+        cached_tokens: u32,
+    ) -> Result<Option<Piece>, TokenizerError> {
+        self.tokens.push(id);
+        if self.tokens.len() == 1 {
+            let now = Instant::now();
+            self.first = Some(now);
+            self.time_to_first_token = Some(now - self.job.since);
+            self.app.metrics.first_token(now - self.job.since);
+        }
+        self.pending.extend(logprobs);
+        let (certain, hit) = self.stop.push(&self.text.push(id)?);
+        if !certain.is_empty() {
+            let logprobs = std::mem::take(&mut self.pending);
+            self.send(Piece::Text { text: certain, logprobs });
+        }
+        let usage = Usage {
+            prompt_tokens: self.job.prompt.len() as u32,
+            cached_tokens: self.cached.unwrap_or(cached_tokens),
+            generated_tokens: self.tokens.len() as u32,
+        };
+        Ok(hit.then_some(Piece::End { finish: "stop", usage }))
+    }
+
+    fn measured(&self) -> Measured {
+        let tokens = self.tokens.len() as u32;
+        let later = tokens.saturating_sub(1);
+        Measured {
+            tokens,
+            time_to_first_token: self.time_to_first_token,
+            time_per_output_token: self.first.filter(|_| later > 0).map(|first| first.elapsed() / later),
+        }
+    }
+
+    fn finish(&mut self, reason: FinishReason, usage: Usage) -> Result<Piece, TokenizerError> {
+        let mut finish = match reason {
+            FinishReason::Stop { .. } => "stop",
+            FinishReason::Length => "length",
+        };
+        let (mut certain, hit) = self.stop.push(&self.text.finish()?);
+        if hit {
+            finish = "stop";
+        } else {
+            certain += &self.stop.finish();
+        }
+        if !certain.is_empty() || !self.pending.is_empty() {
+            let logprobs = std::mem::take(&mut self.pending);
+            self.send(Piece::Text { text: certain, logprobs });
+        }
+        let cached_tokens = self.cached.unwrap_or(usage.cached_tokens);
+        Ok(Piece::End { finish, usage: Usage { cached_tokens, ..usage } })
+    }
+
+    fn send(&self, piece: Piece) {
+        // Whoever went away is noticed at the next event.
+        let _ = self.pieces.send(piece);
     }
 }

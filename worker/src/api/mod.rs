@@ -108,6 +108,7 @@ pub fn control_routes(app: App) -> Router {
         .route("/control/v1/lenses/{id}/load", post(control::load))
         .route("/control/v1/lenses/{id}/evict", post(control::evict))
         .route("/control/v1/lenses/{id}/pin", post(control::pin).delete(control::unpin))
+        .route("/control/v1/lenses/{id}/feedback", post(control::rate))
         .route("/control/v1/groups/{group}/activate", post(control::activate))
         .route("/control/v1/leases", get(control::list_leases).post(control::acquire_lease))
         .route("/control/v1/leases/{id}", put(control::renew_lease).delete(control::release_lease))

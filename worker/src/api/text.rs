@@ -145,6 +145,7 @@ async fn answer(
             fingerprint: fingerprint(&permit),
         };
         let job = Job {
+            model: model.clone(),
             prompt,
             sampling,
             max_new_tokens,
@@ -155,7 +156,7 @@ async fn answer(
             since: ended.since,
         };
         let prompt_tokens = job.prompt.len();
-        match generate::start(&app.engine, app.metrics.clone(), permit, job).await {
+        match generate::start(app, permit, job).await {
             Ok(pieces) => {
                 app.metrics.waited(waited.0, waited.1);
                 tracing::info!(
@@ -175,10 +176,13 @@ async fn answer(
         }
     };
     // Nothing is sent before the first piece, so that a row that fails at once is an honest status.
-    let first = match pieces.recv().await {
-        Some(Piece::Failed(error)) => return Err(error),
-        Some(piece) => piece,
-        None => return Err(ApiError::internal("the row ended without a word")),
+    let first = loop {
+        match pieces.recv().await {
+            Some(Piece::Preempted) => {}
+            Some(Piece::Failed(error)) => return Err(error),
+            Some(piece) => break piece,
+            None => return Err(ApiError::internal("the row ended without a word")),
+        }
     };
     let wants_logprobs = request.logprobs.is_some();
     if request.stream {
@@ -200,6 +204,7 @@ async fn answer(
                 text += &more;
                 logprobs.extend(tokens);
             }
+            Some(Piece::Preempted) => {}
             Some(Piece::End { finish, usage }) => {
                 let logprobs = wants_logprobs.then(|| openai::logprobs(api, &tokenizer, &logprobs));
                 let body = Json(answer.whole(&text, logprobs, finish, usage));
@@ -236,6 +241,10 @@ impl Stream {
                             .wants_logprobs
                             .then(|| openai::logprobs(self.answer.api, &self.tokenizer, &logprobs));
                         yield event(&self.answer.piece(&text, logprobs));
+                    }
+                    // A comment, which clients skip: it tells whoever looks why nothing comes, and keeps the connection.
+                    Some(Piece::Preempted) => {
+                        yield Ok(Bytes::from_static(b": preempted for another base; goes on when this one is back\n\n"));
                     }
                     Some(Piece::End { finish, usage }) => {
                         ended.code = 200;

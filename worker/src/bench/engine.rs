@@ -156,6 +156,7 @@ impl Loaded {
             prompt: (0..u64::from(prompt))
                 .map(|i| ((i * 7919 + number * 104_729 + 17) % vocab) as u32)
                 .collect(),
+            generated: Vec::new(),
             lenses: lens.map(|&lens| RowLens { lens, scale: 1.0 }).into_iter().collect(),
             sampling: Sampling::GREEDY,
             stop_token_ids: Vec::new(),

@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use super::arena::{ArenaUse, Region};
-use super::row::{RowRequest, RowStream};
+use super::row::{RowFailure, RowRequest, RowStream};
 use crate::lens::tap::ActivationError;
 use crate::lens::{FilledLens, LensLayout};
 use crate::model::weights::{BaseLayout, FilledBase};
@@ -189,6 +189,14 @@ pub enum SubmitError {
     /// The prompt is empty.
     #[error("the prompt has no tokens")]
     EmptyPrompt,
+    /// A row that goes on has all its tokens already.
+    #[error("{generated} of {new} tokens were generated, so there is nothing to go on with")]
+    NothingLeft {
+        /// Tokens generated.
+        generated: usize,
+        /// Tokens that were asked for.
+        new: u32,
+    },
     /// A prompt token does not exist in the base's vocabulary.
     #[error("prompt token {id} at position {position} is outside the vocabulary of {vocab}")]
     UnknownToken {
@@ -297,6 +305,10 @@ pub(crate) enum Command {
         base: BaseId,
         reply: Reply<Option<Arc<FilledBase>>>,
     },
+    LendLens {
+        lens: LensId,
+        reply: Reply<Option<Arc<FilledLens>>>,
+    },
     InstallLens {
         base: BaseId,
         lens: Box<FilledLens>,
@@ -319,7 +331,8 @@ pub(crate) enum Command {
         row: Box<RowRequest>,
         reply: Reply<Result<RowStream, SubmitError>>,
     },
-    AbortRows {
+    EndRows {
+        failure: RowFailure,
         reply: Reply<u32>,
     },
     Reconfigure {
@@ -397,6 +410,12 @@ impl EngineHandle {
         lent.ok_or(ChangeError::UnknownBase)
     }
 
+    /// Shares a lens, which is not freed before it is given back: whoever removes it sees to that first. `None` when there is
+    /// no such lens.
+    pub async fn lend_lens(&self, lens: LensId) -> Option<Arc<FilledLens>> {
+        self.ask(|reply| Command::LendLens { lens, reply }).await.flatten()
+    }
+
     /// Makes a filled lens usable by rows over `base`.
     pub async fn install_lens(&self, base: BaseId, lens: FilledLens) -> Result<LensId, ChangeError> {
         let lens = Box::new(lens);
@@ -446,7 +465,13 @@ impl EngineHandle {
 
     /// Ends every row in flight with [`super::row::RowFailure::Aborted`] and answers how many there were.
     pub async fn abort_rows(&self) -> u32 {
-        self.ask(|reply| Command::AbortRows { reply }).await.unwrap_or(0)
+        self.ask(|reply| Command::EndRows { failure: RowFailure::Aborted, reply }).await.unwrap_or(0)
+    }
+
+    /// The same with [`super::row::RowFailure::Preempted`]: whoever waits for a row's tokens submits it again when its base
+    /// is back.
+    pub async fn preempt_rows(&self) -> u32 {
+        self.ask(|reply| Command::EndRows { failure: RowFailure::Preempted, reply }).await.unwrap_or(0)
     }
 
     /// Changes budgets and batching between two steps, or refuses with numbers and changes nothing.

@@ -3,11 +3,12 @@
 //! - [`handle`]: how everyone else talks to it; start here. [`row`]: what a row is asked and answers.
 //! - [`arena`] and [`memory`]: device memory, and the sums that decide what fits.
 //! - `chain`: which KV blocks a row shares with others; the tree they form is [`crate::model::block_pool`].
-//! - [`schedule`] (pure): which rows compute how many tokens next; `pace` (pure): how many of them may be of prompts. `sequence`: one row's life. [`sampler`] and `cut`: logits to token.
+//! - [`schedule`] (pure): which rows compute how many tokens next; `pace` (pure): how many of them may be of prompts. `sequence`: one row's life. `choice`, [`sampler`] and `cut`: logits to tokens.
 //! - `step`: one step, from schedule to tokens. This file: the loop around it, and commands between steps.
 
 pub mod arena;
 mod chain;
+mod choice;
 mod cut;
 pub mod handle;
 pub mod memory;
@@ -123,6 +124,13 @@ struct Lens {
     retiring: Vec<Reply<Result<u64, RemoveError>>>,
 }
 
+impl Lens {
+    /// Whether any of these rows, or whoever was lent it, still needs it.
+    fn is_held(&self, rows: u32) -> bool {
+        rows > 0 || Arc::strong_count(&self.weights) > 1
+    }
+}
+
 /// Everything the engine thread owns.
 struct Core {
     config: EngineConfig,
@@ -223,6 +231,10 @@ impl Core {
                 let base = self.bases.get(&base).cloned();
                 self.answer(reply, base);
             }
+            Command::LendLens { lens, reply } => {
+                let lens = self.lenses.get(&lens).map(|lens| lens.weights.clone());
+                self.answer(reply, lens);
+            }
             Command::InstallLens { base, lens, reply } => {
                 let installed = self.install_lens(base, *lens);
                 if let Some(Ok(id)) = self.answer(reply, installed) {
@@ -242,8 +254,8 @@ impl Core {
                 let stream = self.submit(*row);
                 self.answer(reply, stream);
             }
-            Command::AbortRows { reply } => {
-                let rows = self.abort_rows();
+            Command::EndRows { failure, reply } => {
+                let rows = self.end_rows(&failure);
                 self.answer(reply, rows);
             }
             Command::Reconfigure { config, reply } => {
@@ -406,11 +418,11 @@ impl Core {
         let rows = self.rows_with(id);
         let answer = match self.lenses.get_mut(&id) {
             None => Err(RemoveError::Unknown),
-            Some(lens) if rows > 0 && when_idle => {
+            Some(lens) if lens.is_held(rows) && when_idle => {
                 lens.retiring.push(reply);
                 return;
             }
-            Some(_) if rows > 0 => Err(RemoveError::InUse { rows }),
+            Some(lens) if lens.is_held(rows) => Err(RemoveError::InUse { rows }),
             Some(_) => Ok(self.drop_lens(id)),
         };
         self.answer(reply, answer);
@@ -431,7 +443,7 @@ impl Core {
     fn answer_retired(&mut self) {
         let retired = |core: &Self| {
             let mut retiring = core.lenses.iter().filter(|(_, lens)| !lens.retiring.is_empty());
-            retiring.find(|(id, _)| core.rows_with(**id) == 0).map(|(id, _)| *id)
+            retiring.find(|(id, lens)| !lens.is_held(core.rows_with(**id))).map(|(id, _)| *id)
         };
         while let Some(id) = retired(self) {
             self.drop_lens(id);
@@ -505,13 +517,13 @@ impl Core {
         Chain::new(roots, long_from, private, &row.activations)
     }
 
-    fn abort_rows(&mut self) -> u32 {
+    fn end_rows(&mut self, failure: &RowFailure) -> u32 {
         let rows = self.rows_in_flight();
         for mut row in self.running.drain(..).chain(self.waiting.drain(..)) {
             if let Some(active) = &mut self.active {
                 row.release(&mut active.cache.pool);
             }
-            row.fail(RowFailure::Aborted);
+            row.fail(failure.clone());
         }
         self.answer_retired();
         rows
@@ -589,6 +601,9 @@ fn check_row(row: &RowRequest, limit: u32, base: &FilledBase, vocab: u32) -> Res
     if row.prompt.is_empty() {
         return Err(SubmitError::EmptyPrompt);
     }
+    if !row.generated.is_empty() && row.generated.len() >= row.max_new_tokens as usize {
+        return Err(SubmitError::NothingLeft { generated: row.generated.len(), new: row.max_new_tokens });
+    }
     let prompt = u32::try_from(row.prompt.len()).unwrap_or(u32::MAX);
     if prompt.saturating_add(row.max_new_tokens) > limit {
         return Err(SubmitError::ContextOverflow { prompt, new: row.max_new_tokens, limit });
@@ -601,7 +616,8 @@ fn check_row(row: &RowRequest, limit: u32, base: &FilledBase, vocab: u32) -> Res
         new: row.max_new_tokens,
         scores_prompt: row.prompt_logprobs.is_some(),
     })?;
-    if let Some((position, &id)) = row.prompt.iter().enumerate().find(|(_, id)| **id >= vocab) {
+    let mut tokens = row.prompt.iter().chain(&row.generated).enumerate();
+    if let Some((position, &id)) = tokens.find(|(_, id)| **id >= vocab) {
         return Err(SubmitError::UnknownToken { id, position, vocab });
     }
     let check = |field, value: f32, ok: bool, range| match ok {

@@ -25,6 +25,9 @@ pub struct RowRequest {
     pub base: BaseId,
     /// Token ids of the prompt; at least one.
     pub prompt: Vec<u32>,
+    /// Tokens that the row had generated when it was preempted: it goes on behind them as if it had never stopped. They are
+    /// of its `max_new_tokens`, and are not reported again.
+    pub generated: Vec<u32>,
     /// Lenses applied to this row, in order, unmerged.
     pub lenses: Vec<RowLens>,
     /// How the next token is chosen.
@@ -133,6 +136,9 @@ pub enum FinishReason {
 /// Why the engine gave a row up.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RowFailure {
+    /// [`super::handle::EngineHandle::preempt_rows`] ended it; a row with [`RowRequest::generated`] goes on where it was.
+    #[error("the row was preempted")]
+    Preempted,
     /// [`super::handle::EngineHandle::abort_rows`] ended it.
     #[error("the row was aborted before it finished; send the request again")]
     Aborted,

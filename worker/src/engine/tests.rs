@@ -1,6 +1,7 @@
 //! Properties of the running engine, on small random models made in memory: a batch means nothing, nothing is left behind.
 
 mod cancels;
+mod preempted;
 mod prefix;
 
 use std::collections::BTreeMap;
@@ -234,6 +235,7 @@ impl Ask {
         RowRequest {
             base,
             prompt: self.prompt.clone(),
+            generated: Vec::new(),
             lenses: self.lenses.iter().map(|&(i, scale)| RowLens { lens: lenses[i], scale }).collect(),
             sampling: Sampling {
                 temperature: self.temperature,

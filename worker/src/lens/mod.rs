@@ -10,6 +10,8 @@ pub mod tap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::engine::arena::Region;
 use crate::model::config::ModelConfig;
 use crate::model::lora::DeltaLayout;
@@ -19,7 +21,7 @@ use crate::model::tokenizer::TokenizerError;
 use crate::model::weights::Vector;
 
 /// Where everything of a lens goes, and how many bytes that takes.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LensLayout {
     /// Bytes of the region.
     pub bytes: u64,
@@ -107,6 +109,16 @@ impl FilledLens {
     pub fn with_digest(mut self, digest: impl Into<Arc<str>>) -> Self {
         self.digest = Some(digest.into());
         self
+    }
+
+    /// Where everything of it is.
+    pub fn layout(&self) -> &LensLayout {
+        &self.layout
+    }
+
+    /// Its region.
+    pub fn bytes(&self) -> &[u8] {
+        self.region.bytes()
     }
 
     /// A vector as the kernels take it.

@@ -7,6 +7,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::config::ModelConfig;
 use super::weights::{Matrix, Vector};
 use crate::kernels::finish::Gain;
@@ -122,7 +124,7 @@ pub fn norms(config: &ModelConfig) -> Vec<Norm> {
 }
 
 /// A delta of one fused matrix.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Delta {
     /// `[all ranks, inputs]`: the A of every part below each other.
     pub a: Matrix,
@@ -138,7 +140,7 @@ impl Delta {
 }
 
 /// The share of one module in a [`Delta`].
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeltaPart {
     /// First row of `a` that is this part's.
     pub rank_start: usize,
@@ -157,7 +159,7 @@ pub struct DeltaPart {
 }
 
 /// Where the numbers of a [`Gain`] are, one of each per output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GainVectors {
     /// The trained magnitudes.
     pub magnitude: Vector,
@@ -170,7 +172,7 @@ pub struct GainVectors {
 }
 
 /// A delta of the embedding.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EmbeddingDelta {
     /// `[vocabulary, rank]`: A transposed.
     pub a: Matrix,
@@ -181,7 +183,7 @@ pub struct EmbeddingDelta {
 }
 
 /// Tokens with rows of their own, by what these differ from the base's.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TokenRows {
     /// Tokens, ascending, each with the number of its row.
     pub tokens: Vec<(u32, u32)>,
@@ -190,7 +192,7 @@ pub struct TokenRows {
 }
 
 /// Deltas of all blocks. Offsets count from the start of the lens's region.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeltaLayout {
     /// Per block, per [`Site`].
     pub layers: Vec<[Option<Delta>; 4]>,

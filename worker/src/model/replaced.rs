@@ -1,6 +1,8 @@
 //! What a lens brings in place of a base's own: norms, embedding, head. A row that uses the lens is computed with these,
 //! the row beside it with the base's.
 
+use serde::{Deserialize, Serialize};
+
 use super::lora::{LensUse, NormSite, uses_at};
 use super::weights::{Matrix, PackedMatrix, Vector};
 use crate::kernels::matmul::Weight;
@@ -8,7 +10,7 @@ use crate::kernels::ops::{RowEmbeddings, RowNorms};
 use crate::kernels::rows::{add_scaled, widen};
 
 /// Where the whole modules of a lens are. Offsets count from the start of its region.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Replaced {
     /// Per block, per [`NormSite`]; empty when there are none.
     pub norms: Vec<[Option<Vector>; NormSite::COUNT]>,

@@ -4,20 +4,22 @@
 //! lenses are there, unless it has waited for memory for [`PATIENCE`]: then nobody overtakes it any more.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use turret_crds::document::{BaseKey, EvictionRule, SwitchingRule};
 use turret_crds::model_name::ModelName;
+use turret_crds::placement::GroupResidency;
 use turret_crds::report::EvictionReason;
 
 use super::failure::Failure;
+use super::orders::epoch_seconds;
 use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter};
 use super::plan::{CannotFit, Leaving, Order, Plan, Until, Wanted, plan};
 use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
 use super::table::{LensKey, Phase};
-use super::{Outcome, Permit, PermittedLens, Refusal};
+use super::{Measured, Outcome, Permit, PermittedLens, Refusal};
 use crate::engine::handle::EngineConfig;
 use crate::engine::memory::BaseNeeds;
 
@@ -187,6 +189,10 @@ impl Owner {
                 None => Needs::Refused(Refusal::Draining),
             };
         };
+        if let Some((active, _)) = self.declared_active().filter(|(_, declared)| *declared != key) {
+            let (group, active) = (model.group.clone(), active.to_owned());
+            return Needs::Refused(Refusal::NotActive { group, active });
+        }
         let lens = match &model.lens {
             None => LensNeeds::None,
             Some(name) => match self.lenses.get(&(model.group.clone(), name.clone())) {
@@ -337,10 +343,9 @@ impl Owner {
             held.users += 1;
         }
         if let Some(name) = &model.lens {
-            let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             self.lenses.count(&(model.group.clone(), name.clone()), |counts| {
                 counts.active_rows += 1;
-                counts.last_used = Some(epoch);
+                counts.last_used = Some(epoch_seconds());
             });
         }
         self.permits.insert(number, Permitted { model, base: base.clone(), lens });
@@ -357,6 +362,7 @@ impl Owner {
             switched_in,
             number,
             outcome: Outcome::Cancelled,
+            measured: Measured::default(),
             owner: self.messages.clone(),
         };
         // Whoever went away in the meantime drops the permit, which releases it.
@@ -374,7 +380,7 @@ impl Owner {
                 } else if self.permits.is_empty() {
                     self.start_switch(&to);
                 } else if now >= until {
-                    self.end_rows(now);
+                    self.preempt_rows(now);
                 }
                 return None;
             }
@@ -385,6 +391,11 @@ impl Owner {
             return None;
         }
         let servable = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
+        let declared = self.declared_active().map(|(_, key)| key.clone());
+        if let Some(to) = declared.filter(|to| servable(to) && self.table.active.as_ref() != Some(to)) {
+            self.drain_for(to, now);
+            return None;
+        }
         let situation = Situation {
             active: self.table.active.clone().filter(|key| self.bases.contains_key(key)),
             active_since_ms: self.ms(self.active_since),
@@ -405,7 +416,7 @@ impl Owner {
             Decision::Stay { until_ms } => {
                 self.drop_undeclared_active();
                 let first = situation.waiting.iter().min_by_key(|w| (w.since_ms, &w.base));
-                if let Some(next) = first.map(|w| w.base.clone()) {
+                if let Some(next) = first.map(|w| w.base.clone()).or_else(|| self.preloaded_base()) {
                     self.bring_beside(&next);
                 }
                 until_ms.map(|ms| self.began + Duration::from_millis(ms))
@@ -419,6 +430,21 @@ impl Owner {
                 None
             }
         }
+    }
+
+    /// The group whose base the document wants active, and the base; `None` where requests decide.
+    pub(super) fn declared_active(&self) -> Option<(&str, &BaseKey)> {
+        let document = self.document.as_ref()?;
+        let group = document.group(document.active_group.as_deref()?)?;
+        Some((&group.name, &group.base.key))
+    }
+
+    /// The next base that is to be in memory before a request needs it, and is not.
+    fn preloaded_base(&self) -> Option<BaseKey> {
+        let groups = self.document.iter().flat_map(|document| &document.groups);
+        let mut preloaded = groups.filter(|group| group.residency == GroupResidency::Preloaded);
+        let wanted = |key: &BaseKey| !self.table.bases.contains_key(key) && !self.not_beside.contains(key);
+        preloaded.find(|group| wanted(&group.base.key)).map(|group| group.base.key.clone())
     }
 
     /// Admits nothing more over the active base, and switches when what runs has ended.
@@ -460,14 +486,15 @@ impl Owner {
         }
     }
 
-    /// Ends rows that did not end within the drain. Some may have been admitted in this very moment, so it is repeated.
-    fn end_rows(&mut self, now: Instant) {
-        tracing::warn!(rows = self.permits.len(), "rows did not end within the drain and are ended");
+    /// Preempts rows that did not end within the drain; they come back as waiters. Some may have been admitted in this very
+    /// moment, so it is repeated.
+    fn preempt_rows(&mut self, now: Instant) {
+        tracing::info!(rows = self.permits.len(), "rows did not end within the drain and are preempted");
         if let Turn::Draining { until, .. } = &mut self.turn {
             *until = now + Duration::from_millis(200);
         }
         let engine = self.engine.clone();
-        tokio::spawn(async move { engine.abort_rows().await });
+        tokio::spawn(async move { engine.preempt_rows().await });
     }
 
     fn working_bytes(&self, key: &BaseKey, limits: &EngineConfig) -> u64 {

@@ -15,11 +15,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+/// Folder of prepared files.
+const PREPARED: &str = "prepared";
+/// A prepared file that nobody has read for so long may leave for another one. Less, and a budget that does not hold all
+/// that are in turn would have them written again and again.
+const STALE: Duration = Duration::from_secs(3600);
 
 /// The disk tier.
 #[derive(Debug)]
@@ -87,7 +93,7 @@ impl Cache {
     /// Bytes of all blobs and partial files.
     pub fn bytes(&self) -> u64 {
         let sum = |folder: &str| self.list(folder).iter().map(|(_, size, _)| size).sum::<u64>();
-        sum("blobs") + sum("partial")
+        sum("blobs") + sum("partial") + sum(PREPARED)
     }
 
     fn list(&self, folder: &str) -> Vec<(String, u64, SystemTime)> {
@@ -123,6 +129,43 @@ impl Cache {
         self.root.join("blobs").join(sha256)
     }
 
+    /// Where a prepared file is.
+    pub fn prepared(&self, name: &str) -> PathBuf {
+        self.root.join(PREPARED).join(name)
+    }
+
+    /// Where a prepared file of so many bytes may be written. `None` when it is there, or when there is no room for it:
+    /// nothing leaves for it but other prepared files that nobody has read for [`STALE`].
+    pub fn place_for_prepared(&self, name: &str, bytes: u64) -> io::Result<Option<PathBuf>> {
+        fs::create_dir_all(self.root.join(PREPARED))?;
+        let path = self.prepared(name);
+        if path.exists() {
+            return Ok(None);
+        }
+        let budget = self.state.lock().budget_bytes;
+        let used = self.bytes().saturating_add(bytes);
+        let freed = self.remove_prepared(used.saturating_sub(budget), STALE);
+        Ok((used.saturating_sub(freed) <= budget).then_some(path))
+    }
+
+    /// Removes prepared files that nobody has read for so long, the longest unread first, until so many bytes are free.
+    fn remove_prepared(&self, bytes: u64, unread_for: Duration) -> u64 {
+        let now = SystemTime::now();
+        let mut stale = self.list(PREPARED);
+        stale.retain(|(_, _, read)| now.duration_since(*read).is_ok_and(|unread| unread >= unread_for));
+        stale.sort_by(|a, b| (a.2, &a.0).cmp(&(b.2, &b.0)));
+        let mut freed = 0;
+        for (name, size, _) in stale {
+            if freed >= bytes {
+                break;
+            }
+            if fs::remove_file(self.prepared(&name)).is_ok() {
+                freed += size;
+            }
+        }
+        freed
+    }
+
     /// Makes room for so many more bytes by removing blobs that nothing uses, the longest unused first.
     pub fn make_room(&self, needed: u64) -> Result<(), DiskFull> {
         let state = self.state.lock();
@@ -139,6 +182,9 @@ impl Cache {
                 bytes -= size;
             }
         }
+        // What was prepared can be prepared again from what was fetched.
+        bytes -= self
+            .remove_prepared(bytes.saturating_add(needed).saturating_sub(state.budget_bytes), Duration::ZERO);
         if bytes.saturating_add(needed) > state.budget_bytes {
             return Err(DiskFull { needed, budget: state.budget_bytes, used: bytes });
         }

@@ -1,10 +1,12 @@
 //! The declared lenses: by name, and by what their files are. The same files under several names are one content.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use turret_crds::document::{BaseKey, DocumentLens};
-use turret_crds::report::Eviction;
+use turret_crds::report::{Eviction, Feedback};
 
+use super::Measured;
 use super::owner::Stage;
 use super::resolve::ResolvedLens;
 use super::table::LensKey;
@@ -39,6 +41,42 @@ pub(super) struct Counts {
     pub(super) loads: u64,
     pub(super) load_millis: Option<u64>,
     pub(super) last_eviction: Option<Eviction>,
+    pub(super) generated_tokens: u64,
+    pub(super) time_to_first_token: RecentMean,
+    pub(super) time_per_output_token: RecentMean,
+    pub(super) feedback: Option<Feedback>,
+}
+
+impl Counts {
+    /// Counts what a row took.
+    pub(super) fn measure(&mut self, measured: &Measured) {
+        self.generated_tokens += u64::from(measured.tokens);
+        self.time_to_first_token.add(measured.time_to_first_token);
+        self.time_per_output_token.add(measured.time_per_output_token);
+    }
+
+    /// Counts a score in thousandths.
+    pub(super) fn rate(&mut self, score_milli: u32) {
+        let Feedback { count, mean_milli } = self.feedback.unwrap_or_default();
+        let sum = u128::from(count) * u128::from(mean_milli) + u128::from(score_milli);
+        let count = count.saturating_add(1);
+        self.feedback = Some(Feedback { count, mean_milli: (sum / u128::from(count)) as u32 });
+    }
+}
+
+/// The mean of the last few times, the newest of which counts an eighth.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct RecentMean(Option<Duration>);
+
+impl RecentMean {
+    fn add(&mut self, time: Option<Duration>) {
+        let mean = |time: Duration, before: Option<Duration>| before.map_or(time, |b| (b * 7 + time) / 8);
+        self.0 = time.map(|time| mean(time, self.0)).or(self.0);
+    }
+
+    pub(super) fn get(self) -> Option<Duration> {
+        self.0
+    }
 }
 
 impl DeclaredLens {

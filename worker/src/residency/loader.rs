@@ -1,6 +1,6 @@
 //! Carries plans out: files into device memory, bases in and out, the switch from one base to another.
 //!
-//! Each function is one job, run beside the owner of the table, which hears the outcome as an event. Weights are read on
+//! Each method is one job, run beside the owner of the table, which hears the outcome as an event. Weights are read on
 //! loader threads; the engine only reserves, installs and removes, between two steps.
 
 use std::ops::ControlFlow;
@@ -9,12 +9,19 @@ use std::sync::Arc;
 use turret_crds::condition::FailureReason;
 use turret_crds::document::BaseKey;
 
+use super::cache::Cache;
 use super::failure::Failure;
+use super::prepared::{Identity, Prepared, Unusable};
+use super::preparing::{Lent, Preparer, Resident};
 use super::resolve::{ResolvedBase, ResolvedLens, base_failure, lens_failure, on_loader_thread};
 use super::table::LensKey;
+use crate::engine::arena::Region;
 use crate::engine::handle::{ActivateError, BaseId, EngineHandle, LensId, RemoveError, ReserveError};
 use crate::lens::lora::LoraFolder;
-use crate::model::weights::{BaseFolder, BaseLayout};
+use crate::lens::{FilledLens, LensLayout};
+use crate::model::tensor_file::Progress;
+use crate::model::weights::{BaseFolder, FilledBase};
+use crate::telemetry::chain;
 
 /// Told in whole percent how far a load is.
 pub type OnPercent = Arc<dyn Fn(u8) + Send + Sync>;
@@ -48,77 +55,193 @@ fn internal(error: &dyn std::fmt::Display) -> Failure {
     Failure::new(FailureReason::Internal, error.to_string())
 }
 
-/// Loads a lens over an installed base.
-pub async fn load_lens(
+/// Loads and frees. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Loader {
     engine: EngineHandle,
-    base: BaseId,
-    layout: Arc<BaseLayout>,
-    lens: ResolvedLens,
-    on_percent: OnPercent,
-) -> Result<LensId, LoadError> {
-    if !lens.files.are_unchanged() {
-        return Err(LoadError::Changed);
-    }
-    let path = lens.files.folder.clone();
-    let opened = on_loader_thread(move || LoraFolder::open(&path, &layout).map_err(|e| lens_failure(&e)))
-        .await
-        .map_err(LoadError::Failed)?;
-    let region = engine.reserve_lens(opened.layout()).await.map_err(|e| reserve_error(&e))?;
-    let lent = engine.lend_base(base).await.map_err(|e| LoadError::Failed(internal(&e)))?;
-    let filled = on_loader_thread(move || {
-        let mut progress = |p: crate::model::tensor_file::Progress| {
-            on_percent(p.percent());
-            ControlFlow::Continue(())
-        };
-        opened.fill(region, &lent, &mut progress).map_err(|e| lens_failure(&e))
-    })
-    .await
-    .map_err(LoadError::Failed)?;
-    // Checked again: what was hashed is what was read.
-    if !lens.files.are_unchanged() {
-        return Err(LoadError::Changed);
-    }
-    engine
-        .install_lens(base, filled.with_digest(lens.files.digest))
-        .await
-        .map_err(|e| LoadError::Failed(internal(&e)))
+    preparer: Preparer,
 }
 
-/// Loads a base; it is resident then, not active.
-pub async fn load_base(
-    engine: EngineHandle,
-    base: Arc<ResolvedBase>,
-    on_percent: OnPercent,
-) -> Result<BaseId, LoadError> {
-    if !base.files.are_unchanged() {
-        return Err(LoadError::Changed);
+impl Loader {
+    /// Over an engine, with prepared files in a cache.
+    pub fn new(engine: EngineHandle, cache: Arc<Cache>) -> Self {
+        Self { engine, preparer: Preparer::new(cache) }
     }
-    let (path, dtype, quantization) = (base.files.folder.clone(), base.dtype, base.layout.quantization);
-    let opened = on_loader_thread(move || BaseFolder::open(&path, dtype).map_err(|e| base_failure(&e)))
-        .await
-        .map_err(LoadError::Failed)?
-        .quantized(quantization);
-    let region = engine.reserve_base(opened.layout()).await.map_err(|e| reserve_error(&e))?;
-    let filled = on_loader_thread(move || {
-        let mut progress = |p: crate::model::tensor_file::Progress| {
-            on_percent(p.percent());
-            ControlFlow::Continue(())
+
+    /// Loads a lens over an installed base.
+    pub async fn load_lens(
+        &self,
+        (id, base): (BaseId, Arc<ResolvedBase>),
+        lens: ResolvedLens,
+        on_percent: OnPercent,
+    ) -> Result<LensId, LoadError> {
+        if !lens.files.are_unchanged() {
+            return Err(LoadError::Changed);
+        }
+        let identity = Identity::of_lens(&lens.files.digest, &base.identity());
+        let prepared = match self.open_prepared(&identity).await {
+            Some(prepared) => self.prepared_lens(&base, prepared, &identity, on_percent.clone()).await?,
+            None => None,
         };
-        opened.fill(region, &mut progress).map_err(|e| base_failure(&e))
-    })
-    .await
-    .map_err(LoadError::Failed)?;
-    if !base.files.are_unchanged() {
-        return Err(LoadError::Changed);
+        let is_prepared = prepared.is_some();
+        let filled = match prepared {
+            Some(filled) => filled,
+            None => self.lens_of_files((id, &base), &lens, on_percent).await?,
+        };
+        let layout =
+            (!is_prepared).then(|| serde_json::to_string(filled.layout()).expect("a layout is JSON"));
+        let installed = self.engine.install_lens(id, filled.with_digest(lens.files.digest)).await;
+        let installed = installed.map_err(|e| LoadError::Failed(internal(&e)))?;
+        if let Some(layout) = layout
+            && let Some(lent) = self.engine.lend_lens(installed).await
+        {
+            self.preparer.begin(Resident::Lens(installed), Lent::Lens(lent), identity, layout);
+        }
+        Ok(installed)
     }
-    engine.install_base(filled).await.map_err(|e| LoadError::Failed(internal(&e)))
+
+    async fn lens_of_files(
+        &self,
+        (id, base): (BaseId, &ResolvedBase),
+        lens: &ResolvedLens,
+        on_percent: OnPercent,
+    ) -> Result<FilledLens, LoadError> {
+        let (path, layout) = (lens.files.folder.clone(), base.layout.clone());
+        let opened = on_loader_thread(move || LoraFolder::open(&path, &layout).map_err(|e| lens_failure(&e)))
+            .await
+            .map_err(LoadError::Failed)?;
+        let region = self.engine.reserve_lens(opened.layout()).await.map_err(|e| reserve_error(&e))?;
+        let lent = self.engine.lend_base(id).await.map_err(|e| LoadError::Failed(internal(&e)))?;
+        let filled = on_loader_thread(move || {
+            opened.fill(region, &lent, &mut telling(&on_percent)).map_err(|e| lens_failure(&e))
+        });
+        let filled = filled.await.map_err(LoadError::Failed)?;
+        // Checked again: what was hashed is what was read.
+        if lens.files.are_unchanged() { Ok(filled) } else { Err(LoadError::Changed) }
+    }
+
+    async fn prepared_lens(
+        &self,
+        base: &ResolvedBase,
+        prepared: Prepared,
+        identity: &Identity,
+        on_percent: OnPercent,
+    ) -> Result<Option<FilledLens>, LoadError> {
+        let Ok(layout) = serde_json::from_str::<LensLayout>(prepared.layout()) else {
+            self.forget_prepared(identity, &Unusable::Altered("its layout is none"));
+            return Ok(None);
+        };
+        let region = self.engine.reserve_lens(&layout).await.map_err(|e| reserve_error(&e))?;
+        let region = self.read_prepared(prepared, region, identity, on_percent).await;
+        Ok(region.map(|region| FilledLens::new(base.config.clone(), layout, region)))
+    }
+
+    /// Loads a base; it is resident then, not active.
+    pub async fn load_base(
+        &self,
+        base: Arc<ResolvedBase>,
+        on_percent: OnPercent,
+    ) -> Result<BaseId, LoadError> {
+        if !base.files.are_unchanged() {
+            return Err(LoadError::Changed);
+        }
+        let (identity, layout) = (base.identity(), base.layout.fingerprint());
+        let prepared = match self.open_prepared(&identity).await {
+            Some(prepared) if prepared.layout() == layout && prepared.bytes() == base.layout.bytes => {
+                let region = self.engine.reserve_base(&base.layout).await.map_err(|e| reserve_error(&e))?;
+                self.read_prepared(prepared, region, &identity, on_percent.clone()).await
+            }
+            Some(_) => {
+                self.forget_prepared(&identity, &Unusable::Altered("its layout is another one"));
+                None
+            }
+            None => None,
+        };
+        let is_prepared = prepared.is_some();
+        let filled = match prepared {
+            Some(region) => FilledBase::new((*base.layout).clone(), region),
+            None => self.base_of_files(&base, on_percent).await?,
+        };
+        let id = self.engine.install_base(filled).await.map_err(|e| LoadError::Failed(internal(&e)))?;
+        if !is_prepared && let Ok(lent) = self.engine.lend_base(id).await {
+            self.preparer.begin(Resident::Base(id), Lent::Base(lent), identity, layout);
+        }
+        Ok(id)
+    }
+
+    async fn base_of_files(
+        &self,
+        base: &ResolvedBase,
+        on_percent: OnPercent,
+    ) -> Result<FilledBase, LoadError> {
+        let (path, dtype, quantization) = (base.files.folder.clone(), base.dtype, base.layout.quantization);
+        let opened = on_loader_thread(move || BaseFolder::open(&path, dtype).map_err(|e| base_failure(&e)))
+            .await
+            .map_err(LoadError::Failed)?
+            .quantized(quantization);
+        let region = self.engine.reserve_base(opened.layout()).await.map_err(|e| reserve_error(&e))?;
+        let filled = on_loader_thread(move || {
+            opened.fill(region, &mut telling(&on_percent)).map_err(|e| base_failure(&e))
+        });
+        let filled = filled.await.map_err(LoadError::Failed)?;
+        if base.files.are_unchanged() { Ok(filled) } else { Err(LoadError::Changed) }
+    }
+
+    async fn open_prepared(&self, identity: &Identity) -> Option<Prepared> {
+        let path = self.preparer.cache().prepared(&identity.file_name());
+        let (at, of) = (path, identity.clone());
+        match tokio::task::spawn_blocking(move || Prepared::open(&at, &of)).await.ok()? {
+            Ok(prepared) => prepared,
+            Err(unusable) => {
+                self.forget_prepared(identity, &unusable);
+                None
+            }
+        }
+    }
+
+    /// Fills a region. `None` when the prepared file is damaged; it is gone then.
+    async fn read_prepared(
+        &self,
+        prepared: Prepared,
+        mut region: Region,
+        identity: &Identity,
+        on_percent: OnPercent,
+    ) -> Option<Region> {
+        let read = move || prepared.read(region.bytes_mut(), &*on_percent).map(|()| region);
+        match tokio::task::spawn_blocking(read).await.ok()? {
+            Ok(region) => Some(region),
+            Err(unusable) => {
+                self.forget_prepared(identity, &unusable);
+                None
+            }
+        }
+    }
+
+    /// Removes a prepared file that is of no use: the next load from the files makes it anew.
+    fn forget_prepared(&self, identity: &Identity, why: &Unusable) {
+        let path = self.preparer.cache().prepared(&identity.file_name());
+        tracing::warn!(path = %path.display(), error = chain(why), "a prepared file is of no use and is made anew");
+        if let Err(error) = std::fs::remove_file(&path) {
+            tracing::warn!(path = %path.display(), %error, "failed to remove a prepared file");
+        }
+    }
+
+    /// Frees a lens. What is not there any more is as good as freed.
+    pub async fn remove_lens(&self, id: LensId) -> Result<(), Failure> {
+        self.preparer.stop(Resident::Lens(id)).await;
+        match self.engine.retire_lens(id).await {
+            Ok(_) | Err(RemoveError::Unknown) => Ok(()),
+            Err(error) => Err(internal(&error)),
+        }
+    }
 }
 
-/// Frees a lens. What is not there any more is as good as freed.
-pub async fn remove_lens(engine: &EngineHandle, id: LensId) -> Result<(), Failure> {
-    match engine.retire_lens(id).await {
-        Ok(_) | Err(RemoveError::Unknown) => Ok(()),
-        Err(error) => Err(internal(&error)),
+/// Tells in percent how far reading files is.
+fn telling(on_percent: &OnPercent) -> impl FnMut(Progress) -> ControlFlow<()> {
+    let on_percent = on_percent.clone();
+    move |progress| {
+        on_percent(progress.percent());
+        ControlFlow::Continue(())
     }
 }
 
@@ -186,125 +309,128 @@ impl From<LoadError> for LoadFailure {
     }
 }
 
-/// Carries out a switch: parked bases are activated, others loaded first, beside the old one when both fit, instead of it
-/// otherwise. When the new one cannot be had, the old one is active again.
-pub async fn switch(engine: EngineHandle, order: SwitchOrder, on_percent: OnPercent) -> SwitchOutcome {
-    let mut outcome =
-        SwitchOutcome { active: order.from.as_ref().map(|f| f.key.clone()), ..SwitchOutcome::default() };
-    let result = forward(&engine, &order, on_percent.clone(), &mut outcome).await;
-    let Err(failure) = result else {
-        outcome.active = Some(order.to);
-        return outcome;
-    };
-    if let Some(from) = order.from
-        && outcome.removed_bases.contains(&from.key)
-        && let Err(again) = restore(&engine, &from, on_percent, &mut outcome).await
-    {
-        outcome.active = None;
-        tracing::error!(base = %from.key, error = ?again, "failed to load the old base again after a failed switch");
+impl Loader {
+    /// Carries out a switch: parked bases are activated, others loaded first, beside the old one when both fit, instead of it
+    /// otherwise. When the new one cannot be had, the old one is active again.
+    pub async fn switch(&self, order: SwitchOrder, on_percent: OnPercent) -> SwitchOutcome {
+        let mut outcome =
+            SwitchOutcome { active: order.from.as_ref().map(|f| f.key.clone()), ..SwitchOutcome::default() };
+        let result = self.forward(&order, on_percent.clone(), &mut outcome).await;
+        let Err(failure) = result else {
+            outcome.active = Some(order.to);
+            return outcome;
+        };
+        if let Some(from) = order.from
+            && outcome.removed_bases.contains(&from.key)
+            && let Err(again) = self.restore(&from, on_percent, &mut outcome).await
+        {
+            outcome.active = None;
+            tracing::error!(base = %from.key, error = ?again, "failed to load the old base again after a failed switch");
+        }
+        outcome.error = Some(failure);
+        outcome
     }
-    outcome.error = Some(failure);
-    outcome
-}
 
-async fn forward(
-    engine: &EngineHandle,
-    order: &SwitchOrder,
-    on_percent: OnPercent,
-    outcome: &mut SwitchOutcome,
-) -> Result<(), LoadFailure> {
-    let mut reserves: Vec<&Victim> = order.parked.iter().collect();
-    // Popped from the end: parked ones in their order, the active one last.
-    reserves.reverse();
-    let id = match order.resident {
-        Some(id) => id,
-        None => {
-            for victim in &order.free_first {
-                free(engine, victim, outcome).await.map_err(LoadFailure::Failed)?;
-            }
-            if let Some(from) = &order.from {
-                reserves.insert(0, from);
-            }
-            outcome.loaded = true;
-            loop {
-                match load_base(engine.clone(), order.base.clone(), on_percent.clone()).await {
-                    Ok(id) => break id,
-                    Err(LoadError::NoRoom(failure)) => {
-                        reserves.retain(|v| !outcome.removed_bases.contains(&v.key));
-                        let Some(victim) = reserves.pop() else {
-                            return Err(LoadFailure::Failed(failure));
-                        };
-                        free(engine, victim, outcome).await.map_err(LoadFailure::Failed)?;
+    async fn forward(
+        &self,
+        order: &SwitchOrder,
+        on_percent: OnPercent,
+        outcome: &mut SwitchOutcome,
+    ) -> Result<(), LoadFailure> {
+        let mut reserves: Vec<&Victim> = order.parked.iter().collect();
+        // Popped from the end: parked ones in their order, the active one last.
+        reserves.reverse();
+        let id = match order.resident {
+            Some(id) => id,
+            None => {
+                for victim in &order.free_first {
+                    self.free(victim, outcome).await.map_err(LoadFailure::Failed)?;
+                }
+                if let Some(from) = &order.from {
+                    reserves.insert(0, from);
+                }
+                outcome.loaded = true;
+                loop {
+                    match self.load_base(order.base.clone(), on_percent.clone()).await {
+                        Ok(id) => break id,
+                        Err(LoadError::NoRoom(failure)) => {
+                            reserves.retain(|v| !outcome.removed_bases.contains(&v.key));
+                            let Some(victim) = reserves.pop() else {
+                                return Err(LoadFailure::Failed(failure));
+                            };
+                            self.free(victim, outcome).await.map_err(LoadFailure::Failed)?;
+                        }
+                        Err(error) => return Err(error.into()),
                     }
-                    Err(error) => return Err(error.into()),
                 }
             }
+        };
+        if order.resident.is_none() {
+            outcome.installed.push((order.to.clone(), id));
+        } else if let Some(from) = &order.from {
+            reserves.insert(0, from);
         }
-    };
-    if order.resident.is_none() {
-        outcome.installed.push((order.to.clone(), id));
-    } else if let Some(from) = &order.from {
-        reserves.insert(0, from);
-    }
-    loop {
-        match engine.activate(id).await {
-            Ok(()) => return Ok(()),
-            Err(ActivateError::CannotFit(short)) => {
-                reserves.retain(|v| !outcome.removed_bases.contains(&v.key));
-                let Some(victim) = reserves.pop() else {
-                    return Err(LoadFailure::Failed(Failure::new(
-                        FailureReason::DoesNotFit,
-                        short.to_string(),
-                    )));
-                };
-                free(engine, victim, outcome).await.map_err(LoadFailure::Failed)?;
+        loop {
+            match self.engine.activate(id).await {
+                Ok(()) => return Ok(()),
+                Err(ActivateError::CannotFit(short)) => {
+                    reserves.retain(|v| !outcome.removed_bases.contains(&v.key));
+                    let Some(victim) = reserves.pop() else {
+                        return Err(LoadFailure::Failed(Failure::new(
+                            FailureReason::DoesNotFit,
+                            short.to_string(),
+                        )));
+                    };
+                    self.free(victim, outcome).await.map_err(LoadFailure::Failed)?;
+                }
+                Err(error) => return Err(LoadFailure::Failed(internal(&error))),
             }
-            Err(error) => return Err(LoadFailure::Failed(internal(&error))),
         }
     }
-}
 
-async fn free(engine: &EngineHandle, victim: &Victim, outcome: &mut SwitchOutcome) -> Result<(), Failure> {
-    for (key, id) in &victim.lenses {
-        remove_lens(engine, *id).await?;
-        outcome.removed_lenses.push(key.clone());
-    }
-    match engine.remove_base(victim.id).await {
-        Ok(_) | Err(RemoveError::Unknown) => {
-            if outcome.active.as_ref() == Some(&victim.key) {
-                outcome.active = None;
+    async fn free(&self, victim: &Victim, outcome: &mut SwitchOutcome) -> Result<(), Failure> {
+        for (key, id) in &victim.lenses {
+            self.remove_lens(*id).await?;
+            outcome.removed_lenses.push(key.clone());
+        }
+        self.preparer.stop(Resident::Base(victim.id)).await;
+        match self.engine.remove_base(victim.id).await {
+            Ok(_) | Err(RemoveError::Unknown) => {
+                if outcome.active.as_ref() == Some(&victim.key) {
+                    outcome.active = None;
+                }
+                outcome.removed_bases.push(victim.key.clone());
+                Ok(())
             }
-            outcome.removed_bases.push(victim.key.clone());
-            Ok(())
+            Err(error) => Err(internal(&error)),
         }
-        Err(error) => Err(internal(&error)),
     }
-}
 
-/// Loads the old base again and makes it active.
-async fn restore(
-    engine: &EngineHandle,
-    from: &Victim,
-    on_percent: OnPercent,
-    outcome: &mut SwitchOutcome,
-) -> Result<(), LoadFailure> {
-    let base = from.base.clone().ok_or(LoadFailure::Changed)?;
-    // What came in place of it and could not be activated makes room again.
-    for (key, id) in std::mem::take(&mut outcome.installed) {
-        let half = Victim { key, id, lenses: Vec::new(), base: None };
-        free(engine, &half, outcome).await.map_err(LoadFailure::Failed)?;
+    /// Loads the old base again and makes it active.
+    async fn restore(
+        &self,
+        from: &Victim,
+        on_percent: OnPercent,
+        outcome: &mut SwitchOutcome,
+    ) -> Result<(), LoadFailure> {
+        let base = from.base.clone().ok_or(LoadFailure::Changed)?;
+        // What came in place of it and could not be activated makes room again.
+        for (key, id) in std::mem::take(&mut outcome.installed) {
+            let half = Victim { key, id, lenses: Vec::new(), base: None };
+            self.free(&half, outcome).await.map_err(LoadFailure::Failed)?;
+        }
+        let id = self.load_base(base, on_percent).await?;
+        self.engine.activate(id).await.map_err(|e| LoadFailure::Failed(internal(&e)))?;
+        outcome.removed_bases.retain(|key| *key != from.key);
+        outcome.installed.push((from.key.clone(), id));
+        outcome.active = Some(from.key.clone());
+        Ok(())
     }
-    let id = load_base(engine.clone(), base, on_percent).await?;
-    engine.activate(id).await.map_err(|e| LoadFailure::Failed(internal(&e)))?;
-    outcome.removed_bases.retain(|key| *key != from.key);
-    outcome.installed.push((from.key.clone(), id));
-    outcome.active = Some(from.key.clone());
-    Ok(())
-}
 
-/// Frees a parked base that is no longer declared.
-pub async fn remove_base(engine: EngineHandle, victim: Victim) -> (SwitchOutcome, Option<Failure>) {
-    let mut outcome = SwitchOutcome::default();
-    let failure = free(&engine, &victim, &mut outcome).await.err();
-    (outcome, failure)
+    /// Frees a parked base that is no longer declared.
+    pub async fn remove_base(&self, victim: Victim) -> (SwitchOutcome, Option<Failure>) {
+        let mut outcome = SwitchOutcome::default();
+        let failure = self.free(&victim, &mut outcome).await.err();
+        (outcome, failure)
+    }
 }

@@ -24,6 +24,8 @@ pub mod loader;
 pub mod orders;
 mod owner;
 pub mod plan;
+pub mod prepared;
+mod preparing;
 mod publish;
 mod remote;
 pub mod resolve;
@@ -93,7 +95,19 @@ pub struct Permit {
     pub switched_in: Option<Duration>,
     number: u64,
     outcome: Outcome,
+    measured: Measured,
     owner: mpsc::UnboundedSender<Message>,
+}
+
+/// What a row took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Measured {
+    /// Tokens generated.
+    pub tokens: u32,
+    /// From the request's arrival to the first token.
+    pub time_to_first_token: Option<Duration>,
+    /// Per token after the first.
+    pub time_per_output_token: Option<Duration>,
 }
 
 /// How a row ended.
@@ -105,6 +119,8 @@ pub enum Outcome {
     Failed,
     /// It went away before.
     Cancelled,
+    /// It goes on when its base is active again.
+    Preempted,
 }
 
 /// The lens of a permit.
@@ -123,11 +139,17 @@ impl Permit {
     pub fn ended(&mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
+
+    /// Notes what the row took.
+    pub fn measured(&mut self, measured: Measured) {
+        self.measured = measured;
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let message = Message::Release { number: self.number, outcome: self.outcome };
+        let message =
+            Message::Release { number: self.number, outcome: self.outcome, measured: self.measured };
         // Without an owner nothing is left to release.
         let _ = self.owner.send(message);
     }
@@ -148,6 +170,17 @@ pub enum Refusal {
         failure: Failure,
         /// When it is tried again.
         retry_after: Duration,
+    },
+    /// Its base is not the one that the document says is active.
+    #[error(
+        "the base of `{group}` is not active: spec.switching.mode is Manual and `{active}` is the active group; set \
+         spec.switching.activeGroupName"
+    )]
+    NotActive {
+        /// The group that was asked for.
+        group: String,
+        /// The group whose base is to be active.
+        active: String,
     },
     /// Too many wait.
     #[error("{waiting} requests are waiting, the limit is {limit}; try again later")]
@@ -186,8 +219,8 @@ pub struct Residency {
 #[derive(Debug)]
 enum Message {
     Offer { document: Box<WorkerDocument>, reply: oneshot::Sender<Verdict> },
-    Acquire { model: ModelName, reply: oneshot::Sender<Result<Permit, Refusal>> },
-    Release { number: u64, outcome: Outcome },
+    Acquire { model: ModelName, again: bool, reply: oneshot::Sender<Result<Permit, Refusal>> },
+    Release { number: u64, outcome: Outcome, measured: Measured },
     Drain { refuse: bool },
     Idle { reply: oneshot::Sender<()> },
     Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
@@ -239,8 +272,17 @@ impl Residency {
 
     /// Waits for the right to run a row. Dropping the future gives the place in the queue up.
     pub async fn acquire(&self, model: ModelName) -> Result<Permit, Refusal> {
+        self.enqueue(model, false).await
+    }
+
+    /// The same for a row that had a permit and was preempted: it is not refused for what has come since.
+    pub async fn acquire_again(&self, model: ModelName) -> Result<Permit, Refusal> {
+        self.enqueue(model, true).await
+    }
+
+    async fn enqueue(&self, model: ModelName, again: bool) -> Result<Permit, Refusal> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.messages.send(Message::Acquire { model, reply });
+        let _ = self.messages.send(Message::Acquire { model, again, reply });
         answer.await.unwrap_or(Err(Refusal::Draining))
     }
 

@@ -58,6 +58,13 @@ pub enum Order {
         /// Number of the lease.
         id: u64,
     },
+    /// That what users think of a lens's answer counts.
+    Rate {
+        /// Group and name.
+        lens: LensName,
+        /// From 0, useless, to 1000, perfect.
+        score_milli: u32,
+    },
     /// That the base of a group becomes the active one.
     Switch {
         /// As clients call it.
@@ -113,6 +120,13 @@ impl Owner {
             },
             Order::Evict { lens } => self.evict_by_hand(&lens),
             Order::Pin { lens, pinned } => self.pin(&lens, pinned),
+            Order::Rate { lens, score_milli } => match self.lenses.get(&lens) {
+                Some(_) => {
+                    self.lenses.count(&lens, |counts| counts.rate(score_milli));
+                    Ok(Obeyed::Done)
+                }
+                None => Err(unknown(&lens)),
+            },
             Order::AcquireLease { lens, holder, priority, ttl } => {
                 self.acquire_lease(lens, holder, priority, ttl, now)
             }
@@ -222,6 +236,12 @@ impl Owner {
     fn switch_by_hand(&mut self, group: &str) -> Result<Obeyed, OrderError> {
         let base = self.bases.iter().find(|(_, base)| base.groups.iter().any(|g| g == group));
         let (key, base) = base.ok_or_else(|| OrderError::Unknown(group.to_owned()))?;
+        if let Some((active, declared)) = self.declared_active().filter(|(_, declared)| *declared != key) {
+            return Err(OrderError::Conflict(format!(
+                "spec.switching.mode is Manual and declares the base of `{active}`, {declared}; change \
+                 spec.switching.activeGroupName"
+            )));
+        }
         match &base.stage {
             Stage::Ready(_) => {
                 self.asked_base = Some(key.clone());

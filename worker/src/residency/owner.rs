@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -16,13 +16,14 @@ use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason};
 use super::declared::{Counts, DeclaredLens, LensName, Lenses};
 use super::failure::{Failure, backoff};
 use super::lease::Leases;
-use super::orders::{Obeyed, OrderError};
+use super::loader::Loader;
+use super::orders::{Obeyed, OrderError, epoch_seconds};
 use super::plan::Budgets;
 use super::publish::Published;
 use super::resolve::ResolvedBase;
 use super::source::Listed;
 use super::table::{LensKey, Table};
-use super::{DEFAULT_DISK_BYTES, Message, Outcome, Permit, Refusal, Start, View};
+use super::{DEFAULT_DISK_BYTES, Measured, Message, Outcome, Permit, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle};
 use crate::engine::memory::{fits_alone, fits_inactive};
 use crate::eviction::history::{Entry, History};
@@ -115,6 +116,7 @@ pub(super) type Span = (Instant, Instant);
 
 pub(super) struct Owner {
     pub(super) engine: EngineHandle,
+    pub(super) loader: Loader,
     pub(super) start: Start,
     pub(super) messages: mpsc::UnboundedSender<Message>,
     pub(super) view: watch::Sender<Arc<View>>,
@@ -185,11 +187,12 @@ pub(super) struct Owner {
 impl Owner {
     pub(super) fn new(engine: EngineHandle, start: Start, messages: mpsc::UnboundedSender<Message>) -> Self {
         let now = Instant::now();
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let created = epoch_seconds();
         let limits = start.limits.clone();
         let mut owner = Self {
             view: watch::Sender::new(Arc::new(super::publish::nothing(&start, created))),
             published: Published::default(),
+            loader: Loader::new(engine.clone(), start.resolver.fetcher.cache().clone()),
             engine,
             start,
             messages,
@@ -278,8 +281,8 @@ impl Owner {
                 self.publish();
                 let _ = reply.send(verdict);
             }
-            Message::Acquire { model, reply } => self.enqueue(model, reply),
-            Message::Release { number, outcome } => self.release(number, outcome),
+            Message::Acquire { model, again, reply } => self.enqueue(model, again, reply),
+            Message::Release { number, outcome, measured } => self.release(number, outcome, &measured),
             Message::Drain { refuse } => {
                 self.draining = true;
                 self.refusing |= refuse;
@@ -454,9 +457,11 @@ impl Owner {
         self.next_token = tokens;
     }
 
-    fn enqueue(&mut self, model: ModelName, reply: oneshot::Sender<Result<Permit, Refusal>>) {
+    fn enqueue(&mut self, model: ModelName, again: bool, reply: oneshot::Sender<Result<Permit, Refusal>>) {
         let limit = self.document.as_ref().map_or(0, |d| d.admission.max_queued_requests);
-        let refusal = if self.refusing {
+        let refusal = if again {
+            None
+        } else if self.refusing {
             Some(Refusal::Draining)
         } else if self.waiters.len() >= limit as usize && self.document.is_some() {
             let retry_after = self.retry_after();
@@ -469,10 +474,12 @@ impl Owner {
             return;
         }
         self.next_number += 1;
-        self.waiters.insert(self.next_number, Waiter { model, since: Instant::now(), counted: false, reply });
+        // A preempted row was counted when it came.
+        let waiter = Waiter { model, since: Instant::now(), counted: again, reply };
+        self.waiters.insert(self.next_number, waiter);
     }
 
-    fn release(&mut self, number: u64, outcome: Outcome) {
+    fn release(&mut self, number: u64, outcome: Outcome, measured: &Measured) {
         let Some(permitted) = self.permits.remove(&number) else { return };
         self.uses += 1;
         if let Some(held) = self.table.bases.get_mut(&permitted.base) {
@@ -491,10 +498,11 @@ impl Owner {
             let name = (permitted.model.group, lens);
             self.lenses.count(&name, |counts| {
                 counts.active_rows = counts.active_rows.saturating_sub(1);
+                counts.measure(measured);
                 match outcome {
                     Outcome::Answered => counts.served += 1,
                     Outcome::Failed => counts.errors += 1,
-                    Outcome::Cancelled => {}
+                    Outcome::Cancelled | Outcome::Preempted => {}
                 }
             });
         }
@@ -521,11 +529,10 @@ impl Owner {
     /// What a failure becomes: tried again later, or not before something changes.
     pub(super) fn failed<T>(failure: Failure, failures: u32) -> Stage<T> {
         let delay = failure.reason.is_retryable().then(|| backoff(failures));
-        let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Stage::Failed {
             failure,
             retry_at: delay.map(|d| Instant::now() + d),
-            retry_epoch: delay.map(|d| (epoch + d).as_secs()),
+            retry_epoch: delay.map(|d| epoch_seconds() + d.as_secs()),
         }
     }
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use turret_crds::document::PROTOCOL;
 use turret_crds::report::{
-    ArtifactState, BaseReport, LeaseReport, LensReport, Tier, TierReport, WorkerReport, WorkerState,
+    ArtifactState, BaseReport, LeaseReport, LensReport, SwitchPhase, SwitchReport, Tier, TierReport,
+    WorkerReport, WorkerState,
 };
 
-use super::declared::{Changed, DeclaredLens, LensName};
-use super::owner::{DeclaredBase, Owner, Stage, Turn};
+use super::declared::{Changed, DeclaredLens, LensName, RecentMean};
+use super::owner::{DeclaredBase, Owner, Stage, Turn, Waiter};
 use super::resolve::CheckedFiles;
 use super::table::Phase;
 use super::{SpokenLens, Start, View};
@@ -155,10 +156,7 @@ impl Owner {
             ready: self.has_served && !self.draining,
             draining: self.draining,
             active_base: self.table.active.clone(),
-            switching_to: match &self.turn {
-                Turn::Steady => None,
-                Turn::Draining { to, .. } | Turn::Switching { to, .. } => Some(to.clone()),
-            },
+            switch: self.switch_report(),
             tiers: self.tiers(),
             running_rows: self.permits.len() as u32,
             waiting_rows: self.waiters.len() as u32,
@@ -166,6 +164,27 @@ impl Owner {
             evictions: self.evictions.values().sum(),
             cannot_fit: self.cannot_fit.clone(),
         }
+    }
+
+    fn switch_report(&self) -> Option<SwitchReport> {
+        let (to, phase) = match &self.turn {
+            Turn::Steady => return None,
+            Turn::Draining { to, .. } => (to, SwitchPhase::Draining),
+            Turn::Switching { to, .. } => (to, SwitchPhase::Loading),
+        };
+        let base = self.bases.get(to);
+        let percent = match self.table.bases.get(to).map(|held| held.phase) {
+            Some(Phase::Resident) => 100,
+            _ => base.map_or(0, |base| base.percent),
+        };
+        let waits = |waiter: &Waiter| base.is_some_and(|base| base.groups.contains(&waiter.model.group));
+        Some(SwitchReport {
+            from: self.table.active.clone(),
+            to: to.clone(),
+            phase,
+            percent,
+            waiting_requests: self.waiters.values().filter(|waiter| waits(waiter)).count() as u32,
+        })
     }
 
     fn tiers(&self) -> Vec<TierReport> {
@@ -227,9 +246,21 @@ impl Owner {
             pinned: self.is_pinned(name, lens),
             leases: u64::from(self.leases.on(name)),
             last_eviction: lens.counts.last_eviction.clone(),
+            generated_tokens: lens.counts.generated_tokens,
+            time_to_first_token_millis: millis(lens.counts.time_to_first_token),
+            time_per_output_token_micros: micros(lens.counts.time_per_output_token),
+            feedback: lens.counts.feedback,
             ..LensReport::new(&name.0, &name.1, state, tier)
         }
     }
+}
+
+fn millis(mean: RecentMean) -> Option<u64> {
+    mean.get().map(|time| time.as_millis() as u64)
+}
+
+fn micros(mean: RecentMean) -> Option<u64> {
+    mean.get().map(|time| time.as_micros() as u64)
 }
 
 /// What a request needs of a lens before it has a permit, once its files are found good.

@@ -16,6 +16,7 @@ use super::failure::Failure;
 use super::fetch::{Broken, Fetcher};
 use super::files::{FileIdentity, Hasher};
 use super::hub::{Hub, HubFolder, Mode};
+use super::prepared::Identity;
 use super::remote::{Remote, not_here};
 use super::source::{Folder, Listed, Place, Roots, io_failure};
 use super::token::{Audience, Token, Tokens};
@@ -81,6 +82,11 @@ pub struct ResolvedBase {
 }
 
 impl ResolvedBase {
+    /// What its weights are prepared as.
+    pub fn identity(&self) -> Identity {
+        Identity::of_base(&self.files.digest, self.layout.dtype, self.layout.quantization)
+    }
+
     /// Longest sequence over it where `limit` is configured.
     pub fn context_tokens(&self, limit: u32) -> u32 {
         limit.min(u32::try_from(self.config.max_position_embeddings).unwrap_or(u32::MAX))

@@ -12,7 +12,7 @@ use turret_crds::report::{AppliedDocument, Eviction, EvictionReason};
 use super::Message;
 use super::declared::LensName;
 use super::failure::Failure;
-use super::loader::{self, LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
+use super::loader::{LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
 use super::orders::epoch_seconds;
 use super::owner::{Owner, RECHECK, Span, Stage, Turn, base_too_large, lens_too_large};
 use super::plan::Leaving;
@@ -369,10 +369,7 @@ impl Owner {
 
     pub(super) fn load_lens(&mut self, key: LensKey, lens: ResolvedLens) {
         let Some(base) = self.base_ids.get(&key.base).copied() else { return };
-        let Some(layout) = self.bases.get(&key.base).and_then(|b| b.stage.ready()).map(|b| b.layout.clone())
-        else {
-            return;
-        };
+        let Some(over) = self.bases.get(&key.base).and_then(|b| b.stage.ready()).cloned() else { return };
         let Some(entry) = self.entry(&key) else { return };
         let held = HeldLens {
             bytes: lens.bytes,
@@ -386,12 +383,12 @@ impl Owner {
         };
         self.table.lenses.insert(key.clone(), held);
         self.lenses.mark_key(&key);
-        let engine = self.engine.clone();
+        let loader = self.loader.clone();
         let since = Instant::now();
         let loading = key.clone();
         let on_percent = self.on_percent(move |percent| Event::LensPercent { key: loading.clone(), percent });
         self.spawn(async move {
-            let result = loader::load_lens(engine, base, layout, lens, on_percent).await;
+            let result = loader.load_lens((base, over), lens, on_percent).await;
             Event::LensLoaded { key, result, since }
         });
     }
@@ -459,9 +456,9 @@ impl Owner {
         held.phase = Phase::Leaving;
         tracing::info!(digest = key.digest, bytes = held.bytes, %reason, message, why, "lens evicted");
         self.note_eviction(&key, reason, message);
-        let engine = self.engine.clone();
+        let loader = self.loader.clone();
         self.spawn(async move {
-            let result = loader::remove_lens(&engine, id).await;
+            let result = loader.remove_lens(id).await;
             Event::LensGone { key, result }
         });
     }
@@ -507,10 +504,10 @@ impl Owner {
     pub(super) fn preload_base(&mut self, key: BaseKey, base: Arc<ResolvedBase>) {
         tracing::info!(base = %key, bytes = base.layout.bytes, "loading a base beside the active one");
         self.hold_base(&key, base.layout.bytes);
-        let engine = self.engine.clone();
+        let loader = self.loader.clone();
         let on_percent = self.on_base_percent(&key);
         self.spawn(async move {
-            let result = loader::load_base(engine, base, on_percent).await;
+            let result = loader.load_base(base, on_percent).await;
             Event::BaseLoaded { key, result }
         });
     }
@@ -567,9 +564,9 @@ impl Owner {
         let Some(victim) = self.victim(&key) else { return };
         tracing::info!(base = %key, why, "base leaves");
         self.leaves(&key);
-        let engine = self.engine.clone();
+        let loader = self.loader.clone();
         self.spawn(async move {
-            let (outcome, failure) = loader::remove_base(engine, victim).await;
+            let (outcome, failure) = loader.remove_base(victim).await;
             Event::BaseGone { key, outcome, failure }
         });
     }
@@ -611,9 +608,9 @@ impl Owner {
             self.hold_base(&to, base.layout.bytes);
         }
         self.turn = Turn::Switching { to: to.clone(), since: Instant::now() };
-        let engine = self.engine.clone();
+        let loader = self.loader.clone();
         let on_percent = self.on_base_percent(&to);
-        self.spawn(async move { Event::Switched(loader::switch(engine, order, on_percent).await) });
+        self.spawn(async move { Event::Switched(loader.switch(order, on_percent).await) });
     }
 
     fn lens_gone(&mut self, key: &LensKey) {

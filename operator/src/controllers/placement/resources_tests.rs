@@ -122,12 +122,13 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"worker": {"podAnnotations": {"a": "b"}}}),
     ];
     let stays = [
-        json!({"groups": [{"name": "a"}, {"name": "b"}]}),
+        json!({"groups": [{"name": "a"}, {"name": "b", "residency": "Preloaded"}]}),
         json!({"defaultGroupName": "a"}),
         json!({"replicas": 5}),
         json!({"memory": {"deviceBudget": "10Gi", "lensBudget": "1Gi"}}),
         json!({"batching": {"maxRunningRows": 3}}),
         json!({"switching": {"drainSeconds": 3}}),
+        json!({"switching": {"mode": "Manual", "activeGroupName": "a"}}),
         json!({"eviction": {"policy": "LRU", "highWatermarkPercent": 80}}),
         json!({"admission": {"holdSeconds": 3}}),
     ];

@@ -16,9 +16,9 @@ use crate::cluster::release::Release;
 use crate::cluster::space::Space;
 use crate::cluster::worker::Direct;
 
-/// A row that goes on for longer than `drainSeconds` ends with an error in its stream, and those who waited for
-/// the other base are answered.
-pub async fn rows_are_ended_when_the_drain_is_over(release: &Release) -> Result<()> {
+/// A row that goes on for longer than `drainSeconds` is preempted: those who waited for the other base are answered, and then
+/// it goes on where it was, to the answer that it has undisturbed.
+pub async fn rows_are_preempted_when_the_drain_is_over(release: &Release) -> Result<()> {
     let family = Family::read()?;
     let space = Space::create(release, "drain").await?;
     synthesise(release, &space.files().join("slow"))?;
@@ -34,10 +34,11 @@ pub async fn rows_are_ended_when_the_drain_is_over(release: &Release) -> Result<
     // Some seconds of work; a made-up base does not come to an end by itself.
     let body =
         json!({"model": "slow", "prompt": [5, 6, 7], "max_tokens": 1500, "temperature": 0, "stream": true});
-    let row = tokio::spawn({
-        let gateway = gateway.clone();
+    let ask = || {
+        let (gateway, body) = (gateway.clone(), body.clone());
         async move { gateway.stream("/v1/completions", &body).await }
-    });
+    };
+    let row = tokio::spawn(ask());
     space
         .eventually("the long row runs", async || {
             let state = worker.report().await?.state;
@@ -46,19 +47,26 @@ pub async fn rows_are_ended_when_the_drain_is_over(release: &Release) -> Result<
         .await?;
     let before = worker.report().await?.state.switches;
     let answer = gateway.verify(QWEN, case(&family, QWEN, None), Mode::Whole).await?;
-    let events = row.await?.map_err(|refused| anyhow::anyhow!("the long row was refused: {refused}"))?;
-    let last = events.last().context("the long row's stream is empty")?;
-    println!(
-        "    the other base answered after {:.1} s; the row of {} events ended with {}",
-        answer.first_token.as_secs_f64(),
-        events.len(),
-        last["error"]["message"]
-    );
-    ensure!(events.len() > 2, "the row was cut off before it began: {events:?}");
-    ensure!(last["error"]["code"] == "preempted", "the row ended with {last}");
+    ensure!(!row.is_finished(), "the row ended before anybody waited long enough for it to be preempted");
+    let refused = |refused| anyhow::anyhow!("the long row was refused: {refused}");
+    let preempted = row.await?.map_err(refused)?;
+    let undisturbed = ask().await.map_err(refused)?;
     let switched = worker.report().await?.state.switches - before;
-    ensure!(switched == 1, "{switched} switches for one request");
+    println!(
+        "    the other base answered after {:.1} s; the row of {} events went on after {switched} switches",
+        answer.first_token.as_secs_f64(),
+        preempted.len(),
+    );
+    ensure!(text(&preempted)? == text(&undisturbed)?, "the row went on with another answer");
+    ensure!(switched == 2, "{switched} switches there and back");
     space.remove().await
+}
+
+/// All text of a stream, which must have come to its end.
+fn text(events: &[serde_json::Value]) -> Result<String> {
+    let last = events.last().context("the stream is empty")?;
+    ensure!(last["choices"][0]["finish_reason"] == "length", "the stream ended with {last}");
+    Ok(events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect())
 }
 
 /// The other base is damaged on its volume: the switch fails, the old base is active again and serves, the group

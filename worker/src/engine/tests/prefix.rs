@@ -12,7 +12,7 @@ fn prompt(seed: u64) -> Vec<u32> {
 }
 
 /// A row over a prompt, greedy, that scores nothing of it.
-fn row(base: BaseId, seed: u64, lenses: &[LensId]) -> RowRequest {
+pub(super) fn row(base: BaseId, seed: u64, lenses: &[LensId]) -> RowRequest {
     let lenses = lenses.iter().map(|&lens| RowLens { lens, scale: 1.0 }).collect();
     RowRequest {
         prompt: prompt(seed),

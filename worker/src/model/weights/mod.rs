@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 pub(crate) use folder::read_json;
 pub use folder::{BASE_SIDE_FILES, BaseError, BaseFolder, base_files};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::config::ModelConfig;
 use super::lora::{Site, modules};
@@ -21,7 +23,7 @@ use crate::kernels::matmul::{Format, Packed, PackedShape, Weight};
 use crate::kernels::ops::Table;
 
 /// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Dtype {
     /// IEEE half precision.
     F16,
@@ -63,7 +65,7 @@ pub enum Quantization {
 }
 
 /// A matrix in device memory, row-major `[outputs, inputs]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Matrix {
     /// Bytes from the start of the region.
     pub offset: usize,
@@ -76,7 +78,7 @@ pub struct Matrix {
 }
 
 /// A matrix in device memory, packed for [`crate::kernels::matmul`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackedMatrix {
     /// Bytes from the start of the region.
     pub offset: usize,
@@ -94,7 +96,7 @@ pub enum Embedding {
 }
 
 /// An f32 vector in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vector {
     /// Bytes from the start of the region.
     pub offset: usize,
@@ -152,6 +154,13 @@ pub struct BaseLayout {
     pub final_norm: Vector,
     /// Head; the embedding when they are tied.
     pub head: PackedMatrix,
+}
+
+impl BaseLayout {
+    /// Equal for equal layouts.
+    pub fn fingerprint(&self) -> String {
+        hex::encode(Sha256::digest(format!("{self:?}")))
+    }
 }
 
 /// A tensor file's content on its way to a place in the region.
@@ -319,6 +328,11 @@ impl FilledBase {
     /// Where everything is.
     pub fn layout(&self) -> &BaseLayout {
         &self.layout
+    }
+
+    /// Its region.
+    pub fn bytes(&self) -> &[u8] {
+        self.region.bytes()
     }
 
     /// A matrix as the kernels take it. [`Packed::row`] reads it row by row.

@@ -1,0 +1,120 @@
+//! Writes prepared files of what is in memory, beside the serving: one at a time, and until it is to leave.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::cache::Cache;
+use super::prepared::{Identity, file_bytes, write};
+use crate::engine::handle::{BaseId, LensId};
+use crate::lens::FilledLens;
+use crate::model::weights::FilledBase;
+use crate::telemetry::chain;
+
+/// What is in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Resident {
+    /// A base.
+    Base(BaseId),
+    /// A lens.
+    Lens(LensId),
+}
+
+/// Its weights, lent by the engine.
+#[derive(Debug)]
+pub enum Lent {
+    /// Of a base.
+    Base(Arc<FilledBase>),
+    /// Of a lens.
+    Lens(Arc<FilledLens>),
+}
+
+impl Lent {
+    fn region(&self) -> &[u8] {
+        match self {
+            Self::Base(base) => base.bytes(),
+            Self::Lens(lens) => lens.bytes(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Writing {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+/// Writes prepared files. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Preparer {
+    cache: Arc<Cache>,
+    writing: Arc<Mutex<BTreeMap<Resident, Writing>>>,
+    turn: Arc<Semaphore>,
+}
+
+impl Preparer {
+    /// Prepared files in this cache.
+    pub fn new(cache: Arc<Cache>) -> Self {
+        Self { cache, writing: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// Where they are.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// Begins to write the prepared file of what has just come to memory. `layout` is where everything is in it.
+    pub fn begin(&self, resident: Resident, lent: Lent, identity: Identity, layout: String) {
+        let stop = CancellationToken::new();
+        let (cache, turn, stopped) = (self.cache.clone(), self.turn.clone(), stop.clone());
+        let task = tokio::spawn(async move {
+            let _turn = tokio::select! {
+                () = stopped.cancelled() => return,
+                turn = turn.acquire() => turn,
+            };
+            let prepare = move || prepare(&cache, &lent, &identity, layout, &stopped);
+            // It ends with the process at the latest; nobody waits for what it says.
+            let _ = tokio::task::spawn_blocking(prepare).await;
+        });
+        self.writing.lock().insert(resident, Writing { stop, task });
+    }
+
+    /// Gives back what was lent of something that is to leave memory: what was not written by now is not.
+    pub async fn stop(&self, resident: Resident) {
+        let writing = self.writing.lock().remove(&resident);
+        if let Some(Writing { stop, task }) = writing {
+            stop.cancel();
+            let _ = task.await;
+        }
+    }
+}
+
+fn prepare(cache: &Cache, lent: &Lent, identity: &Identity, layout: String, stop: &CancellationToken) {
+    let region = lent.region();
+    let bytes = file_bytes(region.len() as u64, &layout);
+    let path = match cache.place_for_prepared(&identity.file_name(), bytes) {
+        Ok(Some(place)) => place,
+        // It is there, or there is no room that something fetched would not need more.
+        Ok(None) => return,
+        Err(error) => {
+            tracing::warn!(error = %chain(&error), "no prepared files can be kept");
+            return;
+        }
+    };
+    match write(&path, identity, layout, region, stop) {
+        Ok(true) => tracing::debug!(bytes = region.len(), path = %path.display(), "prepared"),
+        Ok(false) => {}
+        Err(error) => {
+            let error = chain(&error);
+            tracing::warn!(
+                bytes,
+                error,
+                "failed to write a prepared file; the next load reads the files again"
+            );
+        }
+    }
+}
