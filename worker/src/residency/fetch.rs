@@ -38,7 +38,7 @@ const PACE: Duration = Duration::from_secs(60);
 /// Room is made in such steps for a file whose length its server does not tell.
 const STEP_BYTES: u64 = 64 << 20;
 /// How often is looked whether another process has done with a file.
-const OTHER_PROCESS: Duration = Duration::from_secs(1);
+const OTHER_PROCESS: Duration = Duration::from_millis(250);
 /// A server that asks for more patience than this is asked again earlier.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 /// A JSON file of a model is never larger.
