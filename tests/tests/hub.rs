@@ -529,3 +529,114 @@ async fn private_addresses_are_refused_also_behind_names_and_redirects() {
     }
     assert!(server.ranges("/lenses/shout/adapter_model.safetensors").is_empty(), "it was not asked");
 }
+
+#[tokio::test]
+async fn what_one_token_opened_stays_closed_to_others() {
+    let scratch = tempfile::tempdir().unwrap();
+    let hub = hub().await;
+    hub.gate(&["hf_one", "hf_two"]);
+    write_token(scratch.path(), "one", "hf_one");
+    write_token(scratch.path(), "two", "hf_two");
+    let disk = scratch.path().join("disk");
+    let start = |family: &mut Family| {
+        let options = Options { cache: Some(disk.clone()), ..options(&hub, scratch.path()) };
+        Worker::start_with(&family.document(), options)
+    };
+    let mut family = one_lens(with_secret(hf("lenses/pirate"), "one"));
+    family.placement["sourceSecrets"] = json!([{"name": "one"}, {"name": "two"}]);
+    let worker = start(&mut family);
+    assert!(is_ready(&worker.settled().await, "pirate"));
+    // The names of files are for everybody; that they are on this disk opens them to nobody.
+    let mut family = family.lens_of("a", "bare", hf("lenses/pirate")).lens_of(
+        "a",
+        "two",
+        with_secret(hf("lenses/pirate"), "two"),
+    );
+    worker.push(&family.document()).await;
+    let report = worker.settled().await;
+    assert_eq!(failure(&report, "bare").unwrap().0, FailureReason::Unauthorized);
+    assert!(is_ready(&report, "pirate") && is_ready(&report, "two"), "{report:#?}");
+    assert_eq!(hub.served(WEIGHTS).len(), 1, "whoever may have it has the one that is here");
+    drop(worker);
+
+    // Nor does it when the hub cannot be asked.
+    hub.switch_off();
+    let worker = start(&mut family);
+    let report = worker.settled().await;
+    assert!(is_ready(&report, "pirate") && is_ready(&report, "two"), "{report:#?}");
+    assert_eq!(failure(&report, "bare").unwrap().0, FailureReason::SourceUnavailable);
+}
+
+#[tokio::test]
+async fn workers_that_share_a_disk_fetch_once_and_take_nothing_from_each_other() {
+    let scratch = tempfile::tempdir().unwrap();
+    let hub = hub().await;
+    let disk = scratch.path().join("disk");
+    let start = |family: &mut Family| {
+        let options = Options { cache: Some(disk.clone()), ..options(&hub, scratch.path()) };
+        Worker::start_with(&family.document(), options)
+    };
+    let mut family = Family::default().group_of("a", hf("base")).lens_of("a", "pirate", hf("lenses/pirate"));
+    let (one, other) = (start(&mut family), start(&mut family));
+    for worker in [&one, &other] {
+        assert!(is_ready(&worker.settled().await, "pirate"));
+    }
+    for file in ["base/model.safetensors", WEIGHTS] {
+        assert_eq!(hub.served(file).len(), 1, "{file}");
+    }
+    // What one needs no more, and has no room for, the other still has.
+    family.remove_lens("a", "pirate");
+    family.placement["memory"]["diskBudget"] = "1Ki".into();
+    let mut family = family.lens_of("a", "terse", hf("lenses/terse"));
+    one.push(&family.document()).await;
+    one.wait("without room", |r| failure(r, "terse").is_some()).await;
+    let (messages, answer) = sky(Some("pirate"));
+    assert_eq!(other.chat("a:pirate", &messages).await, Ok(answer));
+    drop(one);
+    assert_eq!(other.chat("a:pirate", &messages).await.map(|_| ()), Ok(()));
+}
+
+#[tokio::test]
+async fn a_file_that_is_damaged_on_the_disk_is_fetched_again() {
+    let scratch = tempfile::tempdir().unwrap();
+    let hub = hub().await;
+    let mut family = one_lens(hf("lenses/pirate")).lens_of("a", "terse", hf("lenses/terse"));
+    let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
+    let report = worker.settled().await;
+    let blob = |lens: &str| {
+        let content = std::fs::read(fixture(&format!("lenses/{lens}/adapter_model.safetensors"))).unwrap();
+        let path = worker.folder.path().join("cache/blobs").join(hex::encode(Sha256::digest(&content)));
+        (path, content)
+    };
+    let (path, mut content) = blob("pirate");
+    *content.last_mut().unwrap() ^= 1;
+    std::fs::write(path, content).unwrap();
+    let (path, content) = blob("terse");
+    std::fs::write(path, &content[..content.len() / 2]).unwrap();
+    for lens in ["pirate", "terse"] {
+        let (messages, answer) = sky(Some(lens));
+        assert_eq!(worker.chat(&format!("a:{lens}"), &messages).await, Ok(answer));
+        let (path, content) = blob(lens);
+        assert!(std::fs::read(path).unwrap() == content, "{lens} is whole again");
+        assert_eq!(hub.served(&format!("{lens}/adapter_model.safetensors")).len(), 2);
+    }
+    let again = worker.settled().await;
+    assert_eq!(again.lens("a", "pirate").unwrap().digest, report.lens("a", "pirate").unwrap().digest);
+}
+
+#[tokio::test]
+async fn what_is_larger_than_the_disk_budget_is_refused_with_numbers_and_comes_when_it_is_raised() {
+    let scratch = tempfile::tempdir().unwrap();
+    let hub = hub().await;
+    let mut family = one_lens(hf("lenses/pirate"));
+    family.placement["memory"]["diskBudget"] = "64Ki".into();
+    let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
+    let (reason, message) = failure(&worker.settled().await, "pirate").unwrap();
+    assert_eq!(reason, FailureReason::DoesNotFit, "{message}");
+    for word in ["adapter_model.safetensors", "65536", "spec.memory.diskBudget"] {
+        assert!(message.contains(word), "`{word}` is not in: {message}");
+    }
+    family.placement["memory"]["diskBudget"] = "64Mi".into();
+    worker.push(&family.document()).await;
+    worker.wait("served", |r| is_ready(r, "pirate")).await;
+}

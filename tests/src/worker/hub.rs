@@ -74,6 +74,8 @@ struct World {
     repos: Mutex<BTreeMap<String, BTreeMap<String, Bytes>>>,
     /// The token that is asked for.
     token: Mutex<Option<String>>,
+    /// Tokens of which one is asked for where it is not for the names of files.
+    gate: Mutex<Vec<String>>,
     /// By the end of a path: what happens next.
     faults: Mutex<BTreeMap<String, VecDeque<Fault>>>,
     lies: Mutex<BTreeMap<String, Lie>>,
@@ -119,6 +121,11 @@ impl HubServer {
     /// Asks for a token from now on.
     pub fn ask_for(&self, token: &str) {
         *lock(&self.world.token) = Some(token.into());
+    }
+
+    /// Lets everybody see which files there are, and only those with one of these tokens have them.
+    pub fn gate(&self, tokens: &[&str]) {
+        *lock(&self.world.gate) = tokens.iter().map(|token| format!("Bearer {token}")).collect();
     }
 
     /// The next answers for paths that end so.
@@ -274,6 +281,11 @@ async fn hub(State(world): State<Arc<World>>, request: Request) -> Result<Respon
     };
     if rest.first() != Some(&COMMIT) {
         return Ok(refusal(404, "RevisionNotFound", "Invalid rev id"));
+    }
+    let gate = lock(&world.gate).clone();
+    let is_open = is_listing || gate.is_empty() || shown.is_some_and(|shown| gate.contains(&shown));
+    if !is_open {
+        return Ok(refusal(403, "GatedRepo", "Access to this model is restricted."));
     }
     if is_listing {
         let siblings: Vec<_> = files.keys().map(|name| json!({"rfilename": name})).collect();

@@ -5,33 +5,40 @@
 //! redirects to its content, and because a token must not go along to another host.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use futures::StreamExt;
 use parking_lot::Mutex;
 use reqwest::header::{
-    AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_NONE_MATCH,
-    IF_RANGE, LAST_MODIFIED, LOCATION, RANGE, RETRY_AFTER,
+    AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue,
+    IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED, LOCATION, RANGE, RETRY_AFTER,
 };
 use reqwest::{Client, Response, StatusCode, Url};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
 use turret_crds::condition::FailureReason;
 
-use super::cache::{Cache, UrlRecord};
+use super::cache::{Cache, NoRoom, Partial, Readers, UrlRecord};
 use super::content::{Hashes, Linked};
 use super::failure::{Failure, backoff};
-use super::files::{FileIdentity, Hasher};
+use super::files::Hasher;
 use super::hosts::{ClientError, Hosts, MAX_REDIRECTS, Redirects, Refused, refusal};
+use super::resolve::on_loader_thread;
 use super::source::io_failure;
 use super::token::Token;
 use crate::telemetry::chain;
 
 /// Attempts to continue a download before the artifact counts as failed; it is then retried with the rest.
 const ATTEMPTS: u32 = 4;
-/// An attempt that brought this much does not count: a large file over a bad line takes many.
+/// An attempt that came this much further than those before does not count: a large file over a bad line takes many.
 const PROGRESS_BYTES: u64 = 64 << 10;
+/// A server that brings less than [`PROGRESS_BYTES`] in this time is as good as silent. It must not keep others waiting.
+const PACE: Duration = Duration::from_secs(60);
+/// Room is made in such steps for a file whose length its server does not tell.
+const STEP_BYTES: u64 = 64 << 20;
+/// How often is looked whether another process has done with a file.
+const OTHER_PROCESS: Duration = Duration::from_millis(250);
 /// A server that asks for more patience than this is asked again earlier.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 /// A JSON file of a model is never larger.
@@ -61,6 +68,8 @@ pub struct Wanted<'a> {
     pub token: &'a Token,
     /// Whether it can change.
     pub content: Content<'a>,
+    /// Bytes of the same folder that are there already: the disk must hold them all.
+    pub beside: u64,
 }
 
 /// Whether a file can change.
@@ -74,8 +83,7 @@ pub enum Content<'a> {
 
 /// How far a download came, and where.
 struct Arrival {
-    partial: PathBuf,
-    validator: PathBuf,
+    partial: Arc<Partial>,
     /// Bytes that are there.
     start: u64,
 }
@@ -97,7 +105,7 @@ pub enum Broken {
         failure: Failure,
         /// When the server wants to be asked again.
         retry_after: Option<Duration>,
-        /// Bytes that came before.
+        /// Bytes of the file that are there.
         arrived: u64,
     },
     /// It does not.
@@ -131,14 +139,16 @@ pub async fn persist<T, F>(what: &str, mut attempt: impl FnMut() -> F) -> Result
 where
     F: Future<Output = Result<T, Broken>>,
 {
-    let mut failures = 0;
+    let (mut failures, mut furthest) = (0, 0);
     loop {
         let (failure, retry_after, arrived) = match attempt().await {
             Ok(value) => return Ok(value),
             Err(Broken::Final(failure)) => return Err(Broken::Final(failure)),
             Err(Broken::Network { failure, retry_after, arrived }) => (failure, retry_after, arrived),
         };
-        failures = if arrived >= PROGRESS_BYTES { 1 } else { failures + 1 };
+        // From the beginning again and again is not further, however much comes each time.
+        failures = if arrived >= furthest + PROGRESS_BYTES { 1 } else { failures + 1 };
+        furthest = furthest.max(arrived);
         if failures == ATTEMPTS {
             return Err(Broken::Network { failure, retry_after, arrived });
         }
@@ -173,18 +183,44 @@ impl Fetcher {
         found
     }
 
+    /// What is known of a file, if it is here unharmed.
+    pub async fn known(&self, key: &str) -> Result<Option<UrlRecord>, Failure> {
+        let (cache, hasher, key) = (self.cache.clone(), self.hasher.clone(), key.to_owned());
+        on_loader_thread(move || Ok(cache.known_good(&key, &hasher))).await
+    }
+
     async fn find(&self, wanted: &Wanted<'_>) -> Result<Option<UrlRecord>, Failure> {
-        let known = || self.cache.known(&wanted.key);
-        if let Content::OfCommit(_) = wanted.content
-            && let Some(known) = known()
-        {
-            return Ok(Some(known));
-        }
-        match persist(&wanted.key, || self.attempt(wanted)).await {
+        let may_have = |known: &UrlRecord| known.readers.has(wanted.token);
+        let settled = |known: &UrlRecord| wanted.content != Content::Changing && may_have(known);
+        let mut partial = None;
+        // What is known is read again once the file is ours: whoever had it before may have finished it.
+        let (known, partial) = loop {
+            let known = self.known(&wanted.key).await?;
+            match (known, partial.take()) {
+                (Some(known), _) if settled(&known) => return Ok(Some(known)),
+                (known, Some(partial)) => break (known, partial),
+                (_, None) => partial = self.take_on(&wanted.key).await?,
+            }
+            if partial.is_none() {
+                tracing::debug!(file = wanted.key, "another process fetches it");
+                tokio::time::sleep(OTHER_PROCESS).await;
+            }
+        };
+        let result = persist(&wanted.key, || self.attempt(wanted, known.as_ref(), &partial)).await;
+        match result {
             Ok(found) => Ok(found),
-            Err(Broken::Final(failure)) => Err(failure),
-            // What was good yesterday is still good if it cannot be asked for today.
-            Err(Broken::Network { failure, .. }) => match known() {
+            Err(Broken::Final(failure)) => {
+                if let Some(mut known) = known
+                    && failure.reason == FailureReason::Unauthorized
+                    && known.readers.expel(wanted.token)
+                    && let Err(error) = self.note(known).await
+                {
+                    tracing::warn!(file = wanted.key, %error, "failed to note who may not have a file any more");
+                }
+                Err(failure)
+            }
+            // What was good yesterday is still good if it cannot be asked for today, for those who were given it.
+            Err(Broken::Network { failure, .. }) => match known.filter(may_have) {
                 Some(known) => {
                     let (file, error) = (&wanted.key, failure.message);
                     tracing::warn!(file, error, "source not reachable, using the cached file");
@@ -195,39 +231,72 @@ impl Fetcher {
         }
     }
 
-    async fn attempt(&self, wanted: &Wanted<'_>) -> Result<Option<UrlRecord>, Broken> {
-        let key = &wanted.key;
-        let known = self.cache.known(key);
-        let (partial, validator) = self.cache.partial(key).map_err(|e| disk(&e))?;
-        let start = tokio::fs::metadata(&partial).await.map_or(0, |m| m.len());
-        let mut arrival = Arrival { partial, validator, start };
-        let begun = tokio::fs::read_to_string(&arrival.validator).await.ok();
-        let begun = begun.filter(|v| !v.is_empty() && start > 0);
-        let mut headers = HeaderMap::new();
-        if let Some(tag) = known.as_ref().and_then(|k| k.validator.as_ref()) {
-            set(&mut headers, IF_NONE_MATCH, tag);
-        } else if let Some(begun) = &begun {
-            set(&mut headers, RANGE, &format!("bytes={start}-"));
-            // Where a hub's content is stored it has another tag; the hub itself says whether it is the same.
-            if wanted.content == Content::Changing {
-                set(&mut headers, IF_RANGE, begun);
-            }
+    async fn take_on(&self, key: &str) -> Result<Option<Arc<Partial>>, Failure> {
+        let (cache, key) = (self.cache.clone(), key.to_owned());
+        on_loader_thread(move || Ok(cache.take_on(&key).map_err(|e| disk_failure(&e))?.map(Arc::new))).await
+    }
+
+    async fn note(&self, record: UrlRecord) -> Result<UrlRecord, Failure> {
+        let cache = self.cache.clone();
+        on_loader_thread(move || {
+            cache.note(&record).map_err(|e| disk_failure(&e))?;
+            Ok(record)
+        })
+        .await
+    }
+
+    /// The server says that a file is what is known, to whoever asked.
+    async fn admit(&self, known: &UrlRecord, token: &Token) -> Result<Option<UrlRecord>, Broken> {
+        let mut known = known.clone();
+        match known.readers.admit(token) {
+            true => self.note(known).await.map(Some).map_err(Broken::Final),
+            false => Ok(Some(known)),
         }
+    }
+
+    async fn attempt(
+        &self,
+        wanted: &Wanted<'_>,
+        known: Option<&UrlRecord>,
+        partial: &Arc<Partial>,
+    ) -> Result<Option<UrlRecord>, Broken> {
+        let key = &wanted.key;
+        let start = tokio::fs::metadata(partial.path()).await.map_or(0, |m| m.len());
+        let mut arrival = Arrival { partial: partial.clone(), start };
+        let begun = tokio::fs::read_to_string(partial.validator()).await.ok();
+        // A weak tag is also that of other bytes with the same meaning.
+        let begun = begun.filter(|v| start > 0 && !v.is_empty() && !v.starts_with("W/"));
+        let headers = conditions(wanted.content, known, begun.as_deref(), start);
         let resumed = headers.contains_key(RANGE);
-        let mut reply = self.get(wanted, headers).await?;
+        let mut reply = self.get(wanted, known, headers).await?;
+        let changed = || Broken::network(format!("`{key}` changed during the download"));
         if let Content::OfCommit(commit) = wanted.content {
             reply.linked.is_of(commit).map_err(|other| {
                 let what = format!("`{key}`: the hub answered with the commit {other}");
                 Broken::last(FailureReason::SourceUnavailable, what)
             })?;
+            if let Some(known) = known.filter(|known| reply.names(known)) {
+                return self.admit(known, wanted.token).await;
+            }
             if resumed && reply.linked.etag_or(begun.as_deref()) != begun.as_deref() {
                 arrival.discard().await;
-                return Err(Broken::network(format!("`{key}` changed during the download")));
+                return Err(changed());
             }
         }
         let status = reply.response.status();
+        if resumed
+            && matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE)
+            && wanted.content == Content::Changing
+            && begun.as_ref().is_some_and(|begun| contradicts(reply.response.headers(), begun))
+        {
+            // The server does not know `If-Range`.
+            arrival.discard().await;
+            return Err(changed());
+        }
+        if let Some(known) = known.filter(|_| status == StatusCode::NOT_MODIFIED) {
+            return self.admit(known, wanted.token).await;
+        }
         arrival.start = match status {
-            StatusCode::NOT_MODIFIED if known.is_some() => return Ok(known),
             StatusCode::OK => 0,
             StatusCode::PARTIAL_CONTENT if resumed && range_start(&reply.response) == Some(start) => start,
             StatusCode::RANGE_NOT_SATISFIABLE if resumed => {
@@ -236,23 +305,32 @@ impl Fetcher {
                     return self.receive(wanted, reply, &arrival, begun).await.map(Some);
                 }
                 arrival.discard().await;
-                return Err(Broken::network(format!("`{key}` changed during the download")));
+                return Err(changed());
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => return Ok(None),
             _ => return Err(refused(wanted, &reply)),
         };
-        let header = |name: &HeaderName| text(reply.response.headers(), name).map(str::to_owned);
         let validator = match wanted.content {
             Content::OfCommit(_) => reply.linked.etag().map(str::to_owned),
-            Content::Changing => {
-                header(&ETAG).filter(|t| !t.starts_with("W/")).or_else(|| header(&LAST_MODIFIED))
-            }
+            Content::Changing => validator(reply.response.headers()),
         };
-        self.receive(wanted, reply, &arrival, validator).await.map(Some)
+        let mut record = self.receive(wanted, reply, &arrival, validator).await?;
+        // Those who were given the same content before may have it from there as well.
+        if let Some(known) = known.filter(|known| known.sha256 == record.sha256) {
+            record.readers = known.readers.clone();
+            record.readers.admit(wanted.token);
+            record = self.note(record).await.map_err(Broken::Final)?;
+        }
+        Ok(Some(record))
     }
 
     /// Sends a request, and follows its redirects where that is allowed. The token stays with the first host.
-    async fn get(&self, wanted: &Wanted<'_>, headers: HeaderMap) -> Result<Reply, Broken> {
+    async fn get(
+        &self,
+        wanted: &Wanted<'_>,
+        known: Option<&UrlRecord>,
+        headers: HeaderMap,
+    ) -> Result<Reply, Broken> {
         let (mut url, mut at_home) = (wanted.url.clone(), true);
         let mut linked = Linked::default();
         for _ in 0..=MAX_REDIRECTS {
@@ -265,9 +343,17 @@ impl Fetcher {
             if at_home && wanted.content != Content::Changing {
                 linked.read(&response);
             }
-            let location = text(response.headers(), &LOCATION).filter(|_| response.status().is_redirection());
-            let Some(location) = location else { return Ok(Reply { response, at_home, linked }) };
-            let next = url.join(location).map_err(|error| {
+            let is_redirect =
+                response.status().is_redirection() && response.status() != StatusCode::NOT_MODIFIED;
+            let location = text(response.headers(), &LOCATION).filter(|_| is_redirect).map(str::to_owned);
+            let reply = Reply { response, at_home, linked };
+            // A hub that names what is here has nothing more to say.
+            if known.is_some_and(|known| reply.names(known)) {
+                return Ok(reply);
+            }
+            let Some(location) = location else { return Ok(reply) };
+            linked = reply.linked;
+            let next = url.join(&location).map_err(|error| {
                 let message = format!("`{}` is redirected to what is no URL: {error}", wanted.key);
                 Broken::last(FailureReason::SourceUnavailable, message)
             })?;
@@ -287,12 +373,8 @@ impl Fetcher {
         validator: Option<String>,
     ) -> Result<UrlRecord, Broken> {
         let (key, start) = (&wanted.key, arrival.start);
-        let is_there = reply.response.status() == StatusCode::RANGE_NOT_SATISFIABLE;
-        let rest = match is_there {
-            true => Some(0),
-            false => text(reply.response.headers(), &CONTENT_LENGTH).and_then(|l| l.parse::<u64>().ok()),
-        };
-        let expected = reply.linked.length(rest.map(|rest| start + rest)).map_err(|other| {
+        let length = length(&reply.response, start);
+        let expected = reply.linked.length(length).map_err(|other| {
             let message =
                 format!("`{key}` has {} bytes where it is stored, the hub says {}", other.0, other.1);
             Broken::last(FailureReason::SourceUnavailable, message)
@@ -301,45 +383,28 @@ impl Fetcher {
         if expected.is_some_and(|bytes| bytes > most) {
             return Err(too_large(key, most));
         }
-        self.cache
-            .make_room(rest.unwrap_or(0))
-            .map_err(|e| Broken::last(FailureReason::DoesNotFit, format!("failed to fetch `{key}`: {e}")))?;
         let mut hashes = Hashes::begin(&reply.linked, expected).ok_or_else(|| {
             let message = format!("the server of `{key}` does not tell its length, so it cannot be verified");
             Broken::last(FailureReason::SourceUnavailable, message)
         })?;
-        let mut file = arrival.open(&mut hashes, validator.as_deref()).await.map_err(|e| disk(&e))?;
-        let mut size = start;
-        let mut body = reply.response.bytes_stream();
-        while !is_there && let Some(chunk) = body.next().await {
-            let chunk = match chunk {
-                Ok(chunk) => chunk,
-                Err(error) => {
-                    // What has arrived is the start of the next attempt.
-                    file.flush().await.map_err(|e| disk(&e))?;
-                    return Err(failed(key, error).after(size - start));
-                }
-            };
-            size += chunk.len() as u64;
-            if size > expected.unwrap_or(most).min(most) {
-                drop(file);
-                arrival.discard().await;
-                return Err(too_large(key, expected.unwrap_or(most).min(most)));
+        let linked = reply.linked.clone();
+        let incoming = Incoming { reply, arrival, expected, most: expected.unwrap_or(most).min(most) };
+        let size = match self.pour(wanted, incoming, &mut hashes, validator.as_deref()).await {
+            Ok(size) => size,
+            Err(Interrupted::By(broken)) => return Err(broken),
+            Err(Interrupted::Disk(error)) => {
+                return Err(self.disk_is_full(wanted, arrival, expected, &error).await);
             }
-            hashes.update(&chunk);
-            file.write_all(&chunk).await.map_err(|e| disk(&e))?;
-        }
-        file.flush().await.map_err(|e| disk(&e))?;
-        drop(file);
+        };
         if let Some(expected) = expected.filter(|expected| *expected != size) {
             let message = format!("`{key}` ended after {size} bytes of {expected}");
-            return Err(Broken::network(message).after(size - start));
+            return Err(Broken::network(message).after(size));
         }
-        let sha256 = match hashes.finish(&reply.linked) {
+        let sha256 = match hashes.finish(&linked) {
             Ok(sha256) => sha256,
             Err(found) => {
                 arrival.discard().await;
-                let named = reply.linked.etag().unwrap_or_default();
+                let named = linked.etag().unwrap_or_default();
                 let message =
                     format!("`{key}` arrived as {found}, the hub names it {named}; it was not kept");
                 // What was there before may have been what is wrong.
@@ -349,25 +414,184 @@ impl Fetcher {
                 });
             }
         };
-        let record = UrlRecord { url: key.clone(), sha256, size, validator };
-        self.cache.keep(&arrival.partial, &record).map_err(|e| disk(&e))?;
-        let _ = tokio::fs::remove_file(&arrival.validator).await;
-        if let Ok(identity) = FileIdentity::at(&self.cache.blob(&record.sha256)) {
-            self.hasher.remember(identity, record.sha256.clone());
-        }
+        let readers = Readers::of(wanted.token);
+        let record = UrlRecord { url: key.clone(), sha256, size, validator, readers };
+        let (cache, hasher, partial) = (self.cache.clone(), self.hasher.clone(), arrival.partial.clone());
+        let kept = on_loader_thread(move || {
+            cache.keep(&partial, &record, &hasher).map_err(|e| disk_failure(&e))?;
+            Ok(record)
+        });
+        let record = kept.await.map_err(Broken::Final)?;
         tracing::debug!(file = key, size, resumed_at = start, "fetched");
         Ok(record)
+    }
+
+    /// Writes and hashes what comes, in the room that was made for it. Tells the size of what is there then.
+    async fn pour(
+        &self,
+        wanted: &Wanted<'_>,
+        incoming: Incoming<'_>,
+        hashes: &mut Hashes,
+        validator: Option<&str>,
+    ) -> Result<u64, Interrupted> {
+        let Incoming { mut reply, arrival, expected, most } = incoming;
+        let key = &wanted.key;
+        let mut room = expected.unwrap_or(arrival.start + STEP_BYTES);
+        self.make_room(wanted, arrival, room).await?;
+        let mut file = arrival.open(hashes, validator).await?;
+        let mut size = arrival.start;
+        let mut pace = Pace::begin(Instant::now());
+        while reply.response.status() != StatusCode::RANGE_NOT_SATISFIABLE {
+            let chunk = match reply.response.chunk().await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => break,
+                Err(error) => {
+                    // What has arrived is the start of the next attempt.
+                    file.flush().await?;
+                    return Err(failed(key, error).after(size).into());
+                }
+            };
+            size += chunk.len() as u64;
+            if size > most {
+                drop(file);
+                arrival.discard().await;
+                return Err(too_large(key, most).into());
+            }
+            if size > room {
+                room = size + STEP_BYTES;
+                self.make_room(wanted, arrival, room).await?;
+            }
+            hashes.update(&chunk);
+            file.write_all(&chunk).await?;
+            if !pace.keeps_up(chunk.len() as u64, Instant::now()) {
+                file.flush().await?;
+                let message = format!("`{key}` came at less than {PROGRESS_BYTES} bytes a minute");
+                return Err(Broken::network(message).after(size).into());
+            }
+        }
+        file.flush().await?;
+        Ok(size)
+    }
+
+    async fn make_room(&self, wanted: &Wanted<'_>, arrival: &Arrival, needed: u64) -> Result<(), Broken> {
+        let (partial, beside) = (arrival.partial.clone(), wanted.beside);
+        let made = on_loader_thread(move || Ok(partial.make_room(needed, beside)));
+        let Err(error) = made.await.map_err(Broken::Final)? else { return Ok(()) };
+        let message = format!("failed to fetch `{}`: {error}", wanted.key);
+        Err(match error {
+            NoRoom::Alone { .. } => {
+                // What can never be whole takes nobody's room.
+                arrival.discard().await;
+                Broken::last(FailureReason::DoesNotFit, message)
+            }
+            // Others may leave, and nothing else would have it looked at again.
+            NoRoom::Now { .. } => Broken::last(FailureReason::Internal, message),
+            NoRoom::Io(error) => disk(&error),
+        })
+    }
+
+    /// What becomes of a download that the disk does not take: what nobody needs goes, or else the download does.
+    async fn disk_is_full(
+        &self,
+        wanted: &Wanted<'_>,
+        arrival: &Arrival,
+        expected: Option<u64>,
+        error: &io::Error,
+    ) -> Broken {
+        if !matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            return disk(error);
+        }
+        let there = tokio::fs::metadata(arrival.partial.path()).await.map_or(0, |m| m.len());
+        let missing = expected.unwrap_or(there + STEP_BYTES).saturating_sub(there);
+        let cache = self.cache.clone();
+        let freed = on_loader_thread(move || cache.free(missing).map_err(|e| disk_failure(&e))).await;
+        let budget = self.cache.budget();
+        let message = format!(
+            "failed to fetch `{}`: the disk is full: {missing} more bytes of it did not fit, although the disk budget is \
+             {budget} bytes; lower spec.memory.diskBudget, or make the disk larger",
+            wanted.key
+        );
+        let failure = Failure::new(FailureReason::Internal, message);
+        match freed {
+            Ok(freed) if freed > 0 => Broken::Network { failure, retry_after: None, arrived: there },
+            _ => {
+                // Others may have use for what it took.
+                arrival.discard().await;
+                Broken::Final(failure)
+            }
+        }
+    }
+}
+
+/// A file that comes.
+struct Incoming<'a> {
+    reply: Reply,
+    arrival: &'a Arrival,
+    expected: Option<u64>,
+    /// It may not be longer.
+    most: u64,
+}
+
+/// What ended a file before its end.
+enum Interrupted {
+    By(Broken),
+    Disk(io::Error),
+}
+
+impl From<Broken> for Interrupted {
+    fn from(broken: Broken) -> Self {
+        Self::By(broken)
+    }
+}
+
+impl From<io::Error> for Interrupted {
+    fn from(error: io::Error) -> Self {
+        Self::Disk(error)
+    }
+}
+
+/// Whether enough comes. A server that sends a byte now and then never lets a read time out.
+struct Pace {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    fn begin(now: Instant) -> Self {
+        Self { since: now, bytes: 0 }
+    }
+
+    fn keeps_up(&mut self, bytes: u64, now: Instant) -> bool {
+        self.bytes += bytes;
+        if now - self.since < PACE {
+            return true;
+        }
+        let enough = self.bytes >= PROGRESS_BYTES;
+        *self = Self::begin(now);
+        enough
+    }
+}
+
+impl Reply {
+    /// Whether the hub itself says that a file is what is known of it.
+    fn names(&self, known: &UrlRecord) -> bool {
+        let status = self.response.status();
+        let is_told = self.at_home && (status.is_success() || status.is_redirection());
+        is_told && self.linked.etag().is_some() && self.linked.etag() == known.validator.as_deref()
     }
 }
 
 impl Arrival {
     /// Opens the file to be continued, hashing what is there, or begins it.
-    async fn open(&self, hashes: &mut Hashes, validator: Option<&str>) -> std::io::Result<tokio::fs::File> {
+    async fn open(&self, hashes: &mut Hashes, validator: Option<&str>) -> io::Result<tokio::fs::File> {
+        let path = self.partial.path();
         if self.start == 0 {
-            tokio::fs::write(&self.validator, validator.unwrap_or_default()).await?;
-            return tokio::fs::File::create(&self.partial).await;
+            // Emptied first: what is there must never be found with the validator of something else.
+            let file = tokio::fs::File::create(&path).await?;
+            tokio::fs::write(self.partial.validator(), validator.unwrap_or_default()).await?;
+            return Ok(file);
         }
-        let mut file = tokio::fs::File::open(&self.partial).await?;
+        let mut file = tokio::fs::File::open(&path).await?;
         let mut chunk = vec![0; 1 << 20];
         loop {
             match file.read(&mut chunk).await? {
@@ -375,15 +599,51 @@ impl Arrival {
                 n => hashes.update(&chunk[..n]),
             }
         }
-        tokio::fs::OpenOptions::new().append(true).open(&self.partial).await
+        tokio::fs::OpenOptions::new().append(true).open(&path).await
     }
 
     /// Throws away what has arrived.
     async fn discard(&self) {
-        for path in [&self.partial, &self.validator] {
-            let _ = tokio::fs::remove_file(path).await;
+        let partial = self.partial.clone();
+        let _ = tokio::task::spawn_blocking(move || partial.discard()).await;
+    }
+}
+
+/// What a file is asked for with: only if it is another than that which is known, and only what is not there yet.
+fn conditions(content: Content<'_>, known: Option<&UrlRecord>, begun: Option<&str>, start: u64) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    match (content, known.and_then(|known| known.validator.as_deref())) {
+        (_, None) => {}
+        (Content::OfCommit(_), Some(name)) => set(&mut headers, IF_NONE_MATCH, &format!("\"{name}\"")),
+        (Content::Changing, Some(tag)) if is_tag(tag) => set(&mut headers, IF_NONE_MATCH, tag),
+        (Content::Changing, Some(date)) => set(&mut headers, IF_MODIFIED_SINCE, date),
+    }
+    if let Some(begun) = begun {
+        set(&mut headers, RANGE, &format!("bytes={start}-"));
+        // Where a hub's content is stored it has another tag; the hub itself says whether it is the same.
+        if content == Content::Changing {
+            set(&mut headers, IF_RANGE, begun);
         }
     }
+    headers
+}
+
+/// What a server tells one state of a file from another by. A date serves better than a tag that is weak: it takes part in
+/// resuming.
+fn validator(headers: &HeaderMap) -> Option<String> {
+    let header = |name: &HeaderName| text(headers, name).map(str::to_owned);
+    let tag = header(&ETAG);
+    tag.clone().filter(|tag| !tag.starts_with("W/")).or_else(|| header(&LAST_MODIFIED)).or(tag)
+}
+
+fn is_tag(validator: &str) -> bool {
+    validator.starts_with('"') || validator.starts_with("W/")
+}
+
+/// Whether an answer is of another state of a file than that which was begun.
+fn contradicts(headers: &HeaderMap, begun: &str) -> bool {
+    let name = if is_tag(begun) { ETAG } else { LAST_MODIFIED };
+    text(headers, &name).is_some_and(|now| now != begun)
 }
 
 /// A header's value, if it is text.
@@ -395,6 +655,21 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     // A tag that is no header's value came in no header; without it the file is asked for anew.
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
+    }
+}
+
+/// The length of the whole file, of which `start` bytes are there, as its server tells it.
+fn length(response: &Response, start: u64) -> Option<u64> {
+    let rest = || text(response.headers(), &CONTENT_LENGTH)?.parse::<u64>().ok();
+    match response.status() {
+        StatusCode::RANGE_NOT_SATISFIABLE => Some(start),
+        // A part may end before the file does.
+        StatusCode::PARTIAL_CONTENT => {
+            let range = text(response.headers(), &CONTENT_RANGE);
+            let whole = range.and_then(|range| range.split_once('/')?.1.parse::<u64>().ok());
+            whole.or_else(|| Some(start.saturating_add(rest()?)))
+        }
+        _ => rest(),
     }
 }
 
@@ -455,10 +730,14 @@ fn too_large(key: &str, most: u64) -> Broken {
     Broken::last(FailureReason::Malformed, format!("`{key}` is larger than {most} bytes"))
 }
 
-fn disk(error: &std::io::Error) -> Broken {
+fn disk(error: &io::Error) -> Broken {
+    Broken::Final(disk_failure(error))
+}
+
+fn disk_failure(error: &io::Error) -> Failure {
     let mut failure = io_failure(error, "failed to write to the cache folder");
     failure.reason = FailureReason::Internal;
-    Broken::Final(failure)
+    failure
 }
 
 #[cfg(test)]
@@ -487,9 +766,85 @@ mod tests {
         };
         assert_eq!(flaky(&[0, 0, 0], None).await, (true, 4, 1));
         assert_eq!(flaky(&[0, 0, 0, 0], None).await, (false, 4, 1));
-        assert!(flaky(&[1 << 20; 20], None).await.0);
+        let further: Vec<u64> = (1..20).map(|n| n << 20).collect();
+        assert!(flaky(&further, None).await.0);
+        assert!(!flaky(&[1 << 20; 20], None).await.0, "the same again is no progress");
         assert_eq!(flaky(&[0], Some(7)).await, (true, 2, 7));
         assert_eq!(flaky(&[0], Some(3600)).await, (true, 2, 30));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_trickle_is_no_progress() {
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut pace = Pace::begin(begun);
+        assert!(pace.keeps_up(1, at(59)));
+        assert!(pace.keeps_up(PROGRESS_BYTES, at(60)));
+        assert!(pace.keeps_up(1, at(119)));
+        assert!(!pace.keeps_up(1, at(120)));
+    }
+
+    fn answer(status: u16, headers: &[(&str, &str)]) -> Response {
+        let mut answer = http::Response::builder().status(status);
+        for (name, value) in headers {
+            answer = answer.header(*name, *value);
+        }
+        answer.body(Vec::new()).unwrap().into()
+    }
+
+    #[test]
+    fn the_length_is_that_of_the_whole_file() {
+        let of = |status, headers: &[(&str, &str)]| length(&answer(status, headers), 10);
+        assert_eq!(of(200, &[("content-length", "30")]), Some(30));
+        assert_eq!(of(200, &[]), None);
+        assert_eq!(of(206, &[("content-length", "5"), ("content-range", "bytes 10-14/30")]), Some(30));
+        assert_eq!(of(206, &[("content-length", "20"), ("content-range", "bytes 10-29/*")]), Some(30));
+        assert_eq!(of(416, &[("content-range", "bytes */10"), ("content-length", "0")]), Some(10));
+    }
+
+    #[test]
+    fn a_file_is_asked_for_by_what_its_server_calls_it() {
+        let known = |validator: Option<&str>| UrlRecord {
+            url: "https://h/a".into(),
+            sha256: String::new(),
+            size: 1,
+            validator: validator.map(str::to_owned),
+            readers: Readers::default(),
+        };
+        let asked = |content, validator: Option<&str>, begun| {
+            let headers = conditions(content, validator.map(|v| known(Some(v))).as_ref(), begun, 7);
+            let mut asked: Vec<String> =
+                headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+            asked.sort();
+            asked
+        };
+        let date = "Wed, 21 Oct 2015 07:28:00 GMT";
+        let same = Content::Changing;
+        assert!(asked(same, None, None).is_empty());
+        assert_eq!(asked(same, Some("\"a\""), None), ["if-none-match: \"a\""]);
+        assert_eq!(asked(same, Some(date), None), [format!("if-modified-since: {date}")]);
+        assert_eq!(asked(same, None, Some("\"b\"")), ["if-range: \"b\"", "range: bytes=7-"]);
+        // Another state of a known file is continued as well.
+        assert_eq!(
+            asked(same, Some("W/\"a\""), Some("\"b\"")),
+            ["if-none-match: W/\"a\"", "if-range: \"b\"", "range: bytes=7-"]
+        );
+        assert_eq!(
+            asked(Content::OfCommit("c"), Some("a"), Some("a")),
+            ["if-none-match: \"a\"", "range: bytes=7-"]
+        );
+    }
+
+    #[test]
+    fn a_part_of_another_state_is_not_taken_for_the_rest() {
+        let headers = |pairs: &[(&str, &str)]| answer(206, pairs).headers().clone();
+        assert!(contradicts(&headers(&[("etag", "\"b\"")]), "\"a\""));
+        assert!(!contradicts(&headers(&[("etag", "\"a\"")]), "\"a\""));
+        assert!(!contradicts(&headers(&[]), "\"a\""));
+        assert!(contradicts(&headers(&[("last-modified", "x"), ("etag", "\"b\"")]), "y"));
+        let both = [("etag", "W/\"a\""), ("last-modified", "x")];
+        assert_eq!(validator(&headers(&both)).as_deref(), Some("x"));
+        assert_eq!(validator(&headers(&both[..1])).as_deref(), Some("W/\"a\""));
     }
 
     #[test]

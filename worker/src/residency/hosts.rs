@@ -3,7 +3,7 @@
 //!
 //! Names are judged before a request is sent ([`Hosts::check`], for every redirect again), addresses when the name is
 //! looked up for the connection ([`Hosts::connect`]), so a name cannot be public while it is judged and private when it
-//! is used.
+//! is used. Behind a proxy the proxy looks names up: where they may lead is for its rules to say.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, LazyLock};
@@ -179,10 +179,12 @@ impl Rules {
         if self.allowed.iter().any(|p| p.names(name)) || (hub && is_endpoint && self.endpoint_given) {
             return Some(Reach::Anywhere);
         }
-        let is_storage = || HUB_STORAGE.iter().any(|d| name.eq_ignore_ascii_case(d) || is_below(name, d));
         // A proxy is to be gone through, not to.
-        let is_public = self.allowed.contains(&HostPattern::Public) && !self.is_proxy(name);
-        if is_public || (hub && (is_endpoint || is_storage())) {
+        if self.is_proxy(name) {
+            return None;
+        }
+        let is_storage = || HUB_STORAGE.iter().any(|d| name.eq_ignore_ascii_case(d) || is_below(name, d));
+        if self.allowed.contains(&HostPattern::Public) || (hub && (is_endpoint || is_storage())) {
             return Some(Reach::Public);
         }
         self.allowed.iter().any(|p| matches!(p, HostPattern::Network(_))).then_some(Reach::Listed)
@@ -231,6 +233,8 @@ static SPECIAL: LazyLock<Vec<IpNet>> = LazyLock::new(|| {
         "10.0.0.0/8",
         "100.64.0.0/10",
         "127.0.0.0/8",
+        // Azure's own: a virtual machine's agent gets its certificates and secrets there.
+        "168.63.129.16/32",
         "169.254.0.0/16",
         "172.16.0.0/12",
         "192.0.0.0/24",
@@ -307,6 +311,7 @@ mod tests {
             "172.31.255.255",
             "192.168.1.1",
             "169.254.169.254",
+            "168.63.129.16",
             "100.100.100.200",
             "0.0.0.0",
             "255.255.255.255",
@@ -407,6 +412,8 @@ mod tests {
             proxies: vec![proxy_host("http://user:secret@proxy.corp:3128").unwrap()],
         };
         rules.proxies.extend(proxy_host("other-proxy.corp:3128"));
+        // A network lets names pass that lead into it, and where a proxy's leads is not asked.
+        rules.allowed.push("192.0.2.0/24".parse().unwrap());
         let hosts = Hosts(Arc::new(rules));
         for proxy in ["proxy.corp", "other-proxy.corp"] {
             assert_eq!(leads(&hosts, proxy, &["10.0.0.1"]), Ok(1), "{proxy}");

@@ -1,6 +1,7 @@
 //! Writes prepared files of what is in memory, beside the serving: one at a time, and until it is to leave.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -93,10 +94,10 @@ impl Preparer {
     }
 }
 
-fn prepare(cache: &Cache, lent: &Lent, identity: &Identity, layout: String, stop: &CancellationToken) {
+fn prepare(cache: &Arc<Cache>, lent: &Lent, identity: &Identity, layout: String, stop: &CancellationToken) {
     let region = lent.region();
     let bytes = file_bytes(region.len() as u64, &layout);
-    let path = match cache.place_for_prepared(&identity.file_name(), bytes) {
+    let place = match cache.place_for_prepared(&identity.file_name(), bytes) {
         Ok(Some(place)) => place,
         // It is there, or there is no room that something fetched would not need more.
         Ok(None) => return,
@@ -105,8 +106,12 @@ fn prepare(cache: &Cache, lent: &Lent, identity: &Identity, layout: String, stop
             return;
         }
     };
-    match write(&path, identity, layout, region, stop) {
-        Ok(true) => tracing::debug!(bytes = region.len(), path = %path.display(), "prepared"),
+    let written = File::create(place.path()).and_then(|file| {
+        let is_whole = write(file, identity, layout, region, stop)?;
+        if is_whole { place.keep().map(|()| true) } else { Ok(false) }
+    });
+    match written {
+        Ok(true) => tracing::debug!(bytes, "prepared"),
         Ok(false) => {}
         Err(error) => {
             let error = chain(&error);

@@ -45,24 +45,37 @@ impl fmt::Display for Remote<'_> {
 }
 
 impl Remote<'_> {
-    /// A file of the folder; `None` when there is none of that name.
-    pub async fn file(&self, fetcher: &Fetcher, name: &str) -> Result<Option<UrlRecord>, Failure> {
+    /// A file of the folder; `None` when there is none of that name. `beside` are the bytes that are there of the others.
+    pub async fn file(
+        &self,
+        fetcher: &Fetcher,
+        name: &str,
+        beside: u64,
+    ) -> Result<Option<UrlRecord>, Failure> {
         match self {
             Self::Https { url, token } => {
                 let key = format!("{url}/{name}");
                 let url = Url::parse(&key).map_err(|error| {
                     Failure::new(FailureReason::NotAllowed, format!("`{key}` is no URL: {error}"))
                 })?;
-                fetcher.file(&Wanted { key, url, name, token, content: Content::Changing }).await
+                if !url.username().is_empty() || url.password().is_some() {
+                    // What a source's URI says is shown to everybody.
+                    let host = url.host_str().unwrap_or_default();
+                    let message =
+                        format!("the source at {host} has a user or a password in its uri; use secretRef");
+                    return Err(Failure::new(FailureReason::NotAllowed, message));
+                }
+                fetcher.file(&Wanted { key, url, name, token, content: Content::Changing, beside }).await
             }
             Self::Hub { names, .. } if !names.contains(name) => Ok(None),
             Self::Hub { hub, folder, token, .. } => {
                 let key = folder.key(name);
                 if hub.mode() == Mode::Offline {
-                    return fetcher.cache().known(&key).map(Some).ok_or_else(|| not_here(folder));
+                    let known = fetcher.known(&key).await?.filter(|known| known.readers.has(token));
+                    return known.map(Some).ok_or_else(|| not_here(folder, token));
                 }
                 let (url, content) = (hub.url(folder, name), Content::OfCommit(&folder.revision));
-                let found = fetcher.file(&Wanted { key, url, name, token, content }).await?;
+                let found = fetcher.file(&Wanted { key, url, name, token, content, beside }).await?;
                 // What is listed is there, or the hub contradicts itself.
                 Ok(Some(found.ok_or_else(|| self.missing(name))?))
             }
@@ -84,10 +97,11 @@ impl Remote<'_> {
 }
 
 /// The hub may not be asked, and what is needed is not on this machine.
-pub fn not_here(folder: &HubFolder) -> Failure {
+pub fn not_here(folder: &HubFolder, token: &Token) -> Failure {
     let message = format!(
-        "`{folder}` is not on this machine whole, neither in the Hugging Face cache nor in the worker's, and \
-         HF_HUB_OFFLINE keeps the hub from being asked"
+        "`{folder}` is not on this machine whole, neither in the Hugging Face cache nor, for those who ask {}, in the \
+         worker's, and HF_HUB_OFFLINE keeps the hub from being asked",
+        token.origin()
     );
     Failure::new(FailureReason::SourceUnavailable, message)
 }

@@ -11,7 +11,7 @@ use turret_crds::document::{DocumentBase, DocumentLens};
 use turret_crds::group;
 use turret_crds::source::{Source, files_digest};
 
-use super::cache::UrlRecord;
+use super::cache::{Cache, Draft};
 use super::failure::Failure;
 use super::fetch::{Broken, Fetcher};
 use super::files::{FileIdentity, Hasher};
@@ -29,6 +29,9 @@ use crate::model::weights::{
     BASE_SIDE_FILES, BaseError, BaseFolder, BaseLayout, Dtype, Quantization, base_files,
 };
 use crate::telemetry::chain;
+
+/// A blob that was removed before it was linked is fetched again, unless that goes on.
+const LINK_ATTEMPTS: usize = 3;
 
 /// What is needed to find sources.
 #[derive(Clone, Debug)]
@@ -151,42 +154,66 @@ impl Resolver {
         on_loader_thread(move || resolver.check_lens(&lens, &folder, &base)).await
     }
 
-    async fn folder(&self, source: &Source, listed: &Listed, kind: Kind) -> Result<Folder, Failure> {
-        let token = |audience| self.tokens.find(source.secret_ref.as_ref(), &listed.secrets, audience);
-        match self.roots.locate(source, &listed.volumes)? {
-            Place::Folder(folder) => Ok(folder),
-            Place::Https(url) => {
-                self.fetch(&Remote::Https { url, token: token(Audience::Server)? }, kind).await
+    async fn folder(&self, source: &Source, listed: &Arc<Listed>, kind: Kind) -> Result<Folder, Failure> {
+        let (resolver, source, listed) = (self.clone(), source.clone(), listed.clone());
+        // A volume whose server is away makes whoever looks at it wait.
+        match on_loader_thread(move || resolver.find(&source, &listed, kind)).await? {
+            Found::Here(folder) => Ok(folder),
+            Found::Https { url, token } => self.fetch(&Remote::Https { url, token }, kind).await,
+            Found::Hub { folder, token } => {
+                let names = self.names(&folder, &token).await?;
+                self.fetch(&Remote::Hub { hub: &self.hub, folder, names, token }, kind).await
             }
-            Place::Hub(folder) => self.hub_folder(folder, token(Audience::Hub)?, kind).await,
         }
     }
 
-    /// A folder of a hub: where Hugging Face's own tools left it on this machine, or fetched.
-    async fn hub_folder(&self, folder: HubFolder, token: Token, kind: Kind) -> Result<Folder, Failure> {
-        if let Some(cached) = self.hub.cached(&folder).filter(|cached| kind.is_whole(&cached.path)) {
-            tracing::debug!(source = %folder, path = %cached.path.display(), "used in place from the Hugging Face cache");
-            return Ok(cached);
+    /// Where a source is: on this machine, perhaps because Hugging Face's own tools left it there, or on a server.
+    fn find(&self, source: &Source, listed: &Listed, kind: Kind) -> Result<Found, Failure> {
+        let token = |audience| self.tokens.find(source.secret_ref.as_ref(), &listed.secrets, audience);
+        match self.roots.locate(source, &listed.volumes)? {
+            Place::Folder(folder) => Ok(Found::Here(folder)),
+            Place::Https(url) => Ok(Found::Https { url, token: token(Audience::Server)? }),
+            Place::Hub(folder) => {
+                let token = token(Audience::Hub)?;
+                match self.hub.cached(&folder).filter(|cached| kind.is_whole(&cached.path)) {
+                    Some(cached) => {
+                        tracing::debug!(source = %folder, path = %cached.path.display(), "used in place from the Hugging Face cache");
+                        Ok(Found::Here(cached))
+                    }
+                    None => Ok(Found::Hub { folder, token }),
+                }
+            }
         }
-        let names = self.names(&folder, &token).await?;
-        self.fetch(&Remote::Hub { hub: &self.hub, folder, names, token }, kind).await
     }
 
     /// Names of the files of a hub's folder. The hub is asked each time, since the answer also says who may see them;
-    /// what it said before counts while it cannot be asked.
+    /// what it said before counts while it cannot be asked, for those whom it told.
     async fn names(&self, folder: &HubFolder, token: &Token) -> Result<BTreeSet<String>, Failure> {
-        let (cache, key) = (self.fetcher.cache(), folder.to_string());
+        let key = folder.to_string();
         if self.hub.mode() == Mode::Offline {
-            return cache.listing(&key).ok_or_else(|| not_here(folder));
+            return self.listed_before(&key, token).await?.ok_or_else(|| not_here(folder, token));
         }
         match self.hub.list(folder, token).await {
             Ok(names) => {
-                cache.note_listing(&key, &names).map_err(|e| cache_failure(&e))?;
-                Ok(names)
+                self.on_cache(token, move |cache, token| {
+                    cache.note_listing(&key, &names, token).map_err(|e| cache_failure(&e))?;
+                    Ok(names)
+                })
+                .await
             }
-            Err(Broken::Final(failure)) => Err(failure),
+            Err(Broken::Final(failure)) => {
+                if failure.reason == FailureReason::Unauthorized {
+                    let close = move |cache: &Cache, token: &Token| {
+                        cache.close_listing(&key, token).map_err(|e| cache_failure(&e))
+                    };
+                    if let Err(error) = self.on_cache(token, close).await {
+                        tracing::warn!(source = %folder, %error, "failed to note who may not see a folder any more");
+                    }
+                }
+                Err(failure)
+            }
             Err(Broken::Network { failure, .. }) => {
-                let known = cache.listing(&key).ok_or_else(|| failure.clone())?;
+                let known = self.listed_before(&key, token).await?.ok_or_else(|| failure.clone())?;
                 tracing::warn!(
                     source = key,
                     error = failure.message,
@@ -197,59 +224,97 @@ impl Resolver {
         }
     }
 
+    async fn listed_before(&self, key: &str, token: &Token) -> Result<Option<BTreeSet<String>>, Failure> {
+        let key = key.to_owned();
+        self.on_cache(token, move |cache, token| Ok(cache.listing(&key, token))).await
+    }
+
+    async fn on_cache<T: Send + 'static>(
+        &self,
+        token: &Token,
+        work: impl FnOnce(&Cache, &Token) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (cache, token) = (self.fetcher.cache().clone(), token.clone());
+        on_loader_thread(move || work(&cache, &token)).await
+    }
+
     /// Fetches what a loader reads, and makes it an ordinary folder.
     async fn fetch(&self, remote: &Remote<'_>, kind: Kind) -> Result<Folder, Failure> {
-        let mut files = Vec::new();
+        let cache = self.fetcher.cache().clone();
+        let draft = on_loader_thread(move || cache.draft().map_err(|e| cache_failure(&e))).await?;
+        let draft = Arc::new(draft);
         match kind {
             Kind::Lens => {
                 for name in LORA_FILES {
-                    files.push((name.to_owned(), self.needed(remote, name).await?));
+                    self.needed(remote, name, &draft).await?;
                 }
                 // What makes it more than a LoRA is fetched too, so that it is not taken for one.
                 for name in LENS_SIDE_FILES.into_iter().chain(files_of_other_kinds()) {
-                    if let Some(record) = remote.file(&self.fetcher, name).await? {
-                        files.push((name.to_owned(), record));
-                    }
+                    self.take(remote, name, &draft).await?;
                 }
             }
             Kind::Base => {
                 for name in BASE_SIDE_FILES {
                     if BASE_NEEDED.contains(name) {
-                        files.push(((*name).to_owned(), self.needed(remote, name).await?));
-                    } else if let Some(record) = remote.file(&self.fetcher, name).await? {
-                        files.push(((*name).to_owned(), record));
+                        self.needed(remote, name, &draft).await?;
+                    } else {
+                        self.take(remote, name, &draft).await?;
                     }
                 }
-                for name in self.fetch_shard_names(remote, &mut files).await? {
-                    let record = self.needed(remote, &name).await?;
-                    files.push((name, record));
+                for name in self.fetch_shard_names(remote, &draft).await? {
+                    self.needed(remote, &name, &draft).await?;
                 }
             }
         }
-        let cache = self.fetcher.cache();
-        let root = cache.root().map_err(|e| cache_failure(&e))?;
-        let path = cache.folder(&remote.to_string(), &files).map_err(|e| cache_failure(&e))?;
-        let path = std::fs::canonicalize(path).map_err(|e| cache_failure(&e))?;
-        Ok(Folder { path, root })
+        let (cache, source) = (self.fetcher.cache().clone(), remote.to_string());
+        on_loader_thread(move || {
+            let made = || -> std::io::Result<Folder> {
+                let root = cache.root()?;
+                let path = std::fs::canonicalize(draft.finish(&source)?)?;
+                Ok(Folder { path, root })
+            };
+            made().map_err(|e| cache_failure(&e))
+        })
+        .await
     }
 
-    async fn needed(&self, remote: &Remote<'_>, name: &str) -> Result<UrlRecord, Failure> {
-        remote.file(&self.fetcher, name).await?.ok_or_else(|| remote.missing(name))
+    /// Has a file of a folder in the draft of it; false when there is none of that name.
+    async fn take(&self, remote: &Remote<'_>, name: &str, draft: &Arc<Draft>) -> Result<bool, Failure> {
+        for _ in 0..LINK_ATTEMPTS {
+            let Some(record) = remote.file(&self.fetcher, name, draft.bytes()).await? else {
+                return Ok(false);
+            };
+            let (draft, name) = (draft.clone(), name.to_owned());
+            let linked = on_loader_thread(move || draft.link(&name, &record).map_err(|e| cache_failure(&e)));
+            if linked.await? {
+                return Ok(true);
+            }
+        }
+        let message = format!(
+            "`{name}` of `{remote}` was removed from the disk {LINK_ATTEMPTS} times as soon as it was there, to make room for \
+             others; raise spec.memory.diskBudget"
+        );
+        Err(Failure::new(FailureReason::Internal, message))
+    }
+
+    async fn needed(&self, remote: &Remote<'_>, name: &str, draft: &Arc<Draft>) -> Result<(), Failure> {
+        match self.take(remote, name, draft).await? {
+            true => Ok(()),
+            false => Err(remote.missing(name)),
+        }
     }
 
     async fn fetch_shard_names(
         &self,
         remote: &Remote<'_>,
-        files: &mut Vec<(String, UrlRecord)>,
+        draft: &Arc<Draft>,
     ) -> Result<Vec<String>, Failure> {
-        const INDEX: &str = "model.safetensors.index.json";
-        let Some(index) = remote.file(&self.fetcher, INDEX).await? else {
+        if !self.take(remote, "model.safetensors.index.json", draft).await? {
             return Ok(vec!["model.safetensors".to_owned()]);
-        };
-        files.push((INDEX.to_owned(), index));
+        }
         // The index is read by the same code that reads it from a folder.
-        let folder = self.fetcher.cache().folder(&format!("{remote}#index"), files);
-        let known = base_files(&folder.map_err(|e| cache_failure(&e))?).map_err(|e| base_failure(&e))?;
+        let draft = draft.clone();
+        let known = on_loader_thread(move || base_files(draft.path()).map_err(|e| base_failure(&e))).await?;
         Ok(known.into_iter().filter(|name| name.ends_with(".safetensors")).collect())
     }
 
@@ -320,6 +385,13 @@ impl Resolver {
 
 /// Files without which there is no base.
 const BASE_NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
+
+/// Where a source was found.
+enum Found {
+    Here(Folder),
+    Https { url: String, token: Token },
+    Hub { folder: HubFolder, token: Token },
+}
 
 #[derive(Clone, Copy)]
 enum Kind {

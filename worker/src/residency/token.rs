@@ -51,6 +51,8 @@ pub enum Audience {
 pub struct Token {
     value: Option<String>,
     origin: String,
+    /// The Secret that it is of.
+    secret: Option<String>,
 }
 
 impl fmt::Debug for Tokens {
@@ -68,7 +70,12 @@ impl fmt::Debug for Token {
 impl Token {
     /// No token, and why.
     pub fn none(why: &str) -> Self {
-        Self { value: None, origin: why.into() }
+        Self { value: None, origin: why.into(), secret: None }
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_secret(name: &str, value: &str) -> Self {
+        Self { value: Some(value.into()), origin: format!("with `{name}`"), secret: Some(name.into()) }
     }
 
     /// What is shown, if anything is.
@@ -81,6 +88,11 @@ impl Token {
         let mut header = HeaderValue::from_str(&format!("Bearer {}", self.value()?)).ok()?;
         header.set_sensitive(true);
         Some(header)
+    }
+
+    /// The Secret that it is of; none where it is whoever runs this worker's, or there is no token.
+    pub fn secret(&self) -> Option<&str> {
+        self.secret.as_deref()
     }
 
     /// For people: which token was used, or why none was.
@@ -103,7 +115,8 @@ impl Tokens {
                 let path = self.path(name, listed)?;
                 match read(&path) {
                     Ok(value) => {
-                        return checked(value, format!("with the token of the Secret `{name}`"));
+                        let token = checked(value, format!("with the token of the Secret `{name}`"))?;
+                        return Ok(Token { secret: Some(name.clone()), ..token });
                     }
                     Err(error) => {
                         format!("`{}` of the Secret `{name}` cannot be read: {error}", path.display())
@@ -147,7 +160,7 @@ impl Tokens {
 }
 
 fn checked(value: String, origin: String) -> Result<Token, Failure> {
-    let token = Token { value: Some(value), origin };
+    let token = Token { value: Some(value), origin, secret: None };
     if token.header().is_none() {
         let message =
             format!("a server cannot be asked {}: it has a character that no header takes", token.origin);
@@ -186,6 +199,7 @@ mod tests {
             let token = find();
             assert_eq!(token.value(), Some(value));
             assert_eq!(token.origin(), "with the token of the Secret `hub`");
+            assert_eq!((before.secret(), token.secret()), (None, Some("hub")));
             assert!(!format!("{token:?} {tokens:?} {:?}", token.header()).contains(value));
         }
         std::fs::write(folder.path().join("hub/token"), "a\nb").unwrap();
