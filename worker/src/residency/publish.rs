@@ -150,10 +150,11 @@ impl Owner {
     }
 
     fn state(&self) -> WorkerState {
+        let draining = self.leaving || self.drained;
         WorkerState {
             document: self.applied.clone(),
-            ready: self.has_served && !self.draining,
-            draining: self.draining,
+            ready: self.has_served && !draining,
+            draining,
             active_base: self.table.active.clone(),
             switching_to: match &self.turn {
                 Turn::Steady => None,
