@@ -10,7 +10,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{condition::FailureReason, document::BaseKey};
+use crate::{
+    condition::FailureReason,
+    document::{BaseKey, EvictionRule},
+    placement::EvictionPolicy,
+};
 
 /// The state of one worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -357,6 +361,38 @@ pub struct LeaseReport {
     pub expires_at: u64,
     /// Whether the lens is in device memory. If not, it is on its way or waits for room.
     pub resident: bool,
+}
+
+/// `GET /control/v1/policy`: which lenses leave first when there is need for room, and which before. Called as in
+/// `spec.eviction` of the placement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyReport {
+    /// How they are put in order.
+    pub policy: EvictionPolicy,
+    /// When more of the lens budget is taken than this, idle lenses leave. Absent: they stay until there is need for room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub high_watermark_percent: Option<u32>,
+    /// Until no more of it is taken than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_watermark_percent: Option<u32>,
+    /// A lens is idle when nothing used it for so long, seconds.
+    pub idle_seconds: u32,
+    /// How often idle lenses are looked for, seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweep_seconds: Option<u32>,
+}
+
+impl From<EvictionRule> for PolicyReport {
+    fn from(rule: EvictionRule) -> Self {
+        Self {
+            policy: rule.policy,
+            high_watermark_percent: rule.sweep.map(|sweep| sweep.high_percent),
+            low_watermark_percent: rule.sweep.map(|sweep| sweep.low_percent),
+            idle_seconds: rule.idle_seconds,
+            sweep_seconds: rule.sweep.map(|sweep| sweep.every_seconds),
+        }
+    }
 }
 
 /// One line of the state stream.

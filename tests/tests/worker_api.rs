@@ -551,6 +551,15 @@ async fn sigterm_lets_running_rows_finish_and_ends_with_zero() {
     worker.wait("draining", |r| r.state.draining && !r.state.ready).await;
     let ready = worker.client.get(format!("{}/readyz", worker.data)).send().await.unwrap();
     assert_eq!(ready.status(), 503);
+    // What somebody drained can be undone; the end of a process cannot.
+    let undone = worker
+        .client
+        .delete(format!("{}/control/v1/drain", worker.control))
+        .bearer_auth(TOKEN)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(undone.status(), 503);
     let text = running.text().await.unwrap();
     let all = events(&text);
     assert!(all.iter().all(|e| e["error"].is_null()), "{text}");

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -29,6 +29,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve model groups over HTTP.
     Serve(Box<ServeArgs>),
+    /// Ask a worker what it holds, and have it load, keep, evict, switch or drain by hand.
+    Control(crate::control::ControlArgs),
     /// Measure the engine on this machine, beside the bandwidth of its memory.
     Bench(crate::bench::BenchArgs),
     /// Print what a folder holds: kind, shapes, bytes in memory, files read and their digest.
@@ -168,17 +170,25 @@ impl ServeArgs {
 
     /// The static token, if one was given.
     pub fn read_token(&self) -> Result<Option<String>, TokenError> {
-        let (token, place) = match (&self.token, &self.token_file) {
-            (Some(token), _) => (token.clone(), "--token".to_owned()),
-            (None, Some(path)) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|source| TokenError::Read { path: path.clone(), source })?;
-                (text.trim().to_owned(), path.display().to_string())
-            }
-            (None, None) => return Ok(None),
-        };
-        if token.is_empty() { Err(TokenError::Empty(place)) } else { Ok(Some(token)) }
+        static_token(self.token.as_deref(), self.token_file.as_deref())
     }
+}
+
+/// A static token that was given as it is, or in a file.
+///
+/// # Errors
+/// When the file cannot be read, or there is nothing in it.
+pub fn static_token(token: Option<&str>, file: Option<&Path>) -> Result<Option<String>, TokenError> {
+    let (token, place) = match (token, file) {
+        (Some(token), _) => (token.to_owned(), "--token".to_owned()),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|source| TokenError::Read { path: path.into(), source })?;
+            (text.trim().to_owned(), path.display().to_string())
+        }
+        (None, None) => return Ok(None),
+    };
+    if token.is_empty() { Err(TokenError::Empty(place)) } else { Ok(Some(token)) }
 }
 
 /// Why there is no way to a hub.

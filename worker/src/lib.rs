@@ -5,12 +5,13 @@
 //! - [`kernels`]: the hot loops.
 //! - [`lens`]: what a lens is, one file per kind.
 //! - [`residency`]: which bases and lenses are in memory, and who may use them.
-//! - [`api`]: HTTP. [`serve`]: puts it all together.
+//! - [`api`]: HTTP. [`serve`]: puts it all together. [`control`]: asks the control port, by hand.
 //! - [`document`]: what the worker is told to serve; [`config`]: how it was started.
 
 pub mod api;
 pub mod bench;
 pub mod config;
+pub mod control;
 pub mod device;
 pub mod document;
 pub mod engine;

@@ -1,4 +1,4 @@
-//! `turret-worker`: serves a base and its lenses; looks into model folders; makes synthetic ones.
+//! `turret-worker`: serves a base and its lenses; asks one by hand; looks into model folders; makes synthetic ones.
 
 use std::process::ExitCode;
 
@@ -7,12 +7,13 @@ use turret_crds::label;
 use turret_worker::config::{Cli, Command, ServeArgs};
 use turret_worker::serve::{ServeError, serve};
 use turret_worker::telemetry::{self, chain};
-use turret_worker::{bench, eviction, inspect, synth};
+use turret_worker::{bench, control, eviction, inspect, synth};
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => run(*args),
         Command::Bench(args) => said(bench::run(&args)),
+        Command::Control(args) => said(control::run(&args)),
         Command::Inspect(args) => said(inspect::run(&args)),
         Command::Simulate(args) => said(eviction::command::run(&args)),
         Command::Synth(args) => said(synth::run(&args)),

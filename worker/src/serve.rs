@@ -207,9 +207,9 @@ async fn leave(residency: &Residency, engine: &EngineHandle, lag: Duration, drai
     let rows = residency.view().report.state.running_rows;
     tracing::info!(rows, drain_seconds = drain.as_secs(), "leaving");
     let end = tokio::time::Instant::now() + drain;
-    residency.drain(false);
+    residency.leave(false);
     tokio::time::sleep(lag.min(drain)).await;
-    residency.drain(true);
+    residency.leave(true);
     if tokio::time::timeout_at(end, residency.idle()).await.is_err() {
         let rows = engine.abort_rows().await;
         tracing::warn!(rows, "rows did not end within the drain and are ended");

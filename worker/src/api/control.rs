@@ -11,8 +11,8 @@ use http::{StatusCode, header};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use turret_crds::WorkerDocument;
-use turret_crds::document::Verdict;
-use turret_crds::report::{LeaseReport, StateEvent, diff};
+use turret_crds::document::{EvictionRule, Verdict};
+use turret_crds::report::{LeaseReport, PolicyReport, StateEvent, diff};
 
 use super::App;
 use super::error::ApiError;
@@ -105,6 +105,13 @@ fn line(event: &StateEvent) -> Result<Bytes, std::convert::Infallible> {
     let mut line = serde_json::to_vec(event).expect("a report is JSON");
     line.push(b'\n');
     Ok(line.into())
+}
+
+/// `GET /control/v1/policy`: the eviction policy that is declared, and in force.
+pub async fn get_policy(State(app): State<App>) -> Json<PolicyReport> {
+    let view = app.residency.view();
+    let rule = view.document.as_ref().map_or_else(EvictionRule::default, |document| document.eviction);
+    Json(rule.into())
 }
 
 /// What `{id}` in a path means: `GROUP:LENS`, or `LENS` where only one group has it.
@@ -291,9 +298,15 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         .map_err(|e| ApiError::invalid(None, format!("the body is not what is expected: {e}")))
 }
 
-/// `POST /control/v1/drain`: reports the worker as leaving and refuses new requests from now on. It does not end; SIGTERM
-/// does that.
-pub async fn drain(State(app): State<App>) -> StatusCode {
-    app.residency.drain(true);
-    StatusCode::ACCEPTED
+/// `POST /control/v1/drain`: takes no new requests from now on, and reports the worker as not ready; what runs and waits
+/// goes on. The process does not end; SIGTERM does that.
+pub async fn drain(State(app): State<App>) -> Result<StatusCode, ApiError> {
+    order(&app, Order::Drain { drained: true }).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// `DELETE /control/v1/drain`: takes requests again. 503 when the process is about to end.
+pub async fn undrain(State(app): State<App>) -> Result<StatusCode, ApiError> {
+    order(&app, Order::Drain { drained: false }).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

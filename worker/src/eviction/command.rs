@@ -135,7 +135,8 @@ fn trace_table(trace: &Trace, setup: &Setup) -> Result<String, TooLarge> {
     Ok(text)
 }
 
-fn written(policy: EvictionPolicy) -> String {
+/// A policy's name, as it is declared.
+pub(crate) fn written(policy: EvictionPolicy) -> String {
     serde_json::to_value(policy).ok().and_then(|name| Some(name.as_str()?.to_owned())).unwrap_or_default()
 }
 

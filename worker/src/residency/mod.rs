@@ -202,8 +202,8 @@ pub enum Refusal {
         /// When it may be better.
         retry_after: Duration,
     },
-    /// The worker is leaving.
-    #[error("this worker is shutting down; send the request again")]
+    /// The worker is leaving, or was asked to take nothing new.
+    #[error("this worker is draining; send the request again")]
     Draining,
 }
 
@@ -221,7 +221,7 @@ enum Message {
     Offer { document: Box<WorkerDocument>, reply: oneshot::Sender<Verdict> },
     Acquire { model: ModelName, again: bool, reply: oneshot::Sender<Result<Permit, Refusal>> },
     Release { number: u64, outcome: Outcome, measured: Measured },
-    Drain { refuse: bool },
+    Leave { refuse: bool },
     Idle { reply: oneshot::Sender<()> },
     Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
     Event(work::Event),
@@ -294,8 +294,8 @@ impl Residency {
     }
 
     /// Reports this worker as leaving. With `refuse` new requests are refused from now on.
-    pub fn drain(&self, refuse: bool) {
-        let _ = self.messages.send(Message::Drain { refuse });
+    pub fn leave(&self, refuse: bool) {
+        let _ = self.messages.send(Message::Leave { refuse });
     }
 
     /// Waits until nothing runs and nothing waits.

@@ -1,4 +1,4 @@
-//! What somebody asks by hand, over the control port: load, evict, pin, lease, switch. What the document declares may
+//! What somebody asks by hand, over the control port: load, evict, pin, lease, switch, drain. What the document declares may
 //! be carried out sooner than by itself, not contradicted.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -69,6 +69,11 @@ pub enum Order {
     Switch {
         /// As clients call it.
         group: String,
+    },
+    /// That no new requests are taken until the worker restarts, or that they are again.
+    Drain {
+        /// Whether they are not.
+        drained: bool,
     },
 }
 
@@ -143,6 +148,7 @@ impl Owner {
                 Obeyed::Done
             }),
             Order::Switch { group } => self.switch_by_hand(&group),
+            Order::Drain { drained } => self.drain_by_hand(drained),
         };
         let _ = reply.send(result);
     }
@@ -254,6 +260,18 @@ impl Owner {
                 Err(OrderError::Failed { lens: group.to_owned(), failure: failure.clone() })
             }
         }
+    }
+
+    fn drain_by_hand(&mut self, drained: bool) -> Result<Obeyed, OrderError> {
+        // A process that ends does not take requests again.
+        if !drained && self.leaving {
+            return Err(OrderError::Stopped);
+        }
+        if self.drained != drained {
+            tracing::info!(drained, rows = self.permits.len(), "asked for over the control port");
+        }
+        self.drained = drained;
+        Ok(Obeyed::Done)
     }
 
     /// Ends leases whose time is over.
@@ -369,7 +387,7 @@ pub fn lease_number(name: &str, instance: &str) -> Result<u64, LeaseError> {
 }
 
 /// Seconds since the epoch.
-pub(super) fn epoch_seconds() -> u64 {
+pub(crate) fn epoch_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 

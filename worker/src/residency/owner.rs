@@ -180,8 +180,11 @@ pub(super) struct Owner {
     pub(super) next_number: u64,
     pub(super) grants: VecDeque<Instant>,
     pub(super) idlers: Vec<oneshot::Sender<()>>,
-    pub(super) draining: bool,
+    /// Whether the process is about to end, and whether it takes nothing new by now.
+    pub(super) leaving: bool,
     pub(super) refusing: bool,
+    /// Whether nothing new is taken because somebody asked for that.
+    pub(super) drained: bool,
 }
 
 impl Owner {
@@ -239,8 +242,9 @@ impl Owner {
             next_number: 0,
             grants: VecDeque::new(),
             idlers: Vec::new(),
-            draining: false,
+            leaving: false,
             refusing: false,
+            drained: false,
         };
         owner.publish();
         owner
@@ -283,8 +287,8 @@ impl Owner {
             }
             Message::Acquire { model, again, reply } => self.enqueue(model, again, reply),
             Message::Release { number, outcome, measured } => self.release(number, outcome, &measured),
-            Message::Drain { refuse } => {
-                self.draining = true;
+            Message::Leave { refuse } => {
+                self.leaving = true;
                 self.refusing |= refuse;
             }
             Message::Idle { reply } => self.idlers.push(reply),
@@ -461,7 +465,7 @@ impl Owner {
         let limit = self.document.as_ref().map_or(0, |d| d.admission.max_queued_requests);
         let refusal = if again {
             None
-        } else if self.refusing {
+        } else if self.refusing || self.drained {
             Some(Refusal::Draining)
         } else if self.waiters.len() >= limit as usize && self.document.is_some() {
             let retry_after = self.retry_after();

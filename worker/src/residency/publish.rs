@@ -151,10 +151,11 @@ impl Owner {
     }
 
     fn state(&self) -> WorkerState {
+        let draining = self.leaving || self.drained;
         WorkerState {
             document: self.applied.clone(),
-            ready: self.has_served && !self.draining,
-            draining: self.draining,
+            ready: self.has_served && !draining,
+            draining,
             active_base: self.table.active.clone(),
             switch: self.switch_report(),
             tiers: self.tiers(),

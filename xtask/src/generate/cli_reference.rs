@@ -15,16 +15,28 @@ pub fn page(help: &dyn Fn(&str, &[&str]) -> Result<String>) -> Result<String> {
          What each program prints with `--help`. Environment variables stand beside the options they set.\n"
     );
     for program in PROGRAMS {
-        let text = help(program, &["--help"])?;
-        write!(page, "\n## {program}\n\n```text\n{}\n```\n", tidy(&text))?;
-        let commands = commands(&text);
-        ensure!(!commands.is_empty(), "`{program} --help` lists no commands:\n{text}");
-        for command in commands {
-            let text = help(program, &[command, "--help"])?;
-            write!(page, "\n### {program} {command}\n\n```text\n{}\n```\n", tidy(&text))?;
-        }
+        section(&mut page, help, program, &[])?;
     }
     Ok(page)
+}
+
+/// A program, or a command of it, and then its own commands.
+fn section(
+    page: &mut String,
+    help: &dyn Fn(&str, &[&str]) -> Result<String>,
+    program: &str,
+    path: &[&str],
+) -> Result<()> {
+    let text = help(program, &[path, &["--help"]].concat())?;
+    let level = "#".repeat(path.len() + 2);
+    let title = format!("{program} {}", path.join(" "));
+    write!(page, "\n{level} {}\n\n```text\n{}\n```\n", title.trim_end(), tidy(&text))?;
+    let commands = commands(&text);
+    ensure!(!path.is_empty() || !commands.is_empty(), "`{program} --help` lists no commands:\n{text}");
+    for command in commands {
+        section(page, help, program, &[path, &[command]].concat())?;
+    }
+    Ok(())
 }
 
 /// The commands that a help text lists.
@@ -59,8 +71,14 @@ mod tests {
     fn a_program_without_commands_is_refused() {
         assert!(page(&|_, _| Ok("nothing".into())).is_err());
         let text = page(&|program, words| {
-            Ok(if words.len() == 1 { HELP.into() } else { format!("{program} {words:?}") })
+            Ok(match words {
+                ["--help"] | ["crds", "--help"] => HELP.into(),
+                _ => format!("{program} {words:?}"),
+            })
         });
-        assert!(text.unwrap().contains("### turret-worker crds"));
+        let text = text.unwrap();
+        for title in ["## turret-worker", "### turret-worker crds", "#### turret-worker crds run"] {
+            assert!(text.contains(&format!("\n{title}\n")), "{title} is missing in {text}");
+        }
     }
 }
