@@ -67,6 +67,16 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, switches::rows_are_ended_when_the_drain_is_over),
         scenario!(runtime, release, switches::a_failed_switch_goes_back_to_the_old_base),
         scenario!(runtime, release, memory::a_budget_that_cannot_be_met_is_told_and_the_old_one_stays),
+        scenario!(
+            runtime,
+            release,
+            memory::a_lens_larger_than_its_budget_is_told_and_what_the_message_asks_for_serves_it
+        ),
+        scenario!(
+            runtime,
+            release,
+            memory::a_base_larger_than_the_device_is_told_and_the_other_group_is_served
+        ),
         scenario!(runtime, release, memory::nothing_is_held_once_the_last_group_is_gone),
         scenario!(runtime, release, leadership::another_replica_leads_when_the_leader_goes),
         scenario!(runtime, release, rollouts::the_rollout_ends_with_one_worker_less_meanwhile),
