@@ -9,6 +9,7 @@ pub mod lenses;
 pub mod memory;
 pub mod rights;
 pub mod rollouts;
+pub mod sources;
 pub mod switches;
 
 use std::path::Path;
