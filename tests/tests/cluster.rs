@@ -11,7 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, rights, rollouts, sources, switches,
+    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
+    switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -78,6 +79,11 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
             memory::a_base_larger_than_the_device_is_told_and_the_other_group_is_served
         ),
         scenario!(runtime, release, memory::nothing_is_held_once_the_last_group_is_gone),
+        scenario!(
+            runtime,
+            release,
+            residency::a_zipf_load_on_two_groups_with_room_for_a_third_of_their_lenses
+        ),
         scenario!(runtime, release, sources::a_full_disk_is_told_and_what_is_there_is_served),
         scenario!(runtime, release, sources::a_source_that_disappears_is_told_once_it_is_missed_and_heals),
         scenario!(runtime, release, sources::a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart),

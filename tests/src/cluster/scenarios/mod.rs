@@ -7,6 +7,7 @@ pub mod faults;
 pub mod leadership;
 pub mod lenses;
 pub mod memory;
+pub mod residency;
 pub mod rights;
 pub mod rollouts;
 pub mod sources;
