@@ -11,7 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, rights, rollouts, switches,
+    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
+    switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -67,7 +68,25 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, switches::rows_are_preempted_when_the_drain_is_over),
         scenario!(runtime, release, switches::a_failed_switch_goes_back_to_the_old_base),
         scenario!(runtime, release, memory::a_budget_that_cannot_be_met_is_told_and_the_old_one_stays),
+        scenario!(
+            runtime,
+            release,
+            memory::a_lens_larger_than_its_budget_is_told_and_what_the_message_asks_for_serves_it
+        ),
+        scenario!(
+            runtime,
+            release,
+            memory::a_base_larger_than_the_device_is_told_and_the_other_group_is_served
+        ),
         scenario!(runtime, release, memory::nothing_is_held_once_the_last_group_is_gone),
+        scenario!(
+            runtime,
+            release,
+            residency::a_zipf_load_on_two_groups_with_room_for_a_third_of_their_lenses
+        ),
+        scenario!(runtime, release, sources::a_full_disk_is_told_and_what_is_there_is_served),
+        scenario!(runtime, release, sources::a_source_that_disappears_is_told_once_it_is_missed_and_heals),
+        scenario!(runtime, release, sources::a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart),
         scenario!(runtime, release, leadership::another_replica_leads_when_the_leader_goes),
         scenario!(runtime, release, rollouts::the_rollout_ends_with_one_worker_less_meanwhile),
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),

@@ -1,6 +1,7 @@
 //! What the suite is told about the cluster it runs on: variables set by `cargo xtask test cluster`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,10 +26,18 @@ pub struct Environment {
     pub operator_image: String,
     /// Reference of the imported worker image.
     pub worker_image: String,
+    /// How long the Zipf load goes on.
+    pub zipf_load: Duration,
 }
 
 /// Set to run the suite; absent means that there is no cluster to run on.
 pub const KUBECONFIG: &str = "TURRET_TEST_KUBECONFIG";
+/// Seconds for which the scenario with the Zipf load asks. Absent: as short as the others, to be run with all of them;
+/// `TURRET_ZIPF_SECONDS=600 cargo xtask test cluster --only zipf` is the long run.
+pub const ZIPF_SECONDS: &str = "TURRET_ZIPF_SECONDS";
+
+/// The Zipf load where nobody says otherwise.
+const SHORT_LOAD: Duration = Duration::from_secs(20);
 
 impl Environment {
     /// Reads the variables; `None` where no cluster was given.
@@ -46,6 +55,7 @@ impl Environment {
             repository: path("TURRET_TEST_REPOSITORY")?,
             operator_image: text("TURRET_TEST_OPERATOR_IMAGE")?,
             worker_image: text("TURRET_TEST_WORKER_IMAGE")?,
+            zipf_load: seconds(ZIPF_SECONDS)?.unwrap_or(SHORT_LOAD),
         };
         Ok(Some(environment))
     }
@@ -54,6 +64,13 @@ impl Environment {
 fn text(variable: &str) -> Result<String> {
     std::env::var(variable)
         .with_context(|| format!("{variable} is not set; run this suite with `cargo xtask test cluster`"))
+}
+
+fn seconds(variable: &str) -> Result<Option<Duration>> {
+    let Ok(text) = std::env::var(variable) else { return Ok(None) };
+    let seconds = text.parse::<u64>();
+    let seconds = seconds.with_context(|| format!("{variable} is `{text}`, not a number of seconds"))?;
+    Ok(Some(Duration::from_secs(seconds)))
 }
 
 fn path(variable: &str) -> Result<PathBuf> {

@@ -1,11 +1,13 @@
 //! Continuous load: asks in turn, checks every answer, until told to stop.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use tokio::task::JoinSet;
 
+use super::eventually::{PATIENCE, eventually, when};
 use super::family::Case;
 use super::gateway::{Gateway, Mode};
 
@@ -65,6 +67,16 @@ impl Load {
         self.answered.load(Ordering::Relaxed)
     }
 
+    /// Waits for further right answers, so that a load that hangs is not taken for one that goes well.
+    pub async fn goes_on(&self) -> Result<()> {
+        let before = self.answered();
+        eventually(PATIENCE, "the load gets further answers", async || {
+            let now = self.answered();
+            Ok(when(now >= before + 20, || format!("{before} answers before, {now} now")))
+        })
+        .await
+    }
+
     /// Stops; answers how many requests were answered rightly. Any that was not is an error.
     pub async fn stop(mut self) -> Result<usize> {
         self.stop.store(true, Ordering::Relaxed);
@@ -108,4 +120,36 @@ pub async fn ask_all(gateway: &Gateway, questions: Vec<Question>, at_a_time: usi
         bail!("{} of {count} answers were wrong:\n  {}", failures.len(), some.join("\n  "));
     }
     Ok(count)
+}
+
+/// Asks for some time, `at_a_time` together: the questions that `draw` gives for the numbers from 0 on. Answers how long each
+/// took, the shortest first; the first answer that is not the right one is the error.
+pub async fn ask_for(
+    gateway: &Gateway,
+    draw: impl Fn(u64) -> Question + Send + Sync + 'static,
+    at_a_time: usize,
+    duration: Duration,
+) -> Result<Vec<Duration>> {
+    let (draw, next) = (Arc::new(draw), Arc::new(AtomicU64::new(0)));
+    let end = Instant::now() + duration;
+    let mut askers = JoinSet::new();
+    for _ in 0..at_a_time {
+        let (gateway, draw, next) = (gateway.clone(), Arc::clone(&draw), Arc::clone(&next));
+        askers.spawn(async move {
+            let mut took = Vec::new();
+            while Instant::now() < end {
+                let question = draw(next.fetch_add(1, Ordering::Relaxed));
+                let began = Instant::now();
+                gateway.verify(&question.model, &question.case, question.mode).await?;
+                took.push(began.elapsed());
+            }
+            Ok::<_, anyhow::Error>(took)
+        });
+    }
+    let mut all = Vec::new();
+    while let Some(took) = askers.join_next().await {
+        all.extend(took??);
+    }
+    all.sort_unstable();
+    Ok(all)
 }

@@ -1,7 +1,7 @@
 //! Builders of the objects a scenario applies, read as prose.
 
 use serde_json::{Value, json};
-use turret_crds::label::ENV_DEVICE;
+use turret_crds::label::{ENV_DEVICE, SECRET_KEY};
 
 /// A `ModelGroup` in the making.
 #[derive(Clone, Debug)]
@@ -29,12 +29,17 @@ impl Group {
     }
 
     /// With a lens from anywhere.
-    pub fn lens_at(mut self, name: &str, uri: &str, digest: Option<&str>) -> Self {
-        self = self.without(name);
+    pub fn lens_at(self, name: &str, uri: &str, digest: Option<&str>) -> Self {
         let mut source = json!({"uri": uri});
         if let Some(digest) = digest {
             source["digest"] = json!(digest);
         }
+        self.lens_of(name, source)
+    }
+
+    /// With a lens of a source with all its fields.
+    pub fn lens_of(mut self, name: &str, source: Value) -> Self {
+        self = self.without(name);
         self.lenses.push(json!({"name": name, "source": source}));
         self
     }
@@ -94,8 +99,27 @@ impl Placement {
     }
 
     /// Each worker is told to compute on the CPU, whatever it was given.
-    pub fn computing_on_cpu(mut self) -> Self {
-        self.spec["worker"]["env"] = json!([{"name": ENV_DEVICE, "value": "cpu"}]);
+    pub fn computing_on_cpu(self) -> Self {
+        self.with_variable(ENV_DEVICE, "cpu")
+    }
+
+    /// Each worker asks this hub.
+    pub fn asking_hub(self, endpoint: &str) -> Self {
+        self.with_variable("HF_ENDPOINT", endpoint)
+    }
+
+    fn with_variable(mut self, name: &str, value: &str) -> Self {
+        let env = &mut self.spec["worker"]["env"];
+        if env.is_null() {
+            *env = json!([]);
+        }
+        env.as_array_mut().expect("variables are a list").push(json!({"name": name, "value": value}));
+        self
+    }
+
+    /// Sources may name this Secret.
+    pub fn with_secret(mut self, name: &str) -> Self {
+        self.spec["sourceSecrets"] = json!([{"name": name}]);
         self
     }
 
@@ -120,6 +144,18 @@ impl Placement {
     /// With another budget of device memory.
     pub fn with_device_budget(mut self, budget: &str) -> Self {
         self.spec["memory"]["deviceBudget"] = json!(budget);
+        self
+    }
+
+    /// With another part of it for lenses.
+    pub fn with_lens_budget(mut self, budget: &str) -> Self {
+        self.spec["memory"]["lensBudget"] = json!(budget);
+        self
+    }
+
+    /// With another budget for files that are fetched. Another value replaces the pods.
+    pub fn with_disk_budget(mut self, budget: &str) -> Self {
+        self.spec["memory"]["diskBudget"] = json!(budget);
         self
     }
 
@@ -155,6 +191,16 @@ impl Placement {
             "spec": self.spec,
         })
     }
+}
+
+/// A Secret with what the server of a source is shown.
+pub fn token_secret(name: &str, token: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name},
+        "stringData": {SECRET_KEY: token},
+    })
 }
 
 /// Label of the namespaces of scenarios.
@@ -224,5 +270,10 @@ mod tests {
         let made: ModelPlacement = serde_json::from_value(manifest).unwrap();
         assert_eq!((made.spec.replicas, made.spec.source_volumes.len()), (2, 2));
         assert_eq!(made.spec.worker.unwrap().env[0].name, "TURRET_DEVICE");
+        let workers = placement("p", &["a"]).computing_on_cpu().asking_hub("http://h").with_secret("s");
+        let made: ModelPlacement =
+            serde_json::from_value(workers.with_lens_budget("1Mi").manifest()).unwrap();
+        assert_eq!((made.spec.worker.unwrap().env.len(), made.spec.source_secrets.len()), (2, 1));
+        assert_eq!(made.spec.memory.unwrap().lens_budget.unwrap().0, "1Mi");
     }
 }

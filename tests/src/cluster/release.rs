@@ -1,10 +1,11 @@
 //! The installed chart: the operator and the gateway as `helm install` makes them.
 
+use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, ResourceExt as _};
@@ -99,6 +100,19 @@ impl Release {
             ListParams::default().labels(&format!("{}={}", label::APP_COMPONENT, part.component()));
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), NAMESPACE);
         Ok(pods.list(&selector).await?.items)
+    }
+
+    /// The address under which pods reach this machine: its end of the way to the node.
+    pub async fn address_of_this_machine(&self) -> Result<IpAddr> {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let node = nodes.list(&ListParams::default()).await?.items.pop().context("the cluster has a node")?;
+        let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        let internal = addresses.iter().find(|address| address.type_ == "InternalIP");
+        let node: IpAddr = internal.context("the node has no address")?.address.parse()?;
+        // Nothing is sent: this only chooses the way to the node, and so the address it begins with.
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect((node, 9))?;
+        Ok(socket.local_addr()?.ip())
     }
 
     /// How the API server calls a part: `system:serviceaccount:NAMESPACE:NAME`.

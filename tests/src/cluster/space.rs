@@ -18,6 +18,7 @@ use super::family::{Family, copy_readable};
 use super::gateway::Gateway;
 use super::objects::{folder_as_claim, scenario_namespace};
 use super::release::Release;
+use super::table::Row;
 
 /// Claim, volume and folder that every space has.
 pub const MODELS: &str = "models";
@@ -85,6 +86,18 @@ impl<'r> Space<'r> {
     /// `kubectl ARGUMENTS… -n NAMESPACE`.
     pub async fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         self.release.tools.kubectl(arguments.iter().copied().chain(["-n", &self.name])).await
+    }
+
+    /// `kubectl patch OBJECT`, merging.
+    pub async fn patch(&self, object: &str, patch: &Value) -> Result<()> {
+        self.kubectl(&["patch", object, "--type=merge", "-p", &patch.to_string()]).await?;
+        Ok(())
+    }
+
+    /// What `kubectl get ARGUMENTS…` prints of one object.
+    pub async fn row(&self, arguments: &[&str]) -> Result<Row> {
+        let arguments: Vec<&str> = ["get"].iter().chain(arguments).copied().collect();
+        Row::only(&self.kubectl(&arguments).await?)
     }
 
     /// A client that asks for what is served in this namespace.

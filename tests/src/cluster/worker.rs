@@ -10,6 +10,7 @@ use turret_crds::token::{Claims, LIFETIME_SECONDS, Scope};
 use turret_crds::{WorkerReport, label};
 
 use super::gateway::Gateway;
+use super::recount::Samples;
 use super::release::{NAMESPACE, Release};
 use super::space::Space;
 
@@ -73,6 +74,26 @@ impl Direct {
             bail!("{url} answered {}: {}", response.status(), response.text().await.unwrap_or_default());
         }
         response.json().await.with_context(|| format!("{url} answered something else than a report"))
+    }
+
+    /// What it counts, as it is scraped.
+    pub async fn metrics(&self) -> Result<Samples> {
+        let url = format!("http://{}:{}/metrics", self.address, label::DATA_PORT);
+        let response = self.http.get(&url).send().await.and_then(|answer| answer.error_for_status());
+        let response = response.with_context(|| format!("failed to ask {} at {url}", self.pod))?;
+        Ok(Samples::read(&response.text().await?))
+    }
+
+    /// Lets a lens (`GROUP:LENS`) leave its memory; whether it does, which it does not while rows use it.
+    pub async fn evict(&self, lens: &str) -> Result<bool> {
+        let url = format!("http://{}:{}/control/v1/lenses/{lens}/evict", self.address, label::CONTROL_PORT);
+        let response = self.http.post(&url).bearer_auth(&self.token).send().await;
+        let response = response.with_context(|| format!("failed to ask {} at {url}", self.pod))?;
+        match response.status().as_u16() {
+            202 => Ok(true),
+            409 => Ok(false),
+            status => bail!("{url} answered {status}: {}", response.text().await.unwrap_or_default()),
+        }
     }
 
     /// A client of its data port.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -83,12 +84,17 @@ struct World {
 }
 
 impl HubServer {
-    /// Starts a hub without repositories.
+    /// Starts a hub without repositories, for this machine only.
     pub async fn start() -> Self {
+        Self::start_on(Ipv4Addr::LOCALHOST.into()).await
+    }
+
+    /// The same at an address of this machine, for whoever reaches that.
+    pub async fn start_on(address: IpAddr) -> Self {
         let world = Arc::new(World::default());
         let off = CancellationToken::new();
         let serve = async |router: Router| {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let listener = TcpListener::bind((address, 0)).await.unwrap();
             let address = format!("http://{}", listener.local_addr().unwrap());
             let off = off.clone();
             tokio::spawn(async move {

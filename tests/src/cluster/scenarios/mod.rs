@@ -7,14 +7,24 @@ pub mod faults;
 pub mod leadership;
 pub mod lenses;
 pub mod memory;
+pub mod residency;
 pub mod rights;
 pub mod rollouts;
+pub mod sources;
 pub mod switches;
 
-use super::family::{Case, Family};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use turret_crds::condition::{FailureReason, READY, STALLED};
+
+use super::family::{Case, Family, copy_readable};
 use super::gateway::Mode;
 use super::load::Question;
 use super::objects::{Group, group};
+use super::release::Release;
+use super::space::Space;
 
 /// The group over the Qwen base of the demo family, with all its lenses.
 pub const QWEN: &str = "demo-qwen";
@@ -73,6 +83,59 @@ fn interleave<T>(one: Vec<T>, other: Vec<T>) -> Vec<T> {
         }
         dealt.extend(pair.into_iter().flatten());
     }
+}
+
+/// A question to the Qwen base and one to each of these lenses over it, all of whose files are those of a recorded one.
+fn questions_to(family: &Family, lenses: &[(&str, &str)]) -> Vec<Question> {
+    let base = Question { model: QWEN.into(), case: case(family, QWEN, None).clone(), mode: Mode::Whole };
+    let modes = [Mode::Streamed, Mode::Whole].into_iter().cycle();
+    let lenses = lenses.iter().zip(modes).map(|(&(lens, recorded), mode)| Question {
+        model: model(QWEN, Some(lens)),
+        case: case(family, QWEN, Some(recorded)).clone(),
+        mode,
+    });
+    std::iter::once(base).chain(lenses).collect()
+}
+
+/// Waits until one lens keeps the Qwen group from being ready, for this reason, and only a change can help. The list of failed
+/// lenses and what `kubectl get` prints must say the same; answers what is said of the lens.
+async fn lens_fails(space: &Space<'_>, lens: &str, reason: FailureReason) -> Result<String> {
+    space.group_is(QWEN, READY, "False", "LensesFailed").await?;
+    let group = space.group_is(QWEN, STALLED, "True", "LensesFailed").await?;
+    let status = group.status.context("the operator wrote a status")?;
+    let [failed] = &status.failed_lenses[..] else { bail!("not one lens failed: {status:?}") };
+    ensure!((failed.name.as_str(), failed.reason) == (lens, reason), "another lens or reason: {failed:?}");
+
+    let row = space.row(&["mg", QWEN]).await?;
+    let said = (row.cell("READY")?, row.cell("REASON")?, row.cell("LENSES")?);
+    let summary = status.lens_summary.as_deref().unwrap_or_default();
+    ensure!(said == ("False", "LensesFailed", summary), "the status says {summary}, and kubectl {said:?}");
+    let wide = space.row(&["mg", QWEN, "-o", "wide"]).await?;
+    let message = wide.cell("MESSAGE")?;
+    println!("    {message}");
+    for word in [format!("`{lens}`"), reason.to_string(), failed.message.clone()] {
+        ensure!(message.contains(&word), "{word:?} is not in what kubectl prints: {message}");
+    }
+    Ok(failed.message.clone())
+}
+
+/// A request for what cannot be served is refused with the reason.
+async fn is_refused(space: &Space<'_>, model: &str, reason: FailureReason) -> Result<()> {
+    let messages = serde_json::json!([{"role": "user", "content": "?"}]);
+    match space.gateway().ask(model, &messages, Mode::Whole).await {
+        Err(refused) if refused.status == 503 && refused.body.contains(&reason.to_string()) => Ok(()),
+        other => bail!("`{model}` must be refused with 503 for {reason}; got {other:?}"),
+    }
+}
+
+/// A base of about so many bytes with made-up weights, written by the worker's own program.
+fn synthesise(release: &Release, folder: &Path, bytes: &str) -> Result<()> {
+    let mut command = Command::new(&release.environment.worker);
+    command.arg("synth").arg(folder).args(["--bytes", bytes, "--dtype", "BF16"]);
+    let output = command.output().context("failed to run turret-worker synth")?;
+    ensure!(output.status.success(), "turret-worker synth: {}", String::from_utf8_lossy(&output.stderr));
+    // Made again with the permissions that a pod without privileges needs.
+    copy_readable(folder, folder)
 }
 
 #[cfg(test)]

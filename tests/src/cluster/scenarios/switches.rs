@@ -1,13 +1,10 @@
 //! Base switches that do not go smoothly: rows that take too long, a base that cannot be loaded.
 
-use std::path::Path;
-use std::process::Command;
-
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use turret_crds::condition::READY;
 
-use super::{LLAMA, QWEN, case};
+use super::{LLAMA, QWEN, case, synthesise};
 use crate::cluster::eventually::when;
 use crate::cluster::family::{Family, copy_readable, write_readable};
 use crate::cluster::gateway::Mode;
@@ -21,7 +18,7 @@ use crate::cluster::worker::Direct;
 pub async fn rows_are_preempted_when_the_drain_is_over(release: &Release) -> Result<()> {
     let family = Family::read()?;
     let space = Space::create(release, "drain").await?;
-    synthesise(release, &space.files().join("slow"))?;
+    synthesise(release, &space.files().join("slow"), "64Mi")?;
     let workers =
         placement("one", &["slow", QWEN]).switching_eagerly().draining_bases_for(1).with_device_budget("1Gi");
     space
@@ -102,14 +99,4 @@ pub async fn a_failed_switch_goes_back_to_the_old_base(release: &Release) -> Res
         gateway.verify(group, case(&family, group, None), Mode::Whole).await?;
     }
     space.remove().await
-}
-
-/// A base of 64 MiB with made-up weights, written by the worker's own program.
-fn synthesise(release: &Release, folder: &Path) -> Result<()> {
-    let mut command = Command::new(&release.environment.worker);
-    command.arg("synth").arg(folder).args(["--bytes", "64Mi", "--dtype", "BF16"]);
-    let output = command.output().context("failed to run turret-worker synth")?;
-    ensure!(output.status.success(), "turret-worker synth: {}", String::from_utf8_lossy(&output.stderr));
-    // Made again with the permissions that a pod without privileges needs.
-    copy_readable(folder, folder)
 }
