@@ -23,6 +23,7 @@ use crate::kernels::simd::InstructionSet;
 use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::LensError;
 use crate::model::weights::{BaseError, BaseFolder, Quantization};
+use crate::residency::prepared::Unusable;
 use engine::Loaded;
 use probe::Probe;
 use report::median;
@@ -87,6 +88,12 @@ pub enum BenchError {
         #[source]
         source: LensError,
     },
+    /// A prepared file cannot be written.
+    #[error("failed to write the prepared file of a lens")]
+    Prepare(#[from] std::io::Error),
+    /// A prepared file cannot be read.
+    #[error("failed to read the prepared file of a lens")]
+    Prepared(#[from] Unusable),
     /// The engine does not start.
     #[error("failed to start the engine")]
     Start(#[from] StartError),

@@ -187,10 +187,8 @@ impl Cache {
 
     /// Tells a folder's names no more to somebody whom its hub refuses.
     pub fn close_listing(&self, folder: &str, token: &Token) -> io::Result<()> {
-        match self.read_listing(folder) {
-            Some(mut listing) if listing.readers.expel(token) => self.write("listings", folder, &listing),
-            _ => Ok(()),
-        }
+        let Some(mut listing) = self.read_listing(folder) else { return Ok(()) };
+        if listing.readers.expel(token) { self.write("listings", folder, &listing) } else { Ok(()) }
     }
 
     fn read_listing(&self, folder: &str) -> Option<Listing> {
