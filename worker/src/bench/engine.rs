@@ -122,12 +122,13 @@ impl Loaded {
     /// Writes the prepared file of the last lens.
     async fn prepare(&mut self, folder: Option<&PathBuf>) -> Result<(), BenchError> {
         let (Some(folder), Some(last)) = (folder, self.lenses.last()) else { return Ok(()) };
-        let prepared = tempfile::NamedTempFile::new()?;
+        let prepared = tempfile::NamedTempFile::new().map_err(BenchError::Prepare)?;
         let base = Identity::of_base("bench", self.layout.dtype, self.layout.quantization);
         let identity = Identity::of_lens("bench", &base);
         let lent = self.engine.lend_lens(*last).await.expect("it was just installed");
         let layout = serde_json::to_string(lent.layout()).expect("a layout is JSON");
-        write(prepared.as_file(), &identity, layout, lent.bytes(), &CancellationToken::new())?;
+        write(prepared.as_file(), &identity, layout, lent.bytes(), &CancellationToken::new())
+            .map_err(BenchError::Prepare)?;
         self.spare = Some(Spare { folder: folder.clone(), prepared, identity });
         Ok(())
     }

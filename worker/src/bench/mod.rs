@@ -90,7 +90,7 @@ pub enum BenchError {
     },
     /// A prepared file cannot be written.
     #[error("failed to write the prepared file of a lens")]
-    Prepare(#[from] std::io::Error),
+    Prepare(#[source] std::io::Error),
     /// A prepared file cannot be read.
     #[error("failed to read the prepared file of a lens")]
     Prepared(#[from] Unusable),
