@@ -13,7 +13,9 @@ use sha2::{Digest, Sha256};
 use crate::{
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
-    placement::{EvictionPolicy, GroupResidency, ModelPlacement, ModelPlacementSpec, PlacedGroup, SwitchingMode},
+    placement::{
+        EvictionPolicy, GroupResidency, ModelPlacement, ModelPlacementSpec, PlacedGroup, SwitchingMode,
+    },
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
     token::PublicKey,
@@ -61,6 +63,9 @@ pub struct WorkerDocument {
     /// Names of the Secrets whose tokens are below the worker's folder of Secrets, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub source_secrets: Vec<String>,
+    /// By Secret: the servers of `https://` sources that its token is shown to.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub source_secret_hosts: BTreeMap<String, Vec<String>>,
     /// Keys whose tokens are accepted, sorted. Empty without a cluster.
     pub public_keys: Vec<PublicKey>,
 }
@@ -419,6 +424,8 @@ fn assemble(
     source_volumes.sort();
     let mut source_secrets: Vec<String> = spec.source_secrets.iter().map(|s| s.name.clone()).collect();
     source_secrets.sort();
+    let with_hosts = spec.source_secrets.iter().filter(|secret| !secret.hosts.is_empty());
+    let source_secret_hosts = with_hosts.map(|secret| (secret.name.clone(), secret.hosts.clone())).collect();
     let mut public_keys = public_keys.to_vec();
     public_keys.sort();
     let mut document = WorkerDocument {
@@ -440,6 +447,7 @@ fn assemble(
         admission: admission(spec),
         source_volumes,
         source_secrets,
+        source_secret_hosts,
         public_keys,
     };
     document.digest = document.compute_digest();

@@ -166,12 +166,24 @@ pub struct TierReport {
     pub base_bytes: u64,
     /// Bytes that lenses use.
     pub lens_bytes: u64,
-    /// Bytes set aside for KV cache and workspace.
+    /// Device: bytes set aside for KV cache and workspace. Disk: bytes of prepared files, which leave when anything else
+    /// needs the room.
     pub working_bytes: u64,
     /// Bytes allowed in all.
     pub budget_bytes: u64,
     /// Bytes allowed for lenses.
     pub lens_budget_bytes: u64,
+}
+
+/// Files on their way from a server to the worker's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FetchReport {
+    /// Bytes that are there.
+    pub fetched_bytes: u64,
+    /// Of so many, as far as is known: a server tells a file's length when it is asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known_bytes: Option<u64>,
 }
 
 /// How far an artifact is.
@@ -228,6 +240,9 @@ pub struct BaseReport {
     /// Bytes in device memory, once its headers are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Its files, while they are on their way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetch: Option<FetchReport>,
     /// Longest sequence over it in tokens, once its files are checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_context_tokens: Option<u32>,
@@ -254,6 +269,9 @@ pub struct LensReport {
     /// Bytes in device memory, once its headers are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Its files, while they are on their way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetch: Option<FetchReport>,
     /// Rows that use it now.
     pub active_rows: u32,
     /// Requests it has answered.
@@ -440,6 +458,7 @@ impl LensReport {
             digest: None,
             revision: None,
             bytes: None,
+            fetch: None,
             active_rows: 0,
             served: 0,
             errors: 0,

@@ -21,6 +21,7 @@ fn worker(name: &str) -> Worker<()> {
         digest: None,
         revision: None,
         bytes: None,
+        fetch: None,
         max_context_tokens: None,
     };
     let report = WorkerReport {

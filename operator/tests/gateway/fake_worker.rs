@@ -110,6 +110,7 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
                 digest: None,
                 revision: None,
                 bytes: None,
+                fetch: None,
                 max_context_tokens: None,
             }),
         }

@@ -12,6 +12,8 @@ use turret_crds::{ModelGroup, ModelPlacement};
 #[derive(Clone, Debug)]
 pub struct Family {
     groups: BTreeMap<String, Value>,
+    /// How groups are placed, where that says more than their name.
+    placed: BTreeMap<String, Value>,
     /// The placement's spec beside its groups.
     pub placement: Value,
     /// Keys whose tokens are accepted.
@@ -31,7 +33,13 @@ impl Default for Family {
             "switching": {"minHoldSeconds": 0, "maxWaitSeconds": 0, "drainSeconds": 20},
             "admission": {"holdSeconds": 60},
         });
-        Self { groups: BTreeMap::new(), placement, public_keys: Vec::new(), sequence: 0 }
+        Self {
+            groups: BTreeMap::new(),
+            placed: BTreeMap::new(),
+            placement,
+            public_keys: Vec::new(),
+            sequence: 0,
+        }
     }
 }
 
@@ -45,6 +53,12 @@ impl Family {
     pub fn group_of(mut self, name: &str, source: Value) -> Self {
         let base = json!({"source": source, "dtype": "F32"});
         self.groups.insert(name.into(), json!({"base": base, "lenses": []}));
+        self
+    }
+
+    /// Has the placement say more of a group than its name.
+    pub fn placed(mut self, group: &str, more: Value) -> Self {
+        self.placed.insert(group.into(), more);
         self
     }
 
@@ -104,8 +118,12 @@ impl Family {
             .map(|(name, spec)| serde_json::from_value(object("ModelGroup", name, spec.clone())).unwrap())
             .collect();
         let mut spec = self.placement.clone();
-        let names: Vec<Value> = self.groups.keys().map(|name| json!({"name": name})).collect();
-        spec["groups"] = names.into();
+        let placed = self.groups.keys().map(|name| {
+            let mut placed = self.placed.get(name).cloned().unwrap_or_else(|| json!({}));
+            placed["name"] = name.as_str().into();
+            placed
+        });
+        spec["groups"] = placed.collect();
         let placement: ModelPlacement =
             serde_json::from_value(object("ModelPlacement", "demo", spec)).unwrap();
         let by_name = groups

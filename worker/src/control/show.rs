@@ -2,8 +2,8 @@
 
 use turret_crds::document::BaseKey;
 use turret_crds::report::{
-    ArtifactState, BaseReport, LeaseReport, LensReport, PolicyReport, SwitchPhase, SwitchReport, Tier,
-    TierReport, WorkerReport, WorkerState,
+    ArtifactState, BaseReport, FetchReport, LeaseReport, LensReport, PolicyReport, SwitchPhase, SwitchReport,
+    Tier, TierReport, WorkerReport, WorkerState,
 };
 
 use super::progress::loading;
@@ -101,7 +101,7 @@ fn bases(report: &WorkerReport) -> String {
         let active = if is_active { "yes" } else { NOTHING };
         [
             called(report, &base.key),
-            place(base.tier, &base.state),
+            place(base.tier, &base.state, base.fetch.as_ref()),
             base.bytes.map_or_else(|| NOTHING.to_owned(), bytes),
             active.to_owned(),
             error(&base.state),
@@ -116,7 +116,7 @@ fn lenses(report: &WorkerReport, now: u64) -> String {
         let last_use = last_use.unwrap_or_else(|| NOTHING.to_owned());
         [
             name(lens),
-            place(lens.tier, &lens.state),
+            place(lens.tier, &lens.state, lens.fetch.as_ref()),
             lens.bytes.map_or_else(|| NOTHING.to_owned(), bytes),
             kept(lens).to_owned(),
             lens.served.to_string(),
@@ -132,11 +132,20 @@ fn name(lens: &LensReport) -> String {
 }
 
 /// The tier, and what happens to it there.
-fn place(tier: Tier, state: &ArtifactState) -> String {
+fn place(tier: Tier, state: &ArtifactState, fetch: Option<&FetchReport>) -> String {
     match state {
-        ArtifactState::Resolving => format!("{tier:?}, being checked"),
+        ArtifactState::Resolving => {
+            format!("{tier:?}, {}", fetch.map_or_else(|| "being checked".to_owned(), fetched))
+        }
         ArtifactState::Loading { percent } => format!("{tier:?} → {percent} %"),
         ArtifactState::Ready | ArtifactState::Failed { .. } => format!("{tier:?}"),
+    }
+}
+
+fn fetched(fetch: &FetchReport) -> String {
+    match fetch.known_bytes {
+        Some(known) => format!("fetched {} of {}", bytes(fetch.fetched_bytes), bytes(known)),
+        None => format!("fetched {}", bytes(fetch.fetched_bytes)),
     }
 }
 
@@ -409,6 +418,8 @@ pub(super) mod tests {
                                            "lastUsed": NOW - 90})),
                 lens("a", "json", json!({"state": {"phase": "Loading", "percent": 40}})),
                 lens("b", "polite", json!({"state": failed, "tier": "Remote", "bytes": null})),
+                lens("b", "slow", json!({"state": {"phase": "Resolving"}, "tier": "Remote", "bytes": null,
+                                         "fetch": {"fetchedBytes": 3 << 20, "knownBytes": 12 << 20}})),
             ],
         }))
         .unwrap()
@@ -432,10 +443,11 @@ BASE OF   TIER          BYTES     ACTIVE   ERROR
 a         Device        6.0 MiB   yes      -
 b, c      Disk → 70 %   -         -        -
 
-NAME       TIER          BYTES     KEPT             SERVED   LAST USE   ERROR
-a:french   Device        1.2 MiB   pinned, leased   12       90s ago    -
-a:json     Disk → 40 %   1.2 MiB   -                0        -          -
-b:polite   Remote        -         -                0        -          DigestMismatch: the files are others";
+NAME       TIER                                  BYTES     KEPT             SERVED   LAST USE   ERROR
+a:french   Device                                1.2 MiB   pinned, leased   12       90s ago    -
+a:json     Disk → 40 %                           1.2 MiB   -                0        -          -
+b:polite   Remote                                -         -                0        -          DigestMismatch: the files are others
+b:slow     Remote, fetched 3.0 MiB of 12.0 MiB   -         -                0        -          -";
         assert_eq!(state(&report(), NOW), wanted);
     }
 

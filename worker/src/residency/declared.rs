@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use turret_crds::document::{BaseKey, DocumentLens};
-use turret_crds::report::{Eviction, Feedback};
+use turret_crds::report::{Eviction, Feedback, FetchReport};
 
 use super::Measured;
 use super::owner::Stage;
@@ -26,6 +26,8 @@ pub(super) struct DeclaredLens {
     pub(super) failures: u32,
     /// Bytes of its files as far as known, so that small ones are resolved first.
     pub(super) file_bytes: u64,
+    /// Its files, while they are on their way.
+    pub(super) fetch: Option<FetchReport>,
     pub(super) counts: Counts,
 }
 
@@ -220,6 +222,7 @@ mod tests {
             in_flight: false,
             failures: 0,
             file_bytes: 0,
+            fetch: None,
             counts: Counts::default(),
         }
     }

@@ -55,8 +55,10 @@ pub struct Fetcher {
     busy: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
 }
 
+/// Told how many bytes of a folder are there, and of how many, as far as is known.
+pub type OnFetch = Arc<dyn Fn(u64, Option<u64>) + Send + Sync>;
+
 /// A file on a server.
-#[derive(Debug)]
 pub struct Wanted<'a> {
     /// What it is called in the cache and in messages.
     pub key: String,
@@ -70,6 +72,8 @@ pub struct Wanted<'a> {
     pub content: Content<'a>,
     /// Bytes of the same folder that are there already: the disk must hold them all.
     pub beside: u64,
+    /// Told how far it is, with those.
+    pub on_fetch: &'a OnFetch,
 }
 
 /// Whether a file can change.
@@ -463,6 +467,8 @@ impl Fetcher {
             }
             hashes.update(&chunk);
             file.write_all(&chunk).await?;
+            let known = expected.map(|bytes| wanted.beside + bytes);
+            (wanted.on_fetch)(wanted.beside + size, known);
             if !pace.keeps_up(chunk.len() as u64, Instant::now()) {
                 file.flush().await?;
                 let message = format!("`{key}` came at less than {PROGRESS_BYTES} bytes a minute");

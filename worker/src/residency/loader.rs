@@ -12,7 +12,7 @@ use turret_crds::document::BaseKey;
 use super::cache::Cache;
 use super::failure::Failure;
 use super::prepared::{Identity, Prepared, Unusable};
-use super::preparing::{Lent, Preparer, Resident};
+use super::preparing::{Lent, OnPrepared, Preparer, Resident};
 use super::resolve::{ResolvedBase, ResolvedLens, base_failure, lens_failure, on_loader_thread};
 use super::table::LensKey;
 use crate::engine::arena::Region;
@@ -56,7 +56,7 @@ fn internal(error: &dyn std::fmt::Display) -> Failure {
 }
 
 /// Loads and frees. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Loader {
     engine: EngineHandle,
     preparer: Preparer,
@@ -64,8 +64,8 @@ pub struct Loader {
 
 impl Loader {
     /// Over an engine, with prepared files in a cache.
-    pub fn new(engine: EngineHandle, cache: Arc<Cache>) -> Self {
-        Self { engine, preparer: Preparer::new(cache) }
+    pub fn new(engine: EngineHandle, cache: Arc<Cache>, on_prepared: OnPrepared) -> Self {
+        Self { engine, preparer: Preparer::new(cache, on_prepared) }
     }
 
     /// Loads a lens over an installed base.

@@ -11,7 +11,7 @@ use turret_crds::document::{
     BaseKey, DocumentBase, DocumentLens, EvictionRule, Verdict, WorkerDocument, judge,
 };
 use turret_crds::model_name::ModelName;
-use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason};
+use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason, FetchReport};
 
 use super::declared::{Counts, DeclaredLens, LensName, Lenses};
 use super::failure::{Failure, backoff};
@@ -23,6 +23,7 @@ use super::publish::Published;
 use super::resolve::ResolvedBase;
 use super::source::Listed;
 use super::table::{LensKey, Table};
+use super::work::Event;
 use super::{DEFAULT_DISK_BYTES, Measured, Message, Outcome, Permit, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle};
 use crate::engine::memory::{fits_alone, fits_inactive};
@@ -83,6 +84,8 @@ pub(super) struct DeclaredBase {
     pub(super) in_flight: bool,
     pub(super) failures: u32,
     pub(super) percent: u8,
+    /// Its files, while they are on their way.
+    pub(super) fetch: Option<FetchReport>,
 }
 
 /// A request that waits.
@@ -143,6 +146,9 @@ pub(super) struct Owner {
     pub(super) next_token: u64,
     pub(super) recheck_at: Instant,
     pub(super) rechecking: bool,
+    /// Whether the prepared files are being counted, and whether they are to be counted again after that.
+    pub(super) counting_prepared: bool,
+    pub(super) count_prepared_again: bool,
 
     pub(super) table: Table,
     /// Whether something may be in memory that is to leave without anybody needing its room.
@@ -192,10 +198,14 @@ impl Owner {
         let now = Instant::now();
         let created = epoch_seconds();
         let limits = start.limits.clone();
+        let events = messages.clone();
+        let on_prepared = Arc::new(move || {
+            let _ = events.send(Message::Event(Event::Prepared));
+        });
         let mut owner = Self {
             view: watch::Sender::new(Arc::new(super::publish::nothing(&start, created))),
             published: Published::default(),
-            loader: Loader::new(engine.clone(), start.resolver.fetcher.cache().clone()),
+            loader: Loader::new(engine.clone(), start.resolver.fetcher.cache().clone(), on_prepared),
             engine,
             start,
             messages,
@@ -215,6 +225,8 @@ impl Owner {
             next_token: 0,
             recheck_at: now + RECHECK,
             rechecking: false,
+            counting_prepared: false,
+            count_prepared_again: false,
             table: Table::default(),
             untidy: false,
             base_ids: BTreeMap::new(),
@@ -246,6 +258,7 @@ impl Owner {
             refusing: false,
             drained: false,
         };
+        owner.count_prepared();
         owner.publish();
         owner
     }
@@ -364,7 +377,7 @@ impl Owner {
         }
         self.refuse_what_no_longer_fits();
         self.measure_lenses();
-        self.measure_disk();
+        self.retain_folders();
         self.follow_eviction_rule();
         self.resolve_at = Some(Instant::now());
         self.untidy = true;
@@ -437,6 +450,7 @@ impl Owner {
                         in_flight: false,
                         failures: 0,
                         percent: 0,
+                        fetch: None,
                     }
                 }
             };
@@ -568,6 +582,7 @@ fn declare_lens(
             in_flight: false,
             failures: 0,
             file_bytes: u64::MAX,
+            fetch: None,
             counts: known.map_or_else(Counts::default, |known| known.counts),
         },
     }

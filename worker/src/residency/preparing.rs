@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -49,18 +50,22 @@ struct Writing {
     task: JoinHandle<()>,
 }
 
+/// Told when there is one prepared file more.
+pub type OnPrepared = Arc<dyn Fn() + Send + Sync>;
+
 /// Writes prepared files. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Preparer {
     cache: Arc<Cache>,
+    on_prepared: OnPrepared,
     writing: Arc<Mutex<BTreeMap<Resident, Writing>>>,
     turn: Arc<Semaphore>,
 }
 
 impl Preparer {
     /// Prepared files in this cache.
-    pub fn new(cache: Arc<Cache>) -> Self {
-        Self { cache, writing: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
+    pub fn new(cache: Arc<Cache>, on_prepared: OnPrepared) -> Self {
+        Self { cache, on_prepared, writing: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
     }
 
     /// Where they are.
@@ -72,14 +77,16 @@ impl Preparer {
     pub fn begin(&self, resident: Resident, lent: Lent, identity: Identity, layout: String) {
         let stop = CancellationToken::new();
         let (cache, turn, stopped) = (self.cache.clone(), self.turn.clone(), stop.clone());
+        let on_prepared = self.on_prepared.clone();
         let task = tokio::spawn(async move {
             let _turn = tokio::select! {
                 () = stopped.cancelled() => return,
                 turn = turn.acquire() => turn,
             };
             let prepare = move || prepare(&cache, &lent, &identity, layout, &stopped);
-            // It ends with the process at the latest; nobody waits for what it says.
-            let _ = tokio::task::spawn_blocking(prepare).await;
+            if tokio::task::spawn_blocking(prepare).await.is_ok_and(|is_there| is_there) {
+                on_prepared();
+            }
         });
         self.writing.lock().insert(resident, Writing { stop, task });
     }
@@ -94,32 +101,28 @@ impl Preparer {
     }
 }
 
-fn prepare(cache: &Arc<Cache>, lent: &Lent, identity: &Identity, layout: String, stop: &CancellationToken) {
+/// Tells whether there is one prepared file more.
+fn prepare(
+    cache: &Arc<Cache>,
+    lent: &Lent,
+    identity: &Identity,
+    layout: String,
+    stop: &CancellationToken,
+) -> bool {
     let region = lent.region();
     let bytes = file_bytes(region.len() as u64, &layout);
-    let place = match cache.place_for_prepared(&identity.file_name(), bytes) {
-        Ok(Some(place)) => place,
+    let written = || -> io::Result<bool> {
         // It is there, or there is no room that something fetched would not need more.
-        Ok(None) => return,
-        Err(error) => {
-            tracing::warn!(error = %chain(&error), "no prepared files can be kept");
-            return;
+        let Some(place) = cache.place_for_prepared(&identity.file_name(), bytes)? else { return Ok(false) };
+        let is_whole = write(File::create(place.path())?, identity, layout, region, stop)?;
+        if is_whole {
+            place.keep()?;
         }
+        Ok(is_whole)
     };
-    let written = File::create(place.path()).and_then(|file| {
-        let is_whole = write(file, identity, layout, region, stop)?;
-        if is_whole { place.keep().map(|()| true) } else { Ok(false) }
-    });
-    match written {
-        Ok(true) => tracing::debug!(bytes, "prepared"),
-        Ok(false) => {}
-        Err(error) => {
-            let error = chain(&error);
-            tracing::warn!(
-                bytes,
-                error,
-                "failed to write a prepared file; the next load reads the files again"
-            );
-        }
-    }
+    written().unwrap_or_else(|error| {
+        let error = chain(&error);
+        tracing::warn!(bytes, error, "failed to write a prepared file; the next load reads the files again");
+        false
+    })
 }

@@ -42,14 +42,15 @@ pub(super) struct Published {
     reports: Vec<Arc<LensReport>>,
     spoken: Arc<BTreeMap<LensName, SpokenLens>>,
     pub(super) leases: Arc<Vec<LeaseReport>>,
-    disk: TierUse,
+    pub(super) disk: TierUse,
 }
 
 /// Bytes of files in the disk tier.
 #[derive(Clone, Copy, Debug, Default)]
-struct TierUse {
+pub(super) struct TierUse {
     base_bytes: u64,
     lens_bytes: u64,
+    pub(super) prepared_bytes: u64,
 }
 
 impl Owner {
@@ -101,6 +102,7 @@ impl Owner {
         let cache = self.start.resolver.fetcher.cache();
         let bytes = |files: &CheckedFiles| if cache.holds(&files.folder) { files.bytes } else { 0 };
         self.published.disk = TierUse {
+            prepared_bytes: self.published.disk.prepared_bytes,
             base_bytes: self.bases.values().filter_map(|b| Some(bytes(&b.stage.ready()?.files))).sum(),
             lens_bytes: self.lenses.iter().filter_map(|(_, l)| Some(bytes(&l.stage.ready()?.files))).sum(),
         };
@@ -190,14 +192,14 @@ impl Owner {
 
     fn tiers(&self) -> Vec<TierReport> {
         let cache = self.start.resolver.fetcher.cache();
-        let TierUse { base_bytes, lens_bytes } = self.published.disk;
+        let TierUse { base_bytes, lens_bytes, prepared_bytes } = self.published.disk;
         let engine = self.engine.snapshot();
         vec![
             TierReport {
                 tier: Tier::Disk,
                 base_bytes,
                 lens_bytes,
-                working_bytes: 0,
+                working_bytes: prepared_bytes,
                 budget_bytes: cache.budget(),
                 lens_budget_bytes: cache.budget(),
             },
@@ -224,6 +226,7 @@ impl Owner {
             digest: resolved.map(|r| r.files.digest.clone()),
             revision: resolved.and_then(|_| base.base.source.revision.clone()),
             bytes: resolved.map(|r| r.layout.bytes),
+            fetch: base.fetch,
             max_context_tokens: resolved.map(|r| r.context_tokens(self.coming_limits().max_context_tokens)),
         }
     }
@@ -238,6 +241,7 @@ impl Owner {
             digest: resolved.map(|r| r.files.digest.clone()),
             revision: resolved.and_then(|_| lens.lens.source.revision.clone()),
             bytes: resolved.map(|r| r.bytes),
+            fetch: lens.fetch,
             active_rows: lens.counts.active_rows,
             served: lens.counts.served,
             errors: lens.counts.errors,

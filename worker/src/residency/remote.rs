@@ -8,12 +8,11 @@ use turret_crds::condition::FailureReason;
 
 use super::cache::UrlRecord;
 use super::failure::Failure;
-use super::fetch::{Content, Fetcher, Wanted};
+use super::fetch::{Content, Fetcher, OnFetch, Wanted};
 use super::hub::{Hub, HubFolder, Mode};
 use super::token::Token;
 
 /// A folder on a server.
-#[derive(Debug)]
 pub enum Remote<'a> {
     /// Below a URL; which files there are is found out by asking for them.
     Https {
@@ -21,6 +20,8 @@ pub enum Remote<'a> {
         url: String,
         /// What its server is shown.
         token: Token,
+        /// Told how far its files are.
+        on_fetch: &'a OnFetch,
     },
     /// Of a hub's repository.
     Hub {
@@ -32,6 +33,8 @@ pub enum Remote<'a> {
         names: BTreeSet<String>,
         /// What the hub is shown.
         token: Token,
+        /// Told how far its files are.
+        on_fetch: &'a OnFetch,
     },
 }
 
@@ -53,7 +56,7 @@ impl Remote<'_> {
         beside: u64,
     ) -> Result<Option<UrlRecord>, Failure> {
         match self {
-            Self::Https { url, token } => {
+            Self::Https { url, token, on_fetch } => {
                 let key = format!("{url}/{name}");
                 let url = Url::parse(&key).map_err(|error| {
                     Failure::new(FailureReason::NotAllowed, format!("`{key}` is no URL: {error}"))
@@ -65,17 +68,19 @@ impl Remote<'_> {
                         format!("the source at {host} has a user or a password in its uri; use secretRef");
                     return Err(Failure::new(FailureReason::NotAllowed, message));
                 }
-                fetcher.file(&Wanted { key, url, name, token, content: Content::Changing, beside }).await
+                let content = Content::Changing;
+                fetcher.file(&Wanted { key, url, name, token, content, beside, on_fetch }).await
             }
             Self::Hub { names, .. } if !names.contains(name) => Ok(None),
-            Self::Hub { hub, folder, token, .. } => {
+            Self::Hub { hub, folder, token, on_fetch, .. } => {
                 let key = folder.key(name);
                 if hub.mode() == Mode::Offline {
                     let known = fetcher.known(&key).await?.filter(|known| known.readers.has(token));
                     return known.map(Some).ok_or_else(|| not_here(folder, token));
                 }
                 let (url, content) = (hub.url(folder, name), Content::OfCommit(&folder.revision));
-                let found = fetcher.file(&Wanted { key, url, name, token, content, beside }).await?;
+                let found =
+                    fetcher.file(&Wanted { key, url, name, token, content, beside, on_fetch }).await?;
                 // What is listed is there, or the hub contradicts itself.
                 Ok(Some(found.ok_or_else(|| self.missing(name))?))
             }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use reqwest::Url;
 use turret_crds::condition::FailureReason;
 use turret_crds::document::{DocumentBase, DocumentLens};
 use turret_crds::group;
@@ -13,7 +14,7 @@ use turret_crds::source::{Source, files_digest};
 
 use super::cache::{Cache, Draft};
 use super::failure::Failure;
-use super::fetch::{Broken, Fetcher};
+use super::fetch::{Broken, Fetcher, OnFetch};
 use super::files::{FileIdentity, Hasher};
 use super::hub::{Hub, HubFolder, Mode};
 use super::prepared::Identity;
@@ -136,8 +137,13 @@ pub fn engine_quantization(quantization: group::Quantization) -> Quantization {
 
 impl Resolver {
     /// Resolves a base.
-    pub async fn base(&self, base: DocumentBase, listed: Arc<Listed>) -> Result<ResolvedBase, Failure> {
-        let folder = self.folder(&base.source, &listed, Kind::Base).await?;
+    pub async fn base(
+        &self,
+        base: DocumentBase,
+        listed: Arc<Listed>,
+        on_fetch: OnFetch,
+    ) -> Result<ResolvedBase, Failure> {
+        let folder = self.folder(&base.source, &listed, Kind::Base, &on_fetch).await?;
         let resolver = self.clone();
         on_loader_thread(move || resolver.check_base(&base, &folder)).await
     }
@@ -148,31 +154,42 @@ impl Resolver {
         lens: DocumentLens,
         listed: Arc<Listed>,
         base: Arc<ResolvedBase>,
+        on_fetch: OnFetch,
     ) -> Result<ResolvedLens, Failure> {
-        let folder = self.folder(&lens.source, &listed, Kind::Lens).await?;
+        let folder = self.folder(&lens.source, &listed, Kind::Lens, &on_fetch).await?;
         let resolver = self.clone();
         on_loader_thread(move || resolver.check_lens(&lens, &folder, &base)).await
     }
 
-    async fn folder(&self, source: &Source, listed: &Arc<Listed>, kind: Kind) -> Result<Folder, Failure> {
+    async fn folder(
+        &self,
+        source: &Source,
+        listed: &Arc<Listed>,
+        kind: Kind,
+        on_fetch: &OnFetch,
+    ) -> Result<Folder, Failure> {
         let (resolver, source, listed) = (self.clone(), source.clone(), listed.clone());
         // A volume whose server is away makes whoever looks at it wait.
         match on_loader_thread(move || resolver.find(&source, &listed, kind)).await? {
             Found::Here(folder) => Ok(folder),
-            Found::Https { url, token } => self.fetch(&Remote::Https { url, token }, kind).await,
+            Found::Https { url, token } => self.fetch(&Remote::Https { url, token, on_fetch }, kind).await,
             Found::Hub { folder, token } => {
                 let names = self.names(&folder, &token).await?;
-                self.fetch(&Remote::Hub { hub: &self.hub, folder, names, token }, kind).await
+                self.fetch(&Remote::Hub { hub: &self.hub, folder, names, token, on_fetch }, kind).await
             }
         }
     }
 
     /// Where a source is: on this machine, perhaps because Hugging Face's own tools left it there, or on a server.
     fn find(&self, source: &Source, listed: &Listed, kind: Kind) -> Result<Found, Failure> {
-        let token = |audience| self.tokens.find(source.secret_ref.as_ref(), &listed.secrets, audience);
+        let token = |audience: Audience<'_>| self.tokens.find(source.secret_ref.as_ref(), listed, audience);
         match self.roots.locate(source, &listed.volumes)? {
             Place::Folder(folder) => Ok(Found::Here(folder)),
-            Place::Https(url) => Ok(Found::Https { url, token: token(Audience::Server)? }),
+            Place::Https(url) => {
+                let host = Url::parse(&url).ok().and_then(|url| url.host_str().map(str::to_owned));
+                let token = token(Audience::Server(&host.unwrap_or_default()))?;
+                Ok(Found::Https { url, token })
+            }
             Place::Hub(folder) => {
                 let token = token(Audience::Hub)?;
                 match self.hub.cached(&folder).filter(|cached| kind.is_whole(&cached.path)) {

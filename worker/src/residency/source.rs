@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use turret_crds::WorkerDocument;
 use turret_crds::condition::FailureReason;
+use turret_crds::host_pattern::HostPattern;
 use turret_crds::source::{Source, SourceLocation};
 
 use super::failure::Failure;
@@ -19,12 +20,21 @@ pub struct Listed {
     pub volumes: Vec<String>,
     /// Secrets.
     pub secrets: Vec<String>,
+    /// By Secret: the servers of `https://` sources that its token is shown to.
+    pub secret_hosts: BTreeMap<String, Vec<HostPattern>>,
 }
 
 impl Listed {
     /// What a document's placement lists.
     pub fn of(document: &WorkerDocument) -> Self {
-        Self { volumes: document.source_volumes.clone(), secrets: document.source_secrets.clone() }
+        let hosts = |hosts: &Vec<String>| hosts.iter().filter_map(|host| host.parse().ok()).collect();
+        let by_secret = document.source_secret_hosts.iter();
+        Self {
+            volumes: document.source_volumes.clone(),
+            secrets: document.source_secrets.clone(),
+            // What is no pattern names no host, and so opens nothing.
+            secret_hosts: by_secret.map(|(name, named)| (name.clone(), hosts(named))).collect(),
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use turret_crds::label;
 use turret_crds::source::SecretRef;
 
 use super::failure::Failure;
+use super::source::Listed;
 
 /// A token is never longer.
 const MAX_BYTES: u64 = 64 << 10;
@@ -39,11 +40,11 @@ pub struct Own {
 
 /// Whom a token is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Audience {
+pub enum Audience<'a> {
     /// A hub, which knows the person at this machine.
     Hub,
-    /// Any other server.
-    Server,
+    /// Any other server, by the host of its URL.
+    Server(&'a str),
 }
 
 /// What a server is shown, and where it is from.
@@ -102,17 +103,18 @@ impl Token {
 }
 
 impl Tokens {
-    /// The token of a source. `listed` are the Secrets that the document lists.
+    /// The token of a source, of a Secret that the document lists for whom it is for. Otherwise whoever may write a group
+    /// could have any token of its placement by naming a server of their own.
     pub fn find(
         &self,
         secret: Option<&SecretRef>,
-        listed: &[String],
-        audience: Audience,
+        listed: &Listed,
+        audience: Audience<'_>,
     ) -> Result<Token, Failure> {
         let missing = match secret {
             None => "the source has no secretRef".to_owned(),
             Some(SecretRef { name }) => {
-                let path = self.path(name, listed)?;
+                let path = self.path(name, listed, audience)?;
                 match read(&path) {
                     Ok(value) => {
                         let token = checked(value, format!("with the token of the Secret `{name}`"))?;
@@ -134,16 +136,31 @@ impl Tokens {
         })
     }
 
-    fn path(&self, name: &str, listed: &[String]) -> Result<PathBuf, Failure> {
+    fn path(&self, name: &str, listed: &Listed, audience: Audience<'_>) -> Result<PathBuf, Failure> {
+        // Given by whoever runs this worker, for whatever its sources are.
         if let Some(file) = self.files.get(name) {
             return Ok(file.clone());
         }
-        if !listed.iter().any(|l| l == name) {
+        if !listed.secrets.iter().any(|l| l == name) {
             let message = format!(
                 "the source names the Secret `{name}`, which the placement does not list; add it to \
                  spec.sourceSecrets (without a cluster: --secret {name}=FILE)"
             );
             return Err(Failure::new(FailureReason::SecretNotMounted, message));
+        }
+        let may_see = |host: &str| {
+            let address = host.trim_matches(['[', ']']).parse().ok();
+            let hosts = listed.secret_hosts.get(name).into_iter().flatten();
+            hosts.into_iter().any(|h| h.names(host) || address.is_some_and(|address| h.holds(address)))
+        };
+        if let Audience::Server(host) = audience
+            && !may_see(host)
+        {
+            let message = format!(
+                "the token of the Secret `{name}` is not for `{host}`; if it is, add `{host}` to `hosts` of `{name}` in \
+                 spec.sourceSecrets"
+            );
+            return Err(Failure::new(FailureReason::NotAllowed, message));
         }
         Ok(self.secrets_dir.join(name).join(label::SECRET_KEY))
     }
@@ -184,11 +201,40 @@ mod tests {
         SecretRef { name: name.into() }
     }
 
+    /// A document that lists a Secret for these hosts.
+    fn listed(name: &str, hosts: &[&str]) -> Listed {
+        let hosts = hosts.iter().map(|host| host.parse().unwrap()).collect();
+        let secret_hosts = BTreeMap::from([(name.to_owned(), hosts)]);
+        Listed { secrets: vec![name.into()], secret_hosts, ..Listed::default() }
+    }
+
+    const SERVER: Audience<'_> = Audience::Server("models.example.org");
+
+    #[test]
+    fn a_token_is_shown_to_the_servers_it_is_listed_for_and_to_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("a")).unwrap();
+        std::fs::write(folder.path().join("a/token"), "secret").unwrap();
+        let tokens = Tokens { secrets_dir: folder.path().into(), ..Tokens::default() };
+        let find = |hosts: &[&str], audience| tokens.find(Some(&secret("a")), &listed("a", hosts), audience);
+        assert_eq!(find(&[], Audience::Hub).unwrap().value(), Some("secret"));
+        let hosts = ["models.example.org", "*.example.com", "10.1.0.0/16", "fd00::/8"];
+        for host in ["models.example.org", "MODELS.example.org", "a.example.com", "10.1.2.3", "[fd00::1]"] {
+            assert_eq!(find(&hosts, Audience::Server(host)).unwrap().value(), Some("secret"), "{host}");
+        }
+        for host in ["example.com", "evil.example.org", "10.2.0.1", "", "[fe80::1]"] {
+            let refused = find(&hosts, Audience::Server(host)).unwrap_err();
+            assert_eq!(refused.reason, FailureReason::NotAllowed, "{host}");
+            assert!(refused.message.contains("spec.sourceSecrets") && !refused.message.contains("secret\n"));
+        }
+        assert!(find(&[], SERVER).is_err());
+    }
+
     #[test]
     fn a_token_is_read_anew_each_time_and_never_shown() {
         let folder = tempfile::tempdir().unwrap();
         let tokens = Tokens { secrets_dir: folder.path().into(), ..Tokens::default() };
-        let listed = ["hub".to_owned()];
+        let listed = listed("hub", &[]);
         let find = || tokens.find(Some(&secret("hub")), &listed, Audience::Hub).unwrap();
         let before = find();
         assert_eq!(before.value(), None);
@@ -213,14 +259,14 @@ mod tests {
         std::fs::create_dir(folder.path().join("other")).unwrap();
         std::fs::write(folder.path().join("other/token"), "secret").unwrap();
         let mut tokens = Tokens { secrets_dir: folder.path().into(), ..Tokens::default() };
-        let refused = tokens.find(Some(&secret("other")), &["hub".into()], Audience::Server).unwrap_err();
+        let refused = tokens.find(Some(&secret("other")), &listed("hub", &[]), SERVER).unwrap_err();
         assert_eq!(refused.reason, FailureReason::SecretNotMounted);
         assert!(
             refused.message.contains("`other`") && refused.message.contains("spec.sourceSecrets"),
             "{refused}"
         );
         tokens.files.insert("other".into(), folder.path().join("other/token"));
-        let given = tokens.find(Some(&secret("other")), &[], Audience::Server).unwrap();
+        let given = tokens.find(Some(&secret("other")), &Listed::default(), SERVER).unwrap();
         assert_eq!(given.value(), Some("secret"), "a file that was given need not be listed");
     }
 
@@ -231,10 +277,11 @@ mod tests {
         std::fs::write(&file, "of the login\n").unwrap();
         let mut tokens =
             Tokens { own: Own { given: Some("given".into()), file: Some(file) }, ..Tokens::default() };
-        let value =
-            |tokens: &Tokens, audience| tokens.find(None, &[], audience).unwrap().value().map(str::to_owned);
+        let value = |tokens: &Tokens, audience| {
+            tokens.find(None, &Listed::default(), audience).unwrap().value().map(str::to_owned)
+        };
         assert_eq!(value(&tokens, Audience::Hub).as_deref(), Some("given"));
-        assert_eq!(value(&tokens, Audience::Server), None);
+        assert_eq!(value(&tokens, SERVER), None);
         tokens.own.given = Some(String::new());
         assert_eq!(value(&tokens, Audience::Hub).as_deref(), Some("of the login"));
     }

@@ -3,15 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use turret_crds::document::BaseKey;
-use turret_crds::report::{AppliedDocument, Eviction, EvictionReason};
+use turret_crds::report::{AppliedDocument, Eviction, EvictionReason, FetchReport};
 
 use super::Message;
 use super::declared::LensName;
 use super::failure::Failure;
+use super::fetch::OnFetch;
 use super::loader::{LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
 use super::orders::epoch_seconds;
 use super::owner::{Owner, RECHECK, Span, Stage, Turn, base_too_large, lens_too_large};
@@ -23,6 +25,8 @@ use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
 /// Sources that are checked at a time.
 const RESOLVE_AT_ONCE: usize = 3;
+/// Bytes of a download between two reports of how far it is.
+const FETCH_STEP: u64 = 4 << 20;
 /// Budgets that fit once rows have ended are tried again this often.
 const FIT_RETRY: Duration = Duration::from_secs(1);
 /// Budgets that do not fit are looked at again this often: a base may have failed meanwhile.
@@ -65,6 +69,16 @@ pub(super) enum Event {
         outcome: SwitchOutcome,
         failure: Option<Failure>,
     },
+    BaseFetched {
+        key: BaseKey,
+        token: u64,
+        fetch: FetchReport,
+    },
+    LensFetched {
+        name: LensName,
+        token: u64,
+        fetch: FetchReport,
+    },
     BasePercent {
         key: BaseKey,
         percent: u8,
@@ -73,6 +87,10 @@ pub(super) enum Event {
         key: LensKey,
         percent: u8,
     },
+    /// There is one prepared file more.
+    Prepared,
+    /// Bytes of the prepared files.
+    PreparedCounted(u64),
     Switched(SwitchOutcome),
     Reconfigured {
         limits: EngineConfig,
@@ -96,6 +114,10 @@ impl Owner {
             Event::Measured(_)
                 | Event::LensLoaded { .. }
                 | Event::LensGone { .. }
+                | Event::Prepared
+                | Event::PreparedCounted(_)
+                | Event::BaseFetched { .. }
+                | Event::LensFetched { .. }
                 | Event::BasePercent { .. }
                 | Event::LensPercent { .. }
         );
@@ -143,6 +165,16 @@ impl Owner {
                 }
                 self.remove(&outcome);
             }
+            Event::BaseFetched { key, token, fetch } => {
+                if let Some(base) = self.bases.get_mut(&key).filter(|base| base.token == token) {
+                    base.fetch = Some(fetch);
+                }
+            }
+            Event::LensFetched { name, token, fetch } => {
+                if self.lenses.get(&name).is_some_and(|lens| lens.token == token && lens.in_flight) {
+                    self.lenses.update(&name, |lens| lens.fetch = Some(fetch));
+                }
+            }
             Event::BasePercent { key, percent } => {
                 if let Some(base) = self.bases.get_mut(&key) {
                     base.percent = percent;
@@ -152,6 +184,15 @@ impl Owner {
                 if let Some(held) = self.table.lenses.get_mut(&key) {
                     held.percent = percent;
                     self.lenses.mark_key(&key);
+                }
+            }
+            Event::Prepared if self.counting_prepared => self.count_prepared_again = true,
+            Event::Prepared => self.count_prepared(),
+            Event::PreparedCounted(bytes) => {
+                self.published.disk.prepared_bytes = bytes;
+                self.counting_prepared = false;
+                if std::mem::take(&mut self.count_prepared_again) {
+                    self.count_prepared();
                 }
             }
             Event::Switched(outcome) => self.on_switched(outcome),
@@ -188,8 +229,10 @@ impl Owner {
             declared.in_flight = true;
             let (base, token, resolver, listed) =
                 (declared.base.clone(), declared.token, self.start.resolver.clone(), listed.clone());
+            let at = key.clone();
+            let on_fetch = self.on_fetch(move |fetch| Event::BaseFetched { key: at.clone(), token, fetch });
             self.spawn(async move {
-                Event::BaseResolved { key, token, result: resolver.base(base, listed).await }
+                Event::BaseResolved { key, token, result: resolver.base(base, listed, on_fetch).await }
             });
         }
         let mut lenses: Vec<(u64, LensName)> = self
@@ -221,8 +264,11 @@ impl Owner {
         let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
         self.resolving += 1;
         self.lenses.update(&name, |declared| declared.in_flight = true);
+        let at = name.clone();
+        let on_fetch = self.on_fetch(move |fetch| Event::LensFetched { name: at.clone(), token, fetch });
         self.spawn(async move {
-            Event::LensResolved { name, token, result: resolver.lens(lens, listed, base).await }
+            let result = resolver.lens(lens, listed, base, on_fetch).await;
+            Event::LensResolved { name, token, result }
         });
     }
 
@@ -291,7 +337,7 @@ impl Owner {
         self.resolve_at = Some(Instant::now());
         let limits = self.coming_limits().clone();
         let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
-        declared.in_flight = false;
+        (declared.in_flight, declared.fetch) = (false, None);
         let result = result.and_then(|base| base_too_large(&base.layout, &limits).map_or(Ok(base), Err));
         declared.stage = match result {
             Ok(base) => {
@@ -337,7 +383,7 @@ impl Owner {
             }
         }
         self.lenses.update(name, |declared| {
-            declared.in_flight = false;
+            (declared.in_flight, declared.fetch) = (false, None);
             match result {
                 Ok(resolved) => {
                     declared.failures = 0;
@@ -356,7 +402,7 @@ impl Owner {
     }
 
     /// Lets the disk tier forget folders that nothing declared refers to.
-    fn retain_folders(&mut self) {
+    pub(super) fn retain_folders(&mut self) {
         self.measure_disk();
         if self.resolving > 0 {
             return;
@@ -473,12 +519,39 @@ impl Owner {
         }
     }
 
+    /// Counts what the prepared files take: when the worker starts, and whenever there is one more.
+    pub(super) fn count_prepared(&mut self) {
+        self.counting_prepared = true;
+        let cache = self.start.resolver.fetcher.cache().clone();
+        self.spawn(async move {
+            let counted = tokio::task::spawn_blocking(move || cache.prepared_bytes()).await;
+            Event::PreparedCounted(counted.unwrap_or(0))
+        });
+    }
+
+    /// Has a job report how far its downloads are, every few MiB.
+    fn on_fetch(&self, event: impl Fn(FetchReport) -> Event + Send + Sync + 'static) -> OnFetch {
+        let messages = self.messages.clone();
+        let told = std::sync::atomic::AtomicU64::new(0);
+        Arc::new(move |fetched_bytes, known_bytes| {
+            let last = told.load(Relaxed);
+            // Less than before is an attempt that began anew.
+            if fetched_bytes < last
+                || fetched_bytes - last >= FETCH_STEP
+                || known_bytes == Some(fetched_bytes)
+            {
+                told.store(fetched_bytes, Relaxed);
+                let fetch = FetchReport { fetched_bytes, known_bytes };
+                let _ = messages.send(Message::Event(event(fetch)));
+            }
+        })
+    }
+
     /// Has a job report how far it is, every few percent.
     fn on_percent(&self, event: impl Fn(u8) -> Event + Send + Sync + 'static) -> OnPercent {
         let messages = self.messages.clone();
         let last = std::sync::atomic::AtomicU8::new(0);
         Arc::new(move |percent| {
-            use std::sync::atomic::Ordering::Relaxed;
             if percent >= last.load(Relaxed).saturating_add(5) {
                 last.store(percent, Relaxed);
                 let _ = messages.send(Message::Event(event(percent)));

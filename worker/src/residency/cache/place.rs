@@ -53,6 +53,11 @@ impl Cache {
         self.root.join(PREPARED).join(format!("{name}{WHOLE}"))
     }
 
+    /// Bytes of all prepared files.
+    pub fn prepared_bytes(&self) -> u64 {
+        self.stored().iter().filter(|file| file.kind == Kind::Prepared).map(|file| file.bytes).sum()
+    }
+
     /// A place to write a prepared file of so many bytes. `None` when it is there or being written, or when there is no room:
     /// what leaves for it is what nobody claims, and of prepared files those that nobody has read for an hour.
     pub fn place_for_prepared(self: &Arc<Self>, name: &str, bytes: u64) -> io::Result<Option<Place>> {
