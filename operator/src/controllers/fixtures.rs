@@ -183,6 +183,7 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
                 digest: Some("sha256:base".into()),
                 revision: None,
                 bytes: Some(1 << 20),
+                fetch: None,
                 max_context_tokens: Some(512),
                 key,
                 groups,

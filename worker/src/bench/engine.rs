@@ -3,9 +3,12 @@
 use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
+use futures::executor::block_on;
 use futures::future::{join_all, try_join_all};
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +22,7 @@ use crate::engine::row::{RowEvent, RowFailure, RowLens, RowRequest, RowStream, S
 use crate::lens::lora::LoraFolder;
 use crate::lens::tap::Activations;
 use crate::lens::{FilledLens, LensLayout};
+use crate::model::config::ModelConfig;
 use crate::model::weights::{BaseFolder, BaseLayout, Embedding};
 use crate::residency::prepared::{Identity, Prepared, write};
 
@@ -48,6 +52,30 @@ struct Spare {
     folder: PathBuf,
     prepared: tempfile::NamedTempFile,
     identity: Identity,
+    base: BaseId,
+    config: Arc<ModelConfig>,
+}
+
+impl Spare {
+    async fn load(&self, engine: &EngineHandle) -> Result<LensId, BenchError> {
+        let prepared = Prepared::open(self.prepared.path(), &self.identity)?.expect("it was just written");
+        let layout: LensLayout = serde_json::from_str(prepared.layout()).expect("a layout was written");
+        let mut region = engine.reserve_lens(&layout).await?;
+        prepared.read(region.bytes_mut(), &|_| {})?;
+        let lens = FilledLens::new(self.config.clone(), layout, region);
+        Ok(engine.install_lens(self.base, lens).await?)
+    }
+
+    /// Loads it again and again, and tells how often.
+    async fn load_until(&self, engine: &EngineHandle, stop: &AtomicBool) -> Result<u32, BenchError> {
+        let mut loads = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let lens = self.load(engine).await?;
+            engine.retire_lens(lens).await?;
+            loads += 1;
+        }
+        Ok(loads)
+    }
 }
 
 /// An engine with a base and lenses.
@@ -59,7 +87,7 @@ pub(super) struct Loaded {
     /// In the order of the arguments.
     lenses: Vec<LensId>,
     /// The last one, to be loaded once more.
-    spare: Option<Spare>,
+    spare: Option<Arc<Spare>>,
     /// Steps that are timed.
     steps: u32,
     /// Prompts so far. Each is another one, so that nothing is found in a cache that was not meant to be.
@@ -129,17 +157,9 @@ impl Loaded {
         let layout = serde_json::to_string(lent.layout()).expect("a layout is JSON");
         write(prepared.as_file(), &identity, layout, lent.bytes(), &CancellationToken::new())
             .map_err(BenchError::Prepare)?;
-        self.spare = Some(Spare { folder: folder.clone(), prepared, identity });
+        let (base, config) = (self.base, self.layout.config.clone());
+        self.spare = Some(Arc::new(Spare { folder: folder.clone(), prepared, identity, base, config }));
         Ok(())
-    }
-
-    async fn load_prepared(&self, spare: &Spare) -> Result<LensId, BenchError> {
-        let prepared = Prepared::open(spare.prepared.path(), &spare.identity)?.expect("it was just written");
-        let layout: LensLayout = serde_json::from_str(prepared.layout()).expect("a layout was written");
-        let mut region = self.engine.reserve_lens(&layout).await?;
-        prepared.read(region.bytes_mut(), &|_| {})?;
-        let lens = FilledLens::new(self.layout.config.clone(), layout, region);
-        Ok(self.engine.install_lens(self.base, lens).await?)
     }
 
     /// Measures.
@@ -162,6 +182,7 @@ impl Loaded {
             }
             Take::Requests => self.requests().await,
             Take::Lens => self.lens().await,
+            Take::Loads => self.loads().await,
             Take::LongPrompt { tokens } => self.long_prompt(tokens).await,
         }
     }
@@ -312,7 +333,7 @@ impl Loaded {
             first.push(start.elapsed().as_secs_f64());
             self.engine.retire_lens(lens).await?;
             let start = Instant::now();
-            let lens = self.load_prepared(spare).await?;
+            let lens = spare.load(&self.engine).await?;
             let load = start.elapsed().as_secs_f64();
             loads.push(load);
             cold.push(load + self.first_token(&self.row(REQUEST.0, 1, Some(&lens))).await?);
@@ -333,6 +354,27 @@ impl Loaded {
             Found::time("lens, switched", median(&accepted)),
             Found::time("first token, lens evicted", median(&cold)),
             Found::time("first token, lens resident", median(&warm)),
+        ])
+    }
+
+    async fn loads(&self) -> Result<Vec<Found>, BenchError> {
+        let (spare, engine) = (self.spare.clone().expect("there is a lens"), self.engine.clone());
+        let count = 4 * self.steps;
+        let mut beside = self.running(BESIDE, 0, Sampling::GREEDY, 2 * count + SLACK).await?;
+        let alone = Self::gaps(&mut beside[0], count as usize).await?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let until = stop.clone();
+        let loader = std::thread::spawn(move || block_on(spare.load_until(&engine, &until)));
+        let gaps = Self::gaps(&mut beside[0], count as usize).await;
+        stop.store(true, Ordering::Relaxed);
+        let loads = loader.join().expect("loading does not panic")?;
+        let gaps = gaps?;
+        let between = format!("between tokens, {BESIDE} rows,");
+        let per_load = gaps.iter().sum::<f64>() / f64::from(loads.max(1));
+        Ok(vec![
+            Found::time(format!("{between} nothing else"), nearest_rank(&alone, 0.99)),
+            Found::time(format!("{between} beside lenses that load"), nearest_rank(&gaps, 0.99)),
+            Found::time("lens, loaded beside 4 rows", per_load),
         ])
     }
 

@@ -18,6 +18,8 @@ pub(super) enum Take {
     Requests,
     /// A lens that comes, and one that is there.
     Lens,
+    /// Rows that decode while lenses come and go.
+    Loads,
     /// A long prompt beside rows that decode, and a row that decodes after it.
     LongPrompt { tokens: u32 },
 }
@@ -59,7 +61,7 @@ impl Take {
             takes.push(Self::Requests);
         }
         if lenses > 0 {
-            takes.push(Self::Lens);
+            takes.extend([Self::Lens, Self::Loads]);
         }
         takes.push(Self::Sampled { rows: ROWS });
         if args.prefix > 0 {
@@ -83,6 +85,7 @@ impl Take {
             Self::Prefix { tokens } => format!("prefix, {tokens} tokens"),
             Self::Requests => "requests".into(),
             Self::Lens => "lens".into(),
+            Self::Loads => "loads".into(),
             Self::LongPrompt { tokens } => format!("long prompt, {tokens} tokens"),
         }
     }

@@ -219,7 +219,12 @@ pub fn file_bytes(region: u64, layout: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::ControlFlow;
+
     use super::*;
+    use crate::engine::arena::{Arena, Part};
+    use crate::lens::lora::LoraFolder;
+    use crate::model::weights::BaseFolder;
 
     fn identity(digest: &str) -> Identity {
         Identity::of_base(digest, Dtype::BF16, Quantization::None)
@@ -285,6 +290,49 @@ mod tests {
         let mut written = Vec::new();
         assert!(!write(&mut written, &identity("a"), String::new(), &region(3 * CHUNK), &stop).unwrap());
         assert!(written.len() < CHUNK);
+    }
+
+    /// What lies in memory of the fixtures. Equal files must lie equally for as long as the version is the same, or what was
+    /// prepared before would be other weights.
+    #[test]
+    fn a_layout_that_changes_has_another_version() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity");
+        let arena = Arena::new(1 << 30).unwrap();
+        let mut on_progress = |_| ControlFlow::Continue(());
+        let mut digest = Sha256::new();
+        for (family, dtype, quantization) in [
+            ("qwen2", Dtype::F32, Quantization::None),
+            ("qwen2", Dtype::BF16, Quantization::None),
+            ("phi3", Dtype::F16, Quantization::Q8_0),
+            ("features-tied", Dtype::F32, Quantization::None),
+            ("features-qwen2", Dtype::BF16, Quantization::None),
+        ] {
+            let folder = fixtures.join(family);
+            let base = BaseFolder::open(&folder.join("model"), Some(dtype)).unwrap().quantized(quantization);
+            let region = arena.reserve(Part::Base, base.layout().bytes).unwrap();
+            let base = base.fill(region, &mut on_progress).unwrap();
+            digest.update(base.bytes());
+            let lenses = std::fs::read_dir(folder.join("lenses")).unwrap();
+            let mut lenses: Vec<_> = lenses.map(|lens| lens.unwrap().path()).collect();
+            lenses.sort();
+            for lens in lenses {
+                // What is not a LoRA is not ours; sums of DoRA are rounded as the instruction set does.
+                let Ok(lens) = LoraFolder::open(&lens, base.layout()) else { continue };
+                let layout = serde_json::to_string(lens.layout()).unwrap();
+                if layout.contains("magnitude") {
+                    continue;
+                }
+                let region = arena.reserve(Part::Lens, lens.layout().bytes).unwrap();
+                digest.update(lens.fill(region, &base, &mut on_progress).unwrap().bytes());
+                digest.update(layout);
+            }
+        }
+        let found = hex::encode(digest.finalize());
+        assert_eq!(
+            (LAYOUT_VERSION, found.as_str()),
+            (1, "?"),
+            "raise LAYOUT_VERSION, and write it and this digest here"
+        );
     }
 
     proptest::proptest! {

@@ -166,6 +166,13 @@ pub(super) fn budgets(table: &Table) -> Vec<Budget> {
         let alone = "between tokens, 4 rows";
         Some(look.own(&format!("{alone} beside a prompt of 4096"))? / look.own(alone)?)
     });
+    add("p99 between tokens of 4 rows, beside lenses that load again and again", AtMost(1.1), &|look| {
+        let between = "between tokens, 4 rows,";
+        Some(
+            look.own(&format!("{between} beside lenses that load"))?
+                / look.own(&format!("{between} nothing else"))?,
+        )
+    });
     budgets
 }
 
