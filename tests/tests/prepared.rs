@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 use turret_crds::WorkerReport;
@@ -108,4 +108,47 @@ async fn without_room_on_the_disk_nothing_is_prepared_and_everything_is_served()
         worker.wait("gone", |r| r.lens("a", "pirate").unwrap().tier != Tier::Device).await;
     }
     assert_eq!(recount(&cache), 0);
+}
+
+/// Two bases that do not fit beside each other, so that every turn of the requests reads one.
+fn in_turn() -> Family {
+    let at = |path: &str| uri(&demo::Family::folder().join(path));
+    let mut family = family().group("b", &at("base-b"));
+    family.placement["memory"] = json!({"deviceBudget": "14Mi", "lensBudget": "4Mi"});
+    family.placement["batching"] =
+        json!({"maxContextTokens": 128, "maxRunningRows": 4, "prefillChunkTokens": 64});
+    family
+}
+
+#[tokio::test]
+async fn a_worker_that_is_killed_while_it_prepares_and_switches_leaves_nothing_half() {
+    let disk = tempfile::tempdir().unwrap();
+    let cache = disk.path().join("cache");
+    let document = in_turn().document();
+    let answers = demo::Family::read().unwrap();
+    let b = &answers.cases("base-b", None)[0];
+    for after_ms in [0, 5, 12, 25, 40, 60, 90, 130, 200, 300] {
+        let worker = Worker::start_with(&document, on(&cache));
+        let requests = async {
+            for lens in LENSES.iter().cycle() {
+                ask(&worker, lens).await;
+                assert_eq!(worker.chat("b", &b.messages).await.as_ref(), Ok(&b.text));
+            }
+        };
+        // Until it is killed: the end of the value is a SIGKILL.
+        let _ = tokio::time::timeout(Duration::from_millis(after_ms), requests).await;
+        assert!(!worker.log().contains("of no use"), "{}", worker.log());
+        drop(worker);
+    }
+    let worker = Worker::start_with(&document, on(&cache));
+    for lens in LENSES {
+        ask(&worker, lens).await;
+        assert_eq!(worker.chat("b", &b.messages).await.as_ref(), Ok(&b.text));
+    }
+    assert!(!worker.log().contains("of no use"), "{}", worker.log());
+    let all = |r: &WorkerReport| prepared(&cache).len() == 4 && reported(r) == recount(&cache);
+    let report = worker.wait("all prepared", all).await;
+    assert!(report.state.switches >= 3, "the bases did not take turns: {report:#?}");
+    let left = std::fs::read_dir(cache.join("prepared")).unwrap().count();
+    assert_eq!(left, 4, "what was half written was written anew");
 }

@@ -79,6 +79,8 @@ pub struct Metrics {
     leases: Gauge,
     ready: Gauge,
     active: Family<BaseLabels, Gauge>,
+    switching: Family<BaseLabels, Gauge>,
+    switch_waiting: Gauge,
     tiers: Family<TierLabels, Gauge>,
     budgets: Family<TierLabels, Gauge>,
 }
@@ -120,6 +122,8 @@ impl Metrics {
             leases: Gauge::default(),
             ready: Gauge::default(),
             active: Family::default(),
+            switching: Family::default(),
+            switch_waiting: Gauge::default(),
             tiers: Family::default(),
             budgets: Family::default(),
         };
@@ -185,6 +189,16 @@ impl Metrics {
         r.register("turret_lens_leases", "Leases that run", self.leases.clone());
         r.register("turret_ready", "Whether this worker takes requests", self.ready.clone());
         r.register("turret_active_base", "The active base", self.active.clone());
+        r.register(
+            "turret_switching_base",
+            "The base that is being switched to: how much of it is in memory, percent",
+            self.switching.clone(),
+        );
+        r.register(
+            "turret_switch_waiting",
+            "Requests that wait for the base that is being switched to",
+            self.switch_waiting.clone(),
+        );
         let bytes = || Unit::Bytes;
         r.register_with_unit("turret_tier", "Bytes in use by tier and part", bytes(), self.tiers.clone());
         r.register_with_unit(
@@ -204,6 +218,7 @@ impl Metrics {
         drop(metrics.loaded.get_or_create(&lens));
         drop(metrics.evictions.get_or_create(&EvictionLabels { reason: String::new() }));
         drop(metrics.active.get_or_create(&BaseLabels { base: String::new() }));
+        drop(metrics.switching.get_or_create(&BaseLabels { base: String::new() }));
         for family in [&metrics.tiers, &metrics.budgets] {
             drop(family.get_or_create(&TierLabels { tier: String::new(), part: String::new() }));
         }
@@ -286,6 +301,13 @@ impl Metrics {
         if let Some(base) = &state.active_base {
             self.active.get_or_create(&BaseLabels { base: base.to_string() }).set(1);
         }
+        self.switching.clear();
+        if let Some(switch) = &state.switch {
+            let labels = BaseLabels { base: switch.to.to_string() };
+            self.switching.get_or_create(&labels).set(switch.percent.into());
+        }
+        let waiting = state.switch.as_ref().map_or(0, |switch| switch.waiting_requests);
+        self.switch_waiting.set(waiting.into());
         for tier in &state.tiers {
             let name = format!("{:?}", tier.tier).to_lowercase();
             let labels = |part: &str| TierLabels { tier: name.clone(), part: part.into() };

@@ -10,9 +10,9 @@ use super::engine::Loaded;
 use super::probe::Probe;
 use super::takes::Take;
 use super::{BenchArgs, BenchError};
-use crate::kernels::simd::InstructionSet;
-use crate::kernels::threads::{Pool, allowed_threads};
 use crate::telemetry::chain;
+use turret_kernels::simd::InstructionSet;
+use turret_kernels::threads::{Pool, allowed_threads};
 
 /// The take of which everybody needs the answer: memory as large as a step's weights, read once.
 const READ: &str = "read";

@@ -19,8 +19,6 @@ use crate::engine::StartError;
 use crate::engine::arena::ArenaError;
 use crate::engine::handle::{ActivateError, ChangeError, RemoveError, ReserveError, SubmitError};
 use crate::engine::row::RowFailure;
-use crate::kernels::simd::InstructionSet;
-use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::LensError;
 use crate::model::weights::{BaseError, BaseFolder, Quantization};
 use crate::residency::prepared::Unusable;
@@ -29,6 +27,8 @@ use probe::Probe;
 use report::median;
 pub use report::{Measure, Report};
 use takes::{Found, Take};
+use turret_kernels::simd::InstructionSet;
+use turret_kernels::threads::{Pool, allowed_threads};
 
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]

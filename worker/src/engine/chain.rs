@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::kernels::attention::BLOCK_TOKENS;
 use crate::lens::tap::{Activations, Positions};
 use crate::model::block_pool::{BlockPool, BlockTokens, NodeId};
+use turret_kernels::attention::BLOCK_TOKENS;
 
 /// Two nodes: for a sequence within the original context, and for one beyond it, where positions are rotated otherwise.
 pub(crate) type Roots = [NodeId; 2];

@@ -5,8 +5,8 @@
 //! and that is then halved, each time with one pass at the speed of the cache over what still lies inside, until that is
 //! little enough to be sorted.
 
-use crate::kernels::simd::LANES;
-use crate::kernels::vocabulary::{BLOCK, at_least, between};
+use turret_kernels::simd::LANES;
+use turret_kernels::vocabulary::{BLOCK, at_least, between};
 
 /// Numbers that are sorted rather than searched further.
 const FEW: usize = 256;

@@ -40,12 +40,12 @@ use row::{RowFailure, RowId, RowRequest, RowStream, row_channel};
 use sequence::Sequence;
 use step::Active;
 
-use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::tap::RowShape;
 use crate::lens::{Effects, FilledLens};
 use crate::model::block_pool::{LensContent, Seed};
 use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseLayout, FilledBase};
+use turret_kernels::threads::{Pool, allowed_threads};
 
 /// Why the engine does not start.
 #[derive(Debug, thiserror::Error)]

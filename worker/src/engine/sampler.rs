@@ -5,7 +5,7 @@
 
 use super::cut::{Cut, Room};
 use super::row::{Sampling, TokenLogprobs};
-use crate::kernels::vocabulary::{BLOCK, largest, numerators};
+use turret_kernels::vocabulary::{BLOCK, largest, numerators};
 
 /// Room to choose in; reused for every row.
 #[derive(Debug, Default)]

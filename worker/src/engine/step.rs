@@ -16,12 +16,12 @@ use super::row::RowFailure;
 use super::schedule::{Plan, RowState, StepBudget, schedule};
 use super::sequence::{Life, Sequence};
 use super::{MAX_ROW_LENSES, Totals};
-use crate::kernels::threads::Pool;
 use crate::lens::Effects;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Batch, Chunk, Decoder, Workspace};
 use crate::model::kv_cache::{KvCache, blocks_for, cache_shape};
 use crate::model::weights::FilledBase;
+use turret_kernels::threads::Pool;
 
 /// The active base: what computing with it needs beside its weights.
 pub(super) struct Active {

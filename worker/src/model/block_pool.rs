@@ -17,7 +17,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
-use crate::kernels::attention::BLOCK_TOKENS;
+use turret_kernels::attention::BLOCK_TOKENS;
 
 /// Tokens of a whole block.
 pub type BlockTokens = [u32; BLOCK_TOKENS];

@@ -17,15 +17,15 @@ use super::replaced::{EmbeddingsOf, NormsAt, head_of};
 use super::residual::{ActiveRow, Touch};
 use super::rope::Frequencies;
 use super::weights::{Dtype, FilledBase, PackedMatrix, Vector};
-use crate::kernels::attention::{Query, Scoring};
-use crate::kernels::buffer::Buffer;
-use crate::kernels::matmul::{Deltas, Linear, Scratch};
-use crate::kernels::ops::{
-    ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, RowEmbeddings, RowNorms, SoftCap,
-};
-use crate::kernels::threads::Pool;
 use crate::lens::tap::Activations;
 use crate::lens::{Effects, FilledLens};
+use turret_kernels::attention::{Query, Scoring};
+use turret_kernels::buffer::Buffer;
+use turret_kernels::matmul::{Deltas, Linear, Scratch};
+use turret_kernels::ops::{
+    ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, RowEmbeddings, RowNorms, SoftCap,
+};
+use turret_kernels::threads::Pool;
 
 /// Tokens of one row to compute in a step.
 #[derive(Debug, Clone, Copy)]

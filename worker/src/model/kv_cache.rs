@@ -5,8 +5,8 @@ use super::block_pool::BlockPool;
 use super::config::ModelConfig;
 use super::weights::Dtype;
 use crate::engine::arena::Region;
-pub use crate::kernels::attention::BLOCK_TOKENS;
-use crate::kernels::attention::{CacheBlocks, CacheShape};
+pub use turret_kernels::attention::BLOCK_TOKENS;
+use turret_kernels::attention::{CacheBlocks, CacheShape};
 
 /// Blocks that a sequence of this many tokens takes.
 pub fn blocks_for(tokens: u32) -> u32 {

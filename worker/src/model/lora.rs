@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::config::ModelConfig;
 use super::weights::{Matrix, Vector};
-use crate::kernels::finish::Gain;
-use crate::kernels::matmul::{DeltaOutputs, Deltas, RowsDelta};
 use crate::lens::FilledLens;
+use turret_kernels::finish::Gain;
+use turret_kernels::matmul::{DeltaOutputs, Deltas, RowsDelta};
 
 /// The four matrices of a block, in order of use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

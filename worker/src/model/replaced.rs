@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::lora::{LensUse, NormSite, uses_at};
 use super::weights::{Matrix, PackedMatrix, Vector};
-use crate::kernels::matmul::Weight;
-use crate::kernels::ops::{RowEmbeddings, RowNorms};
-use crate::kernels::rows::{add_scaled, widen};
+use turret_kernels::matmul::Weight;
+use turret_kernels::ops::{RowEmbeddings, RowNorms};
+use turret_kernels::rows::{add_scaled, widen};
 
 /// Where the whole modules of a lens are. Offsets count from the start of its region.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

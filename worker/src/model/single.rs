@@ -11,10 +11,10 @@ use super::decoder::{Batch, Chunk, Decoder, StepSize, Workspace};
 use super::kv_cache::{KvCache, blocks_for, cache_shape};
 use super::weights::{BaseError, BaseFolder, Dtype, FilledBase};
 use crate::engine::arena::{Arena, ArenaError, Part};
-use crate::kernels::threads::{Pool, allowed_threads};
 use crate::lens::lora::LoraFolder;
 use crate::lens::tap::Activations;
 use crate::lens::{FilledLens, LensError};
+use turret_kernels::threads::{Pool, allowed_threads};
 
 /// Why a sequence cannot be computed.
 #[derive(Debug, thiserror::Error)]

@@ -15,7 +15,7 @@ use turret_crds::report::EvictionReason;
 use super::failure::Failure;
 use super::orders::epoch_seconds;
 use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter};
-use super::plan::{CannotFit, Leaving, Order, Plan, Until, Wanted, plan};
+use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted};
 use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
 use super::table::{LensKey, Phase};
@@ -273,9 +273,7 @@ impl Owner {
 
     /// Lets leave who must, and loads the lens if there is room for it already, and not too much on its way.
     pub(super) fn carry_out(&mut self, plan: Plan, key: &LensKey, resolved: ResolvedLens, at_once: usize) {
-        for leaving in plan.evict_lenses {
-            self.evict_lens(leaving, &plan.why);
-        }
+        self.evict_lenses(plan.evict_lenses, &plan.why);
         let loading = self.table.lenses.values().filter(|h| h.phase == Phase::Loading).count();
         let fits = self.table.lens_bytes() + resolved.bytes <= self.budgets().lens_bytes;
         if plan.load && fits && loading < at_once {
@@ -293,7 +291,7 @@ impl Owner {
         let policy = self.eviction_rule().policy;
         let order =
             Order { history: &self.history, ranking: self.history.ranking(policy, self.seconds(now)) };
-        plan(wanted, &self.table, &self.budgets(), &order, protected)
+        Inventory { table: &self.table, budgets: self.budgets(), order, protected }.plan(wanted)
     }
 
     pub(super) fn eviction_rule(&self) -> EvictionRule {
@@ -373,10 +371,14 @@ impl Owner {
     fn turn_base(&mut self, demand: &Demand, now: Instant) -> Option<Instant> {
         match &self.turn {
             Turn::Switching { .. } => return None,
-            Turn::Draining { to, until } => {
-                let (to, until) = (to.clone(), *until);
+            Turn::Draining { to, until, for_waiters } => {
+                let (to, until, for_waiters) = (to.clone(), *until, *for_waiters);
                 if self.bases.get(&to).and_then(|b| b.stage.ready()).is_none() {
                     self.turn = Turn::Steady;
+                } else if for_waiters && !demand.others.contains_key(&to) {
+                    tracing::info!(to = %to, "nobody waits for the other base any more, the active one stays");
+                    self.turn = Turn::Steady;
+                    self.look_ahead = true;
                 } else if self.permits.is_empty() {
                     self.start_switch(&to);
                 } else if now >= until {
@@ -387,13 +389,13 @@ impl Owner {
             Turn::Steady => {}
         }
         if let Some(to) = self.asked_base.take().filter(|to| self.table.active.as_ref() != Some(to)) {
-            self.drain_for(to, now);
+            self.drain_for(to, false, now);
             return None;
         }
         let servable = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
         let declared = self.declared_active().map(|(_, key)| key.clone());
         if let Some(to) = declared.filter(|to| servable(to) && self.table.active.as_ref() != Some(to)) {
-            self.drain_for(to, now);
+            self.drain_for(to, false, now);
             return None;
         }
         let situation = Situation {
@@ -422,7 +424,8 @@ impl Owner {
                 until_ms.map(|ms| self.began + Duration::from_millis(ms))
             }
             Decision::Drain { to } => {
-                self.drain_for(to, now);
+                let for_waiters = situation.active.is_some();
+                self.drain_for(to, for_waiters, now);
                 None
             }
             Decision::Switch { to } => {
@@ -448,11 +451,11 @@ impl Owner {
     }
 
     /// Admits nothing more over the active base, and switches when what runs has ended.
-    fn drain_for(&mut self, to: BaseKey, now: Instant) {
+    fn drain_for(&mut self, to: BaseKey, for_waiters: bool, now: Instant) {
         let rule = self.document.as_ref().map_or_else(SwitchingRule::default, |document| document.switching);
         tracing::info!(to = %to, rows = self.permits.len(), "draining for a switch of base");
         let until = now + Duration::from_secs(u64::from(rule.drain_seconds));
-        self.turn = Turn::Draining { to: to.clone(), until };
+        self.turn = Turn::Draining { to: to.clone(), until, for_waiters };
         if self.permits.is_empty() {
             self.start_switch(&to);
         }
@@ -561,9 +564,7 @@ impl Owner {
         }
         self.untidy = false;
         let shed = self.shed();
-        for leaving in shed.evict_lenses {
-            self.evict_lens(leaving, &shed.why);
-        }
+        self.evict_lenses(shed.evict_lenses, &shed.why);
         for key in shed.evict_bases {
             self.drop_base(key, &shed.why);
         }

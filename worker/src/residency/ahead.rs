@@ -83,9 +83,7 @@ impl Owner {
             return;
         }
         let plan = self.plan(&Wanted::Swept(rule), &BTreeSet::new(), now).unwrap_or_default();
-        for leaving in plan.evict_lenses {
-            self.evict_lens(leaving, &plan.why);
-        }
+        self.evict_lenses(plan.evict_lenses, &plan.why);
     }
 
     /// Puts in force what a new document says of eviction.

@@ -2,7 +2,8 @@
 //!
 //! One task ([`owner`]) owns the [`table`]. Requests ask it for a [`Permit`] and hold it while their row runs; jobs
 //! ([`resolve`], [`loader`]) report back to it as events. What it decides is pure and beside it: [`plan`] (what leaves
-//! so that something fits), [`switch`] (when the active base changes), [`failure`] (when to try again).
+//! so that something fits), [`switch`] (when the active base changes), [`failure`] (when to try again). On disk, [`cache`] has
+//! the files that were fetched, and [`prepared`] weights as they lie in memory.
 //!
 //! - A document is taken at once: what is no longer declared gets no new rows, what is new is resolved in the background.
 //! - A lens is found by name, held by content. A row keeps the content it began with, whatever the name means later.
@@ -11,6 +12,7 @@
 
 mod admit;
 mod ahead;
+mod bases;
 pub mod cache;
 mod content;
 mod declared;
@@ -20,6 +22,7 @@ pub mod files;
 pub mod hosts;
 pub mod hub;
 pub mod lease;
+mod limits;
 pub mod loader;
 pub mod orders;
 mod owner;
@@ -29,6 +32,7 @@ mod preparing;
 mod publish;
 mod remote;
 pub mod resolve;
+mod resolving;
 pub mod source;
 pub mod switch;
 pub mod table;

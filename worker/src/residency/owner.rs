@@ -110,8 +110,16 @@ pub(super) struct Permitted {
 #[derive(Debug)]
 pub(super) enum Turn {
     Steady,
-    Draining { to: BaseKey, until: Instant },
-    Switching { to: BaseKey, since: Instant },
+    /// `for_waiters`: it is given up when nobody waits for it any more.
+    Draining {
+        to: BaseKey,
+        until: Instant,
+        for_waiters: bool,
+    },
+    Switching {
+        to: BaseKey,
+        since: Instant,
+    },
 }
 
 /// When something was on its way, so that those who waited can be told how long it took.

@@ -117,105 +117,185 @@ impl Plan {
     }
 }
 
-/// Plans for one wanted thing. `protected` lenses are wanted by older requests and stay.
-pub fn plan(
-    wanted: &Wanted,
-    table: &Table,
-    budgets: &Budgets,
-    order: &Order<'_>,
-    protected: &BTreeSet<LensKey>,
-) -> Result<Plan, CannotFit> {
-    match wanted {
-        Wanted::Lens { key, bytes, instead_of_others } => {
-            plan_lens(key, *bytes, *instead_of_others, table, budgets, order, protected)
+/// What a plan depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Inventory<'a> {
+    /// What is in memory.
+    pub table: &'a Table,
+    /// How much of it there may be.
+    pub budgets: Budgets,
+    /// Who leaves first.
+    pub order: Order<'a>,
+    /// Lenses that older requests want: they stay.
+    pub protected: &'a BTreeSet<LensKey>,
+}
+
+impl Inventory<'_> {
+    /// Plans for one wanted thing.
+    pub fn plan(&self, wanted: &Wanted) -> Result<Plan, CannotFit> {
+        match wanted {
+            Wanted::Lens { key, bytes, instead_of_others } => self.lens(key, *bytes, *instead_of_others),
+            Wanted::Base { key, bytes, working_bytes, instead_of_active } => {
+                self.base(key, bytes.saturating_add(*working_bytes), *instead_of_active)
+            }
+            Wanted::Less { working_bytes } => Ok(self.less(*working_bytes)),
+            Wanted::Swept(rule) => Ok(self.swept(*rule)),
         }
-        Wanted::Base { key, bytes, working_bytes, instead_of_active } => {
-            plan_base(key, bytes.saturating_add(*working_bytes), *instead_of_active, table, budgets)
+    }
+
+    fn less(&self, working_bytes: u64) -> Plan {
+        let excess = staying_lens_bytes(self.table).saturating_sub(self.budgets.lens_bytes);
+        let may_leave = |key: &LensKey, held: &HeldLens| self.may_leave(key, held);
+        let (mut evict_lenses, freed) = self.leaving(EvictionReason::Budget, excess, may_leave);
+        if freed < excess {
+            // A smaller budget is stronger than a lease or a pin.
+            let kept = |_: &LensKey, held: &HeldLens| held.kept && held.is_idle();
+            evict_lenses.extend(self.leaving(EvictionReason::Budget, excess - freed, kept).0);
         }
-        Wanted::Less { working_bytes } => Ok(plan_less(*working_bytes, table, budgets, order, protected)),
-        Wanted::Swept(rule) => Ok(plan_sweep(*rule, table, budgets, order, protected)),
+        let room = self.budgets.device_bytes.saturating_sub(self.budgets.lens_bytes);
+        let base_excess = staying_base_bytes(self.table).saturating_add(working_bytes).saturating_sub(room);
+        let (evict_bases, _) = parked(self.table, false, base_excess);
+        let why = format!("{excess} bytes over the lens budget, {base_excess} over the device budget");
+        // Lenses over a base that leaves go with it.
+        evict_lenses.retain(|lens| !evict_bases.contains(&lens.key.base));
+        Plan { evict_lenses, evict_bases, load: false, why }
     }
-}
 
-fn plan_less(
-    working_bytes: u64,
-    table: &Table,
-    budgets: &Budgets,
-    order: &Order<'_>,
-    protected: &BTreeSet<LensKey>,
-) -> Plan {
-    let excess = staying_lens_bytes(table).saturating_sub(budgets.lens_bytes);
-    let may_leave = |key: &LensKey, held: &HeldLens| may_leave(key, held, protected);
-    let (mut evict_lenses, freed) = leaving(table, order, EvictionReason::Budget, excess, may_leave);
-    if freed < excess {
-        // A smaller budget is stronger than a lease or a pin.
-        let kept = |_: &LensKey, held: &HeldLens| held.kept && held.is_idle();
-        evict_lenses.extend(leaving(table, order, EvictionReason::Budget, excess - freed, kept).0);
+    fn swept(&self, rule: SweepRule) -> Plan {
+        let part = |percent: u32| (u128::from(self.budgets.lens_bytes) * u128::from(percent) / 100) as u64;
+        let staying = staying_lens_bytes(self.table);
+        if staying <= part(rule.high_percent) {
+            return Plan::default();
+        }
+        let is_idle = |key: &LensKey, held: &HeldLens| {
+            self.may_leave(key, held) && self.order.ranking.is_idle(self.order.history.usage(held.entry))
+        };
+        let excess = staying.saturating_sub(part(rule.low_percent));
+        let (evict_lenses, _) = self.leaving(EvictionReason::Idle, excess, is_idle);
+        let why = format!(
+            "lenses take {staying} bytes, more than {} % of {}",
+            rule.high_percent, self.budgets.lens_bytes
+        );
+        Plan { evict_lenses, why, ..Plan::default() }
     }
-    let room = budgets.device_bytes.saturating_sub(budgets.lens_bytes);
-    let base_excess = staying_base_bytes(table).saturating_add(working_bytes).saturating_sub(room);
-    let (evict_bases, _) = parked(table, false, base_excess);
-    let why = format!("{excess} bytes over the lens budget, {base_excess} over the device budget");
-    // Lenses over a base that leaves go with it.
-    evict_lenses.retain(|lens| !evict_bases.contains(&lens.key.base));
-    Plan { evict_lenses, evict_bases, load: false, why }
-}
 
-fn plan_sweep(
-    rule: SweepRule,
-    table: &Table,
-    budgets: &Budgets,
-    order: &Order<'_>,
-    protected: &BTreeSet<LensKey>,
-) -> Plan {
-    let part = |percent: u32| (u128::from(budgets.lens_bytes) * u128::from(percent) / 100) as u64;
-    let staying = staying_lens_bytes(table);
-    if staying <= part(rule.high_percent) {
-        return Plan::default();
+    fn may_leave(&self, key: &LensKey, held: &HeldLens) -> bool {
+        held.is_idle() && !held.kept && !self.protected.contains(key)
     }
-    let is_idle = |key: &LensKey, held: &HeldLens| {
-        may_leave(key, held, protected) && order.ranking.is_idle(order.history.usage(held.entry))
-    };
-    let excess = staying.saturating_sub(part(rule.low_percent));
-    let (evict_lenses, _) = leaving(table, order, EvictionReason::Idle, excess, is_idle);
-    let why =
-        format!("lenses take {staying} bytes, more than {} % of {}", rule.high_percent, budgets.lens_bytes);
-    Plan { evict_lenses, why, ..Plan::default() }
-}
 
-fn may_leave(key: &LensKey, held: &HeldLens, protected: &BTreeSet<LensKey>) -> bool {
-    held.is_idle() && !held.kept && !protected.contains(key)
-}
-
-/// Lenses that may leave, by policy, until `excess` bytes are freed; and how many they free.
-fn leaving(
-    table: &Table,
-    order: &Order<'_>,
-    reason: EvictionReason,
-    excess: u64,
-    may_leave: impl Fn(&LensKey, &HeldLens) -> bool,
-) -> (Vec<Leaving>, u64) {
-    if excess == 0 {
-        return (Vec::new(), 0);
+    /// Lenses that may leave, by policy, until `excess` bytes are freed; and how many they free.
+    fn leaving(
+        &self,
+        reason: EvictionReason,
+        excess: u64,
+        may_leave: impl Fn(&LensKey, &HeldLens) -> bool,
+    ) -> (Vec<Leaving>, u64) {
+        if excess == 0 {
+            return (Vec::new(), 0);
+        }
+        let residents: Vec<Resident<'_, &LensKey>> = self
+            .table
+            .lenses
+            .iter()
+            .map(|(key, held)| Resident {
+                key,
+                usage: self.order.history.usage(held.entry),
+                group: held.group,
+                evictable: may_leave(key, held),
+            })
+            .collect();
+        let chosen = choose(&residents, excess, &self.order.ranking);
+        let freed = chosen.victims.iter().map(|victim| victim.bytes).sum();
+        let leaves = |victim: &crate::eviction::policy::Victim<&LensKey>| Leaving {
+            key: victim.key.clone(),
+            reason,
+            message: victim.reason.to_string(),
+        };
+        (chosen.victims.iter().map(leaves).collect(), freed)
     }
-    let residents: Vec<Resident<'_, &LensKey>> = table
-        .lenses
-        .iter()
-        .map(|(key, held)| Resident {
-            key,
-            usage: order.history.usage(held.entry),
-            group: held.group,
-            evictable: may_leave(key, held),
+
+    fn lens(&self, key: &LensKey, bytes: u64, instead_of_others: bool) -> Result<Plan, CannotFit> {
+        if self.table.lenses.contains_key(key) {
+            return Ok(Plan::default());
+        }
+        let budget = self.budgets.lens_bytes;
+        let never = |why| CannotFit { short_by_bytes: bytes - budget, why, until: Until::Never };
+        if bytes > budget {
+            return Err(never(format!("the lens takes {bytes} bytes, of a lens budget of {budget}")));
+        }
+        let staying = staying_lens_bytes(self.table);
+        let excess = staying.saturating_add(bytes).saturating_sub(budget);
+        let may_leave = |key: &LensKey, held: &HeldLens| instead_of_others && self.may_leave(key, held);
+        let (evict_lenses, freed) = self.leaving(EvictionReason::Room, excess, may_leave);
+        if freed >= excess {
+            let why = format!("lenses take {staying} bytes, {bytes} more are wanted, {budget} allowed");
+            return Ok(Plan { evict_lenses, load: true, why, ..Plan::default() });
+        }
+        let kept: u64 = self.table.lenses.values().filter(|h| h.kept).map(|h| h.bytes).sum();
+        let short_by_bytes = excess - freed;
+        Err(match kept.saturating_add(bytes) > budget {
+            true => CannotFit {
+                short_by_bytes: kept.saturating_add(bytes) - budget,
+                why: format!(
+                    "the lens takes {bytes} bytes and lenses that are leased or pinned {kept}, of a lens budget of {budget}"
+                ),
+                until: Until::Released,
+            },
+            false => CannotFit {
+                short_by_bytes,
+                why: format!(
+                    "the lens takes {bytes} bytes and lenses that are in use, kept or wanted {}, of a lens budget of {budget}",
+                    staying - freed
+                ),
+                until: Until::Idle,
+            },
         })
-        .collect();
-    let chosen = choose(&residents, excess, &order.ranking);
-    let freed = chosen.victims.iter().map(|victim| victim.bytes).sum();
-    let leaves = |victim: &crate::eviction::policy::Victim<&LensKey>| Leaving {
-        key: victim.key.clone(),
-        reason,
-        message: victim.reason.to_string(),
-    };
-    (chosen.victims.iter().map(leaves).collect(), freed)
+    }
+
+    fn base(&self, key: &BaseKey, bytes: u64, instead_of_active: bool) -> Result<Plan, CannotFit> {
+        if self.table.bases.contains_key(key) {
+            return Ok(Plan::default());
+        }
+        let room = self.budgets.device_bytes.saturating_sub(self.budgets.lens_bytes);
+        if bytes > room {
+            return Err(CannotFit {
+                short_by_bytes: bytes - room,
+                why: format!(
+                    "the base with its least workspace and KV cache takes {bytes} bytes and the lens budget {}, of a \
+                     device budget of {}",
+                    self.budgets.lens_bytes, self.budgets.device_bytes
+                ),
+                until: Until::Never,
+            });
+        }
+        // The active one is the last to go: it may be wanted again at once.
+        let staying = staying_base_bytes(self.table);
+        let excess = staying.saturating_add(bytes).saturating_sub(room);
+        let (evict_bases, freed) = parked(self.table, instead_of_active, excess);
+        let over = self.table.lenses.keys().filter(|lens| evict_bases.contains(&lens.base));
+        let evict_lenses: Vec<Leaving> = over
+            .map(|lens| Leaving {
+                key: lens.clone(),
+                reason: EvictionReason::Base,
+                message: format!("its base left for {key}"),
+            })
+            .collect();
+        if freed < excess {
+            return Err(CannotFit {
+                short_by_bytes: excess - freed,
+                why: format!(
+                    "the base with its least workspace and KV cache takes {bytes} bytes, bases that stay {} and the lens \
+                     budget {}, of a device budget of {}",
+                    staying - freed,
+                    self.budgets.lens_bytes,
+                    self.budgets.device_bytes
+                ),
+                until: Until::Idle,
+            });
+        }
+        let why = format!("bases take {staying} bytes, {bytes} more are wanted, {room} allowed");
+        Ok(Plan { evict_lenses, evict_bases, load: true, why })
+    }
 }
 
 /// Bytes of bases that are not leaving already.
@@ -251,103 +331,6 @@ fn parked(table: &Table, with_active: bool, excess: u64) -> (Vec<BaseKey>, u64) 
 /// Bytes of lenses that are not leaving already.
 fn staying_lens_bytes(table: &Table) -> u64 {
     table.lenses.values().filter(|h| h.phase != Phase::Leaving).map(|h| h.bytes).sum()
-}
-
-fn plan_lens(
-    key: &LensKey,
-    bytes: u64,
-    instead_of_others: bool,
-    table: &Table,
-    budgets: &Budgets,
-    order: &Order<'_>,
-    protected: &BTreeSet<LensKey>,
-) -> Result<Plan, CannotFit> {
-    if table.lenses.contains_key(key) {
-        return Ok(Plan::default());
-    }
-    let budget = budgets.lens_bytes;
-    let never = |why| CannotFit { short_by_bytes: bytes - budget, why, until: Until::Never };
-    if bytes > budget {
-        return Err(never(format!("the lens takes {bytes} bytes, of a lens budget of {budget}")));
-    }
-    let staying = staying_lens_bytes(table);
-    let excess = staying.saturating_add(bytes).saturating_sub(budget);
-    let may_leave = |key: &LensKey, held: &HeldLens| instead_of_others && may_leave(key, held, protected);
-    let (evict_lenses, freed) = leaving(table, order, EvictionReason::Room, excess, may_leave);
-    if freed >= excess {
-        let why = format!("lenses take {staying} bytes, {bytes} more are wanted, {budget} allowed");
-        return Ok(Plan { evict_lenses, load: true, why, ..Plan::default() });
-    }
-    let kept: u64 = table.lenses.values().filter(|h| h.kept).map(|h| h.bytes).sum();
-    let short_by_bytes = excess - freed;
-    Err(match kept.saturating_add(bytes) > budget {
-        true => CannotFit {
-            short_by_bytes: kept.saturating_add(bytes) - budget,
-            why: format!(
-                "the lens takes {bytes} bytes and lenses that are leased or pinned {kept}, of a lens budget of {budget}"
-            ),
-            until: Until::Released,
-        },
-        false => CannotFit {
-            short_by_bytes,
-            why: format!(
-                "the lens takes {bytes} bytes and lenses that are in use, kept or wanted {}, of a lens budget of {budget}",
-                staying - freed
-            ),
-            until: Until::Idle,
-        },
-    })
-}
-
-fn plan_base(
-    key: &BaseKey,
-    bytes: u64,
-    instead_of_active: bool,
-    table: &Table,
-    budgets: &Budgets,
-) -> Result<Plan, CannotFit> {
-    if table.bases.contains_key(key) {
-        return Ok(Plan::default());
-    }
-    let room = budgets.device_bytes.saturating_sub(budgets.lens_bytes);
-    if bytes > room {
-        return Err(CannotFit {
-            short_by_bytes: bytes - room,
-            why: format!(
-                "the base with its least workspace and KV cache takes {bytes} bytes and the lens budget {}, of a \
-                 device budget of {}",
-                budgets.lens_bytes, budgets.device_bytes
-            ),
-            until: Until::Never,
-        });
-    }
-    // The active one is the last to go: it may be wanted again at once.
-    let staying = staying_base_bytes(table);
-    let excess = staying.saturating_add(bytes).saturating_sub(room);
-    let (evict_bases, freed) = parked(table, instead_of_active, excess);
-    let over = table.lenses.keys().filter(|lens| evict_bases.contains(&lens.base));
-    let evict_lenses: Vec<Leaving> = over
-        .map(|lens| Leaving {
-            key: lens.clone(),
-            reason: EvictionReason::Base,
-            message: format!("its base left for {key}"),
-        })
-        .collect();
-    if freed < excess {
-        return Err(CannotFit {
-            short_by_bytes: excess - freed,
-            why: format!(
-                "the base with its least workspace and KV cache takes {bytes} bytes, bases that stay {} and the lens \
-                 budget {}, of a device budget of {}",
-                staying - freed,
-                budgets.lens_bytes,
-                budgets.device_bytes
-            ),
-            until: Until::Idle,
-        });
-    }
-    let why = format!("bases take {staying} bytes, {bytes} more are wanted, {room} allowed");
-    Ok(Plan { evict_lenses, evict_bases, load: true, why })
 }
 
 #[cfg(test)]
@@ -418,7 +401,7 @@ mod tests {
             protected: &BTreeSet<LensKey>,
         ) -> Result<Plan, CannotFit> {
             let order = Order { history: &self.history, ranking: self.history.ranking(self.policy, NOW) };
-            plan(wanted, &self.table, budgets, &order, protected)
+            Inventory { table: &self.table, budgets: *budgets, order, protected }.plan(wanted)
         }
 
         fn plan_lens(&self, bytes: u64) -> Result<Plan, CannotFit> {

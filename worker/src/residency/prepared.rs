@@ -23,8 +23,8 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 use twox_hash::XxHash3_64;
 
-use crate::kernels::simd::InstructionSet;
 use crate::model::weights::{Dtype, Quantization};
+use turret_kernels::simd::InstructionSet;
 
 /// Changes whenever the same files would lie otherwise in memory, or the format changes. A test notices.
 pub const LAYOUT_VERSION: u32 = 1;

@@ -1,7 +1,7 @@
 //! What rows share of their beginnings: found where it is the same, to the bit, and nowhere else.
 
 use super::*;
-use crate::kernels::attention::BLOCK_TOKENS;
+use turret_kernels::attention::BLOCK_TOKENS;
 
 /// Tokens of four blocks and a bit.
 const PROMPT: usize = 4 * BLOCK_TOKENS + 5;

@@ -6,12 +6,12 @@ use std::ops::ControlFlow;
 
 use super::layout::magnitude_tensor;
 use crate::engine::arena::Region;
-use crate::kernels::finish::squares;
-use crate::kernels::rows::{add_scaled, widen};
 use crate::lens::{LensError, LensLayout};
 use crate::model::lora::{Delta, DeltaPart, GainVectors, Site, modules};
 use crate::model::tensor_file::TensorFileError;
 use crate::model::weights::{FilledBase, Vector};
+use turret_kernels::finish::squares;
+use turret_kernels::rows::{add_scaled, widen};
 
 /// Writes the numbers of all gains into a region whose tensors are in place. `proceed` is asked now and then.
 pub(super) fn measure(
@@ -65,7 +65,7 @@ fn measure_part(
             d.fill(0.0);
             for rank in 0..ranks {
                 let scale = part.scale * all_b[rank * outputs + output];
-                add_scaled(crate::kernels::matmul::Weight::F32(&all_a), rank, scale, &mut d);
+                add_scaled(turret_kernels::matmul::Weight::F32(&all_a), rank, scale, &mut d);
             }
             let [base, cross, delta] = squares(&w, &d);
             [base as f32, (2.0 * cross) as f32, delta as f32]

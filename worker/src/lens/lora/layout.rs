@@ -6,7 +6,6 @@ use std::collections::{HashMap, HashSet};
 use super::adapter_config::{AdapterConfig, Biases, CONFIG};
 use super::targets::{Adapted, EMBEDDING, HEAD, Site as Place, Whole, replaceable, sites};
 use super::tokens::Trained;
-use crate::kernels::matmul::{Format, PackedShape};
 use crate::lens::{LensError, LensLayout};
 use crate::model::config::ModelConfig;
 use crate::model::lora::{
@@ -15,6 +14,7 @@ use crate::model::lora::{
 use crate::model::replaced::Replaced;
 use crate::model::tensor_file::{TensorFile, TensorFileError};
 use crate::model::weights::{BaseLayout, Dtype, Matrix, PackedMatrix, Vector};
+use turret_kernels::matmul::{Format, PackedShape};
 
 const ALIGNMENT: usize = 64;
 /// Largest vocabulary, as for a base.

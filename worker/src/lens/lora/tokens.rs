@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 use super::adapter_config::{AdapterConfig, TokenIndices, unsupported};
 use super::targets::{EMBEDDING, HEAD};
 use crate::engine::arena::Region;
-use crate::kernels::ops::Table;
-use crate::kernels::rows::widen;
 use crate::lens::{LensError, LensLayout};
 use crate::model::config::ModelConfig;
 use crate::model::lora::TokenRows;
 use crate::model::weights::FilledBase;
+use turret_kernels::ops::Table;
+use turret_kernels::rows::widen;
 
 /// Most tokens of one lens. Each is a delta of its own for the head; many are better brought as a whole embedding.
 const MAX_TOKENS: usize = 512;

@@ -8,6 +8,7 @@ mod keys;
 mod rope;
 
 use serde_json::Value;
+pub use turret_kernels::number::Activation;
 
 use super::excerpt::complaint;
 pub use keys::ConfigError;
@@ -77,15 +78,6 @@ impl LayerKind {
             Self::Sliding => "sliding_attention",
         }
     }
-}
-
-/// The nonlinearity of the feed-forward block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + e^-x)`.
-    Silu,
-    /// `x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
-    GeluTanh,
 }
 
 /// A base's architecture, complete.

@@ -10,14 +10,14 @@ use serde::Deserialize;
 
 use super::{BaseLayout, Dtype, FilledBase, Move, PackedMatrix, Place, Quantization};
 use crate::engine::arena::Region;
-use crate::kernels::matmul::Format;
-use crate::kernels::matmul::q8_0::LARGEST;
 use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::excerpt::{complaint, excerpt};
 use crate::model::file::read_text;
 use crate::model::tensor_file::{OnProgress, Progress, TensorFile, TensorFileError};
 use crate::model::tensor_header::MAX_TENSORS;
 use crate::model::tensor_names::own_name;
+use turret_kernels::matmul::Format;
+use turret_kernels::matmul::q8_0::LARGEST;
 
 /// Why a base cannot be loaded.
 #[derive(Debug, thiserror::Error)]

@@ -16,42 +16,13 @@ pub use folder::{BASE_SIDE_FILES, BaseError, BaseFolder, base_files};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub use turret_kernels::number::Dtype;
+
 use super::config::ModelConfig;
 use super::lora::{Site, modules};
 use crate::engine::arena::Region;
-use crate::kernels::matmul::{Format, Packed, PackedShape, Weight};
-use crate::kernels::ops::Table;
-
-/// How the numbers of a matrix are stored. Arithmetic is in f32 whatever they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub enum Dtype {
-    /// IEEE half precision.
-    F16,
-    /// The upper half of an f32.
-    BF16,
-    /// IEEE single precision.
-    F32,
-}
-
-impl Dtype {
-    /// Bytes of one number.
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-        }
-    }
-}
-
-impl std::fmt::Display for Dtype {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "F32",
-            Self::F16 => "F16",
-            Self::BF16 => "BF16",
-        })
-    }
-}
+use turret_kernels::matmul::{Format, Packed, PackedShape, Weight};
+use turret_kernels::ops::Table;
 
 /// How a base's matrices are quantized, and so read faster and held in fewer bytes. Embeddings that are only looked up,
 /// norms and biases are not; nor is anything that a lens brings.
@@ -60,7 +31,7 @@ pub enum Quantization {
     /// Not at all.
     #[default]
     None,
-    /// Eight bits and a scale for every thirty-two numbers; see [`crate::kernels::matmul::q8_0`].
+    /// Eight bits and a scale for every thirty-two numbers; see [`turret_kernels::matmul::q8_0`].
     Q8_0,
 }
 
@@ -77,7 +48,7 @@ pub struct Matrix {
     pub dtype: Dtype,
 }
 
-/// A matrix in device memory, packed for [`crate::kernels::matmul`].
+/// A matrix in device memory, packed for [`turret_kernels::matmul`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackedMatrix {
     /// Bytes from the start of the region.

@@ -8,10 +8,10 @@
 use super::simd::{Kernel, LANES, Simd, exp, launch};
 
 /// Numbers whose sum is kept in f32; sums of blocks are added in f64.
-pub(crate) const BLOCK: usize = 1024;
+pub const BLOCK: usize = 1024;
 
 /// The largest number; `None` when any is not a number.
-pub(crate) fn largest(x: &[f32]) -> Option<f32> {
+pub fn largest(x: &[f32]) -> Option<f32> {
     let mut found = None;
     launch(Largest { x, found: &mut found });
     found
@@ -49,7 +49,7 @@ impl Kernel for Largest<'_> {
 }
 
 /// `y = e^(scale * (x - max))`; gives the sum of y.
-pub(crate) fn numerators(x: &[f32], max: f32, scale: f32, y: &mut [f32]) -> f64 {
+pub fn numerators(x: &[f32], max: f32, scale: f32, y: &mut [f32]) -> f64 {
     assert_eq!(x.len(), y.len(), "one numerator for each number");
     let mut sum = 0.0;
     launch(Numerators { x, max, scale, y, sum: &mut sum });
@@ -100,7 +100,7 @@ impl Kernel for Numerators<'_> {
 }
 
 /// How many of these numbers are at least the threshold, and their sum.
-pub(crate) fn at_least(x: &[f32], threshold: f32) -> (usize, f64) {
+pub fn at_least(x: &[f32], threshold: f32) -> (usize, f64) {
     let (mut count, mut mass) = (0, 0.0);
     launch(AtLeast { x, threshold, count: &mut count, mass: &mut mass });
     (count, mass)
@@ -145,7 +145,7 @@ impl Kernel for AtLeast<'_> {
 }
 
 /// The numbers that are at least `from` and less than `below`, in their order, into `found`: at most `most`.
-pub(crate) fn between(x: &[f32], from: f32, below: f32, most: usize, found: &mut Vec<f32>) {
+pub fn between(x: &[f32], from: f32, below: f32, most: usize, found: &mut Vec<f32>) {
     // Every vector is stored whole, also the last one.
     found.clear();
     found.resize(most + LANES, 0.0);

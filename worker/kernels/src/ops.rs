@@ -12,7 +12,7 @@ use super::rows::{
     activate_mul, add_rms_norm, each_row, rms_norm, rms_norm_in_place, rotate, soft_cap, widen,
 };
 use super::threads::Pool;
-use crate::model::config::Activation;
+use crate::number::Activation;
 
 fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {

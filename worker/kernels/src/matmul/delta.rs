@@ -7,8 +7,8 @@
 use half::{bf16, f16};
 
 use super::{DeltaOutputs, Deltas, Linear, Range, RowsDelta, Shared, WORTH_SHARING, Weight};
-use crate::kernels::simd::{Element, Kernel, LANES, Simd, launch, load_part, unroll};
-use crate::kernels::threads::Pool;
+use crate::simd::{Element, Kernel, LANES, Simd, launch, load_part, unroll};
+use crate::threads::Pool;
 
 /// `A x` of every delta into the scratch, scaled.
 pub(super) fn down(pool: &Pool, linear: &Linear<'_>, deltas: &dyn Deltas, x: &[f32], scratch: &mut [f32]) {
@@ -54,7 +54,7 @@ pub(super) fn down(pool: &Pool, linear: &Linear<'_>, deltas: &dyn Deltas, x: &[f
 }
 
 /// Adds `B (A x)` of some deltas to the outputs of one task.
-pub(in crate::kernels) fn up(
+pub(crate) fn up(
     range: &Range<'_>,
     indexes: std::ops::Range<usize>,
     deltas: &dyn Deltas,
@@ -69,7 +69,7 @@ pub(in crate::kernels) fn up(
 }
 
 /// Adds one part of a delta to the outputs of one task.
-pub(in crate::kernels) fn up_part(
+pub(crate) fn up_part(
     range: &Range<'_>,
     delta: &RowsDelta<'_>,
     part: &DeltaOutputs<'_>,

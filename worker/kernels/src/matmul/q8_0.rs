@@ -17,7 +17,7 @@
 use half::f16;
 
 use super::tile::Operand;
-use crate::kernels::simd::{Kernel, LANES, Simd, launch};
+use crate::simd::{Kernel, LANES, Simd, launch};
 
 /// Inputs of a block.
 pub(super) const BLOCK: usize = 32;

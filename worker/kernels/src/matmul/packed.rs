@@ -14,8 +14,8 @@ use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 use super::q8_0;
-use crate::kernels::simd::pair_words;
-use crate::model::weights::Dtype;
+use crate::simd::pair_words;
+use crate::number::Dtype;
 
 /// Outputs that lie beside each other.
 pub const PANEL: usize = 32;
@@ -61,7 +61,7 @@ impl PackedShape {
     }
 
     /// Inputs in a group.
-    pub(crate) fn group(&self) -> usize {
+    pub fn group(&self) -> usize {
         match self.format {
             Format::Plain(Dtype::BF16) => 2,
             Format::Plain(Dtype::F16 | Dtype::F32) => 1,
@@ -70,7 +70,7 @@ impl PackedShape {
     }
 
     /// Groups of inputs.
-    pub(crate) fn groups(&self) -> usize {
+    pub fn groups(&self) -> usize {
         self.inputs.div_ceil(self.group())
     }
 

@@ -27,7 +27,7 @@ use half::{bf16, f16};
 use super::rows::cap_lanes;
 use super::simd::{Element, Kernel, LANES, Simd, exp, launch, load_part};
 use super::threads::Pool;
-use crate::model::weights::Dtype;
+use crate::number::Dtype;
 
 /// Positions in a block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -101,7 +101,7 @@ impl<'a> CacheBlocks<'a> {
     }
 
     /// Writes one token's keys and values. No two calls at a time may be for the same position.
-    pub(crate) fn store(&self, layer: usize, block: u32, slot: usize, k: &[f32], v: &[f32]) {
+    pub fn store(&self, layer: usize, block: u32, slot: usize, k: &[f32], v: &[f32]) {
         match self.shape.dtype {
             Dtype::F32 => self.store_as::<f32>(layer, block, slot, k, v),
             Dtype::BF16 => self.store_as::<bf16>(layer, block, slot, k, v),

@@ -25,7 +25,7 @@ pub struct Gain<'a> {
 }
 
 /// `w·w`, `w·d` and `d·d`.
-pub(crate) fn squares(w: &[f32], d: &[f32]) -> [f64; 3] {
+pub fn squares(w: &[f32], d: &[f32]) -> [f64; 3] {
     assert_eq!(w.len(), d.len(), "one number of the delta for each of the row");
     let mut sums = [0.0; 3];
     launch(Squares { w, d, sums: &mut sums });
@@ -208,7 +208,7 @@ impl<'a> Settle<'a> {
 mod tests {
     use super::super::matmul::{Format, Linear, Packed, PackedShape, RowsDelta, Scratch, Weight, linear};
     use super::super::threads::Pool;
-    use crate::model::weights::Dtype;
+    use crate::number::Dtype;
 
     use super::*;
 

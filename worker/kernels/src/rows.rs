@@ -4,7 +4,7 @@
 use super::matmul::Weight;
 use super::simd::{Kernel, LANES, Simd, exp, launch, load_part};
 use super::threads::Pool;
-use crate::model::config::Activation;
+use crate::number::Activation;
 
 /// Numbers below which a loop is not worth waking other threads.
 const WORTH_SHARING: usize = 1 << 14;
@@ -46,7 +46,7 @@ pub(crate) fn each_row(
 }
 
 /// `y = x / rms(x) * weight`.
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     assert!(x.len() == weight.len() && x.len() == y.len(), "a norm changes no width");
     launch(Norm { x: x.as_ptr(), weight, eps, y: y.as_mut_ptr() });
 }
@@ -163,7 +163,7 @@ impl<const GELU: bool> Kernel for ActivateMul<'_, GELU> {
 }
 
 /// `y = cap · tanh(y / cap)`.
-pub(crate) fn soft_cap(y: &mut [f32], cap: f32) {
+pub fn soft_cap(y: &mut [f32], cap: f32) {
     launch(SoftCap { y, cap });
 }
 
@@ -222,7 +222,7 @@ pub(crate) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 /// A row of a weight matrix in f32.
-pub(crate) fn widen(weight: Weight<'_>, row: usize, y: &mut [f32]) {
+pub fn widen(weight: Weight<'_>, row: usize, y: &mut [f32]) {
     let range = row * y.len()..(row + 1) * y.len();
     match weight {
         Weight::F32(w) => y.copy_from_slice(&w[range]),
@@ -232,7 +232,7 @@ pub(crate) fn widen(weight: Weight<'_>, row: usize, y: &mut [f32]) {
 }
 
 /// `y += scale * row of a weight matrix`.
-pub(crate) fn add_scaled(weight: Weight<'_>, row: usize, scale: f32, y: &mut [f32]) {
+pub fn add_scaled(weight: Weight<'_>, row: usize, scale: f32, y: &mut [f32]) {
     let range = row * y.len()..(row + 1) * y.len();
     match weight {
         Weight::F32(w) => y.iter_mut().zip(&w[range]).for_each(|(y, w)| *y += scale * w),

@@ -1,0 +1,243 @@
+//! What is declared on its way to something that can be loaded: files found, fetched, checked, and looked at again.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use turret_crds::document::BaseKey;
+
+use super::declared::LensName;
+use super::failure::Failure;
+use super::owner::{Owner, RECHECK, Stage, base_too_large, lens_too_large};
+use super::resolve::{ResolvedBase, ResolvedLens};
+use super::source::Listed;
+use super::work::Event;
+
+/// Sources that are checked at a time.
+const RESOLVE_AT_ONCE: usize = 3;
+
+impl Owner {
+    /// Starts what can be resolved now: bases first, the default group's before all, then small lenses.
+    pub(super) fn start_resolutions(&mut self, now: Instant) {
+        if self.resolve_at.is_none_or(|at| now < at) {
+            return;
+        }
+        let Some(document) = self.document.clone() else { return };
+        // The end of a resolution, or a new document, is a reason to look again; otherwise only time is.
+        self.resolve_at = None;
+        let listed = Arc::new(Listed::of(&document));
+        let default = document.default_group().map(|g| g.base.key.clone());
+        let due = |in_flight: bool, resolving: bool, retry_at: Option<Instant>| {
+            !in_flight && (resolving || retry_at.is_some_and(|at| at <= now))
+        };
+        let mut bases: Vec<BaseKey> = self
+            .bases
+            .iter()
+            .filter(|(_, b)| due(b.in_flight, matches!(b.stage, Stage::Resolving), b.stage.retry_at()))
+            .map(|(key, _)| key.clone())
+            .collect();
+        bases.sort_by_key(|key| (Some(key) != default.as_ref(), key.clone()));
+        for key in bases {
+            if self.resolving >= RESOLVE_AT_ONCE {
+                return;
+            }
+            self.resolving += 1;
+            let declared = self.bases.get_mut(&key).expect("it was just listed");
+            declared.in_flight = true;
+            let (base, token, resolver, listed) =
+                (declared.base.clone(), declared.token, self.start.resolver.clone(), listed.clone());
+            let at = key.clone();
+            let on_fetch = self.on_fetch(move |fetch| Event::BaseFetched { key: at.clone(), token, fetch });
+            self.spawn(async move {
+                Event::BaseResolved { key, token, result: resolver.base(base, listed, on_fetch).await }
+            });
+        }
+        let mut lenses: Vec<(u64, LensName)> = self
+            .lenses
+            .iter()
+            .filter(|(_, l)| due(l.in_flight, matches!(l.stage, Stage::Resolving), l.stage.retry_at()))
+            .filter(|(_, l)| self.bases.get(&l.base).is_some_and(|b| b.stage.ready().is_some()))
+            .map(|(name, l)| (l.file_bytes, name.clone()))
+            .collect();
+        lenses.sort();
+        for (_, name) in lenses {
+            if self.resolving >= RESOLVE_AT_ONCE {
+                return;
+            }
+            self.resolve_lens(name, listed.clone());
+        }
+        let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
+        let lenses = self.lenses.iter().map(|(_, l)| l).filter(|l| !l.in_flight);
+        let lenses = lenses.filter_map(|l| l.stage.retry_at());
+        // What is due waits for its base, whose end is a reason too.
+        self.resolve_at = bases.chain(lenses).filter(|at| *at > now).min();
+    }
+
+    fn resolve_lens(&mut self, name: LensName, listed: Arc<Listed>) {
+        let Some(declared) = self.lenses.get(&name) else { return };
+        let Some(base) = self.bases.get(&declared.base).and_then(|b| b.stage.ready()).cloned() else {
+            return;
+        };
+        let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
+        self.resolving += 1;
+        self.lenses.update(&name, |declared| declared.in_flight = true);
+        let at = name.clone();
+        let on_fetch = self.on_fetch(move |fetch| Event::LensFetched { name: at.clone(), token, fetch });
+        self.spawn(async move {
+            let result = resolver.lens(lens, listed, base, on_fetch).await;
+            Event::LensResolved { name, token, result }
+        });
+    }
+
+    /// Checks a lens again that was found good, while it goes on being served.
+    pub(super) fn resolve_again(&mut self, name: &LensName) {
+        let Some(document) = &self.document else { return };
+        let listed = Arc::new(Listed::of(document));
+        if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.stage.ready().is_some()) {
+            self.resolve_lens(name.clone(), listed);
+        }
+    }
+
+    /// Looks how large the files of unresolved lenses are, where that is cheap.
+    pub(super) fn measure_lenses(&self) {
+        let Some(document) = &self.document else { return };
+        let volumes = document.source_volumes.clone();
+        let roots = self.start.resolver.roots.clone();
+        let wanted: Vec<_> = self
+            .lenses
+            .iter()
+            .filter(|(_, l)| matches!(l.stage, Stage::Resolving))
+            .map(|(name, l)| (name.clone(), l.token, l.lens.source.clone()))
+            .collect();
+        self.spawn(async move {
+            let measure = move || {
+                let size = |source: &turret_crds::source::Source| match roots.locate(source, &volumes) {
+                    Ok(super::source::Place::Folder(folder)) => crate::lens::lora::lora_files(&folder.path)
+                        .iter()
+                        .filter_map(|f| std::fs::metadata(folder.path.join(f)).ok())
+                        .map(|m| m.len())
+                        .sum(),
+                    // What must be fetched comes after what is there.
+                    _ => u64::MAX,
+                };
+                wanted
+                    .iter()
+                    .map(|(name, token, source)| (name.clone(), *token, size(source)))
+                    .collect::<Vec<_>>()
+            };
+            Event::Measured(tokio::task::spawn_blocking(measure).await.unwrap_or_default())
+        });
+    }
+
+    /// Every now and then looks whether files that were found good are still the same.
+    pub(super) fn recheck(&mut self, now: Instant) {
+        if self.rechecking || now < self.recheck_at {
+            return;
+        }
+        self.rechecking = true;
+        self.recheck_at = now + RECHECK;
+        let checked: Vec<_> = self
+            .lenses
+            .iter()
+            .filter_map(|(name, l)| Some((name.clone(), l.stage.ready()?.files.clone())))
+            .collect();
+        self.spawn(async move {
+            let changed = move || {
+                checked.into_iter().filter(|(_, f)| !f.are_unchanged()).map(|(name, _)| name).collect()
+            };
+            Event::Rechecked { lenses: tokio::task::spawn_blocking(changed).await.unwrap_or_default() }
+        });
+    }
+
+    pub(super) fn on_base_resolved(
+        &mut self,
+        key: &BaseKey,
+        token: u64,
+        result: Result<ResolvedBase, Failure>,
+    ) {
+        self.resolving -= 1;
+        self.resolve_at = Some(Instant::now());
+        let limits = self.coming_limits().clone();
+        let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
+        (declared.in_flight, declared.fetch) = (false, None);
+        let result = result.and_then(|base| base_too_large(&base.layout, &limits).map_or(Ok(base), Err));
+        declared.stage = match result {
+            Ok(base) => {
+                tracing::info!(
+                    base = %key,
+                    digest = base.files.digest,
+                    bytes = base.layout.bytes,
+                    architecture = ?base.config.architecture,
+                    "base resolved"
+                );
+                Stage::Ready(Arc::new(base))
+            }
+            Err(failure) => {
+                declared.failures += 1;
+                tracing::warn!(base = %key, reason = %failure.reason, error = failure.message, "base failed");
+                Self::failed(failure, declared.failures)
+            }
+        };
+        self.retain_folders();
+    }
+
+    pub(super) fn on_lens_resolved(
+        &mut self,
+        name: &LensName,
+        token: u64,
+        result: Result<ResolvedLens, Failure>,
+    ) {
+        self.resolving -= 1;
+        self.resolve_at = Some(Instant::now());
+        let lens_budget = self.coming_limits().lens_bytes;
+        let Some(declared) = self.lenses.get(name).filter(|l| l.token == token) else { return };
+        let result = result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
+        let known = declared.stage.ready().map(|r| r.files.digest.clone());
+        let resident = declared.key().is_some_and(|key| self.table.has_lens(&key));
+        let (group, lens) = name;
+        match &result {
+            Ok(resolved) if known.as_ref() == Some(&resolved.files.digest) => {}
+            Ok(resolved) => {
+                let digest = &resolved.files.digest;
+                tracing::info!(group, lens, digest, bytes = resolved.bytes, "lens resolved");
+            }
+            // What is in memory was good when it came; the files are missed when they are needed again.
+            Err(failure) if resident => {
+                tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "the source of a loaded lens is no longer good");
+            }
+            Err(failure) => {
+                tracing::warn!(group, lens, reason = %failure.reason, error = failure.message, "lens failed");
+            }
+        }
+        self.lenses.update(name, |declared| {
+            (declared.in_flight, declared.fetch) = (false, None);
+            match result {
+                Ok(resolved) => {
+                    declared.failures = 0;
+                    declared.stage = Stage::Ready(resolved);
+                }
+                Err(_) if resident => {}
+                Err(failure) => {
+                    declared.failures += 1;
+                    declared.stage = Self::failed(failure, declared.failures);
+                }
+            }
+        });
+        // It may be other files now, which are in memory under another name already.
+        self.follow_names();
+        self.retain_folders();
+    }
+
+    /// Lets the disk tier forget folders that nothing declared refers to.
+    pub(super) fn retain_folders(&mut self) {
+        self.measure_disk();
+        if self.resolving > 0 {
+            return;
+        }
+        let bases = self.bases.values().filter_map(|b| Some(b.stage.ready()?.files.folder.clone()));
+        let lenses = self.lenses.iter().filter_map(|(_, l)| Some(l.stage.ready()?.files.folder.clone()));
+        let folders: BTreeSet<PathBuf> = bases.chain(lenses).collect();
+        self.start.resolver.fetcher.cache().retain(&folders);
+    }
+}
