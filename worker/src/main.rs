@@ -1,6 +1,7 @@
 //! `turret-worker`: serves a base and its lenses; asks one by hand; looks into model folders; makes synthetic ones.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use turret_crds::label;
@@ -24,6 +25,9 @@ fn main() -> ExitCode {
     }
 }
 
+/// How long work on the disk may go on when everything else has ended.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
 fn run(args: ServeArgs) -> ExitCode {
     telemetry::start(args.log_json);
     // ring is the one TLS provider; this fails only when it is installed already.
@@ -32,7 +36,10 @@ fn run(args: ServeArgs) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return said(Err(error)),
     };
-    match runtime.block_on(serve(args)) {
+    let served = runtime.block_on(serve(args));
+    // Whatever still writes to the disk is not waited for: what it leaves is half and known to be.
+    runtime.shutdown_timeout(LAST_WORK);
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         // The operator shows the last line of the log, so the reason is one line and comes last.
         Err(error) => {

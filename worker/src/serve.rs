@@ -212,6 +212,7 @@ async fn leave(residency: &Residency, engine: &EngineHandle, lag: Duration, drai
     residency.leave(true);
     if tokio::time::timeout_at(end, residency.idle()).await.is_err() {
         let rows = engine.abort_rows().await;
+        residency.end();
         tracing::warn!(rows, "rows did not end within the drain and are ended");
         let _ = tokio::time::timeout(FLUSH, residency.idle()).await;
     }

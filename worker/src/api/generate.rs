@@ -123,27 +123,39 @@ struct Follower {
     cached: Option<u32>,
 }
 
+/// A row in the engine and the right to it. Dropped in this order: a permit that ended before its row would let the base be
+/// switched under it.
+struct Running {
+    row: RowStream,
+    permit: Permit,
+}
+
 /// The client went away.
 struct Gone;
 
+/// Times that a row which goes on may be overtaken by the next switch.
+const TURNS: u32 = 1000;
+
 impl Follower {
-    async fn follow(mut self, mut row: RowStream, mut permit: Permit) {
+    async fn follow(mut self, row: RowStream, permit: Permit) {
+        let mut running = Running { row, permit };
         loop {
             let event = tokio::select! {
-                event = row.next() => event,
-                // Dropping the stream cancels the row.
+                event = running.row.next() => event,
                 () = self.pieces.closed() => return,
             };
             let last = match event {
                 None => return,
                 Some(RowEvent::Prompt(_) | RowEvent::Tapped(_)) => continue,
                 Some(RowEvent::Failed(RowFailure::Preempted)) => {
-                    self.cached.get_or_insert(row.cached_tokens());
+                    if !self.tokens.is_empty() {
+                        self.cached.get_or_insert(running.row.cached_tokens());
+                    }
                     self.first = None;
                     self.send(Piece::Preempted);
-                    match self.go_on(permit).await {
+                    match self.go_on(running).await {
                         Ok(Ok(again)) => {
-                            (row, permit) = again;
+                            running = again;
                             continue;
                         }
                         Ok(Err(error)) => return self.send(Piece::Failed(error)),
@@ -151,10 +163,12 @@ impl Follower {
                     }
                 }
                 Some(RowEvent::Failed(failure)) => {
-                    permit.ended(Outcome::Failed);
+                    running.permit.ended(Outcome::Failed);
                     Ok(Some(Piece::Failed(failure.into())))
                 }
-                Some(RowEvent::Token { id, logprobs }) => self.token(id, logprobs, row.cached_tokens()),
+                Some(RowEvent::Token { id, logprobs }) => {
+                    self.token(id, logprobs, running.row.cached_tokens())
+                }
                 Some(RowEvent::Finished { reason, usage }) => self.finish(reason, usage).map(Some),
             };
             let last = match last {
@@ -163,45 +177,52 @@ impl Follower {
                 Err(error) => Piece::Failed(ApiError::internal(error.to_string())),
             };
             if matches!(last, Piece::End { .. }) {
-                permit.ended(Outcome::Answered);
+                running.permit.ended(Outcome::Answered);
             }
-            permit.measured(self.measured());
+            running.permit.measured(self.measured());
             // The engine is done, or is cancelled by this: the permit ends before the client has read the rest.
-            drop(row);
-            drop(permit);
+            drop(running);
             return self.send(last);
         }
     }
 
-    /// Waits for the base and the lens, and submits the row again.
-    async fn go_on(&self, mut preempted: Permit) -> Result<Result<(RowStream, Permit), ApiError>, Gone> {
-        let digests = |permit: &Permit| {
-            (permit.base_digest.clone(), permit.lens.as_ref().map(|lens| lens.digest.clone()))
+    /// Waits for the base and the lens, and submits the row again: over the same weights, at the same strength.
+    async fn go_on(&self, preempted: Running) -> Result<Result<Running, ApiError>, Gone> {
+        let what = |permit: &Permit| {
+            (
+                permit.base_key.clone(),
+                permit.base_digest.clone(),
+                permit.lens.as_ref().map(|l| l.digest.clone()),
+            )
         };
-        let before = digests(&preempted);
-        preempted.ended(Outcome::Preempted);
-        drop(preempted);
-        loop {
-            let permit = tokio::select! {
-                permit = self.app.residency.acquire_again(self.job.model.clone()) => permit,
+        let Running { row, mut permit } = preempted;
+        drop(row);
+        let before = what(&permit);
+        let scale = permit.lens.as_ref().map(|lens| lens.scale);
+        for _ in 0..TURNS {
+            permit = tokio::select! {
+                again = permit.again(self.job.model.clone()) => match again {
+                    Ok(permit) => permit,
+                    Err(refusal) => return Ok(Err(refusal.into())),
+                },
                 () = self.pieces.closed() => return Err(Gone),
             };
-            let permit = match permit {
-                Ok(permit) => permit,
-                Err(refusal) => return Ok(Err(refusal.into())),
-            };
-            if digests(&permit) != before {
+            if what(&permit) != before {
                 let message = "the row was preempted for another base, and the model's files changed before it could go on; \
                                send the request again";
                 return Ok(Err(ApiError::unavailable("preempted", message, Duration::from_secs(1))));
             }
+            if let (Some(lens), Some(scale)) = (&mut permit.lens, scale) {
+                lens.scale = scale;
+            }
             match self.app.engine.submit(self.job.row(&permit, self.tokens.clone())).await {
-                Ok(row) => return Ok(Ok((row, permit))),
+                Ok(row) => return Ok(Ok(Running { row, permit })),
                 // Overtaken by the next switch.
                 Err(SubmitError::BaseNotActive) => {}
                 Err(error) => return Ok(Err(error.into())),
             }
         }
+        Ok(Err(SubmitError::BaseNotActive.into()))
     }
 
     fn token(

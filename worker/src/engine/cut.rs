@@ -42,9 +42,9 @@ impl Room {
     }
 
     pub(super) fn reserve_vocabulary(&mut self, vocab: usize) {
-        // They are copied once half of them are left.
+        // They are copied once half of them are left, or at the end: all of them, if all weigh the same.
         for near in &mut self.near {
-            near.reserve((vocab / 2 + LANES + FEW).saturating_sub(near.len()));
+            near.reserve((vocab + LANES).saturating_sub(near.len()));
         }
         self.blocks.reserve(vocab.div_ceil(BLOCK).saturating_sub(self.blocks.len()));
     }
@@ -216,6 +216,9 @@ impl Interval {
 fn search(weights: &[f32], lowest: f32, room: &mut Room, enough: impl Fn(Above) -> bool) -> Option<Found> {
     let [near, next] = &mut room.near;
     let mut interval = Interval::of(weights, lowest);
+    if lowest > 0.0 {
+        interval.inside = at_least(weights, lowest).0;
+    }
     if weights.len() >= SAMPLED {
         near.clear();
         near.extend(weights.iter().copied().step_by(STRIDE));
@@ -235,7 +238,6 @@ fn search(weights: &[f32], lowest: f32, room: &mut Room, enough: impl Fn(Above) 
             let (from, below) = interval.ends();
             between(among, from, below, interval.inside, next);
             std::mem::swap(near, next);
-            // Until here those below `lowest` may have been counted.
             interval.inside = near.len();
             (copied, outside) = (true, interval.above);
         }
@@ -257,8 +259,10 @@ fn search(weights: &[f32], lowest: f32, room: &mut Room, enough: impl Fn(Above) 
         }
         above = here;
     }
-    // A pass over all of them may have found enough where this sum, rounded otherwise, falls short by a hair.
-    last.filter(|_| interval.low > lowest.to_bits())
+    // A pass over all of them has found enough where this sum, rounded otherwise, falls short by a hair.
+    let value = f32::from_bits(interval.low);
+    let found = last.unwrap_or(Found { value, above: interval.above, equal: 0 });
+    (interval.low > lowest.to_bits()).then_some(found)
 }
 
 /// The bits of the value as these weights alone have it.

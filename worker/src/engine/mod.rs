@@ -517,14 +517,20 @@ impl Core {
         Chain::new(roots, long_from, private, &row.activations)
     }
 
+    /// Rows that are preempted end once they have got further than when they came.
     fn end_rows(&mut self, failure: &RowFailure) -> u32 {
-        let rows = self.rows_in_flight();
-        for mut row in self.running.drain(..).chain(self.waiting.drain(..)) {
+        let stays = |row: &mut Sequence| *failure == RowFailure::Preempted && row.has_gained_nothing();
+        let mut ended: Vec<Sequence> = self.running.extract_if(.., |row| !stays(row)).collect();
+        // Those that wait have not begun.
+        ended.append(&mut self.waiting);
+        for row in &mut ended {
             if let Some(active) = &mut self.active {
                 row.release(&mut active.cache.pool);
             }
             row.fail(failure.clone());
         }
+        let rows = ended.len() as u32;
+        drop(ended);
         self.answer_retired();
         rows
     }

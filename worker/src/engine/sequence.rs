@@ -39,6 +39,8 @@ pub(crate) struct Sequence {
     pub(crate) ended: bool,
     request: RowRequest,
     prompt_len: u32,
+    /// Tokens it had generated when it was submitted, if it was preempted before.
+    began_with: u32,
     /// Log-probabilities of the prompt so far; `None` when they are not asked for or were sent.
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     sender: RowSender,
@@ -65,6 +67,7 @@ impl Sequence {
         let tapped = activations.taps.iter().map(room).collect();
         // What was reported before is not reported again.
         request.prompt_logprobs = request.prompt_logprobs.filter(|_| request.generated.is_empty());
+        let began_with = request.generated.len() as u32;
         let mut tokens = std::mem::take(&mut request.prompt);
         tokens.reserve_exact(request.max_new_tokens as usize);
         tokens.append(&mut request.generated);
@@ -82,6 +85,7 @@ impl Sequence {
             tapped,
             ended: false,
             prompt_len,
+            began_with,
             prompt_logprobs: request.prompt_logprobs.map(|_| Vec::with_capacity(prompt_len as usize)),
             request,
             sender,
@@ -189,6 +193,12 @@ impl Sequence {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.sender.is_cancelled()
+    }
+
+    /// Whether it goes on and has got no further yet. Sent back again it would never end, where bases take turns faster than
+    /// it is computed.
+    pub(crate) fn has_gained_nothing(&self) -> bool {
+        self.began_with > 0 && self.generated() == self.began_with
     }
 
     fn generated(&self) -> u32 {

@@ -14,7 +14,7 @@ use turret_crds::report::EvictionReason;
 
 use super::failure::Failure;
 use super::orders::epoch_seconds;
-use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter};
+use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter, Why};
 use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted};
 use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
@@ -126,8 +126,12 @@ impl Owner {
                 self.waiters.remove(&number);
                 continue;
             }
-            let (since, model) = (waiter.since, waiter.model.clone());
+            let (since, again, model) = (waiter.since, waiter.again, waiter.model.clone());
             let (key, lens) = match self.needs(&model, now) {
+                // What passes by itself does not end a row that was preempted.
+                Needs::Refused(Refusal::Failed { failure, .. }) if again && failure.reason.is_retryable() => {
+                    continue;
+                }
                 Needs::Refused(refusal) => {
                     self.refuse(number, refusal);
                     continue;
@@ -137,7 +141,7 @@ impl Owner {
             if let LensNeeds::Key(lens) = &lens {
                 self.count_request(number, lens, now);
             }
-            if now >= since + hold {
+            if now >= since + hold && !again {
                 let what = match (&self.table.active, &lens) {
                     (Some(active), _) if *active != key => format!("the base of `{}`", model.group),
                     (_, LensNeeds::None) => "a place in the batch".to_owned(),
@@ -189,7 +193,11 @@ impl Owner {
                 None => Needs::Refused(Refusal::Draining),
             };
         };
-        if let Some((active, _)) = self.declared_active().filter(|(_, declared)| *declared != key) {
+        // What is active goes on until the declared base can take over.
+        if let Some((active, declared)) = self.declared_active()
+            && declared != key
+            && (self.is_servable(declared) || self.table.active.as_ref() != Some(key))
+        {
             let (group, active) = (model.group.clone(), active.to_owned());
             return Needs::Refused(Refusal::NotActive { group, active });
         }
@@ -354,6 +362,7 @@ impl Owner {
         }
         let permit = Permit {
             base: self.base_ids[base],
+            base_key: base.clone(),
             base_digest,
             lens: permitted_lens,
             loaded_in,
@@ -371,14 +380,17 @@ impl Owner {
     fn turn_base(&mut self, demand: &Demand, now: Instant) -> Option<Instant> {
         match &self.turn {
             Turn::Switching { .. } => return None,
-            Turn::Draining { to, until, for_waiters } => {
-                let (to, until, for_waiters) = (to.clone(), *until, *for_waiters);
-                if self.bases.get(&to).and_then(|b| b.stage.ready()).is_none() {
+            Turn::Draining { to, until, why } => {
+                let (to, until, why) = (to.clone(), *until, *why);
+                if !self.is_servable(&to) {
                     self.turn = Turn::Steady;
-                } else if for_waiters && !demand.others.contains_key(&to) {
-                    tracing::info!(to = %to, "nobody waits for the other base any more, the active one stays");
+                    return Some(now);
+                } else if !self.is_still_wanted(&to, why, demand) {
+                    tracing::info!(to = %to, ?why, "the other base is not wanted any more, the active one stays");
                     self.turn = Turn::Steady;
                     self.look_ahead = true;
+                    // Nobody was let in while it drained.
+                    return Some(now);
                 } else if self.permits.is_empty() {
                     self.start_switch(&to);
                 } else if now >= until {
@@ -389,13 +401,13 @@ impl Owner {
             Turn::Steady => {}
         }
         if let Some(to) = self.asked_base.take().filter(|to| self.table.active.as_ref() != Some(to)) {
-            self.drain_for(to, false, now);
+            self.drain_for(to, Why::Asked, now);
             return None;
         }
-        let servable = |key: &BaseKey| self.bases.get(key).is_some_and(|b| b.stage.ready().is_some());
         let declared = self.declared_active().map(|(_, key)| key.clone());
-        if let Some(to) = declared.filter(|to| servable(to) && self.table.active.as_ref() != Some(to)) {
-            self.drain_for(to, false, now);
+        if let Some(to) = declared.filter(|to| self.is_servable(to) && self.table.active.as_ref() != Some(to))
+        {
+            self.drain_for(to, Why::Declared, now);
             return None;
         }
         let situation = Situation {
@@ -407,7 +419,7 @@ impl Owner {
             waiting: demand
                 .others
                 .iter()
-                .filter(|(base, _)| servable(base))
+                .filter(|(base, _)| self.is_servable(base))
                 .map(|(base, since)| Waiting { base: base.clone(), since_ms: self.ms(*since) })
                 .collect(),
             fallback: self.fallback(),
@@ -424,14 +436,28 @@ impl Owner {
                 until_ms.map(|ms| self.began + Duration::from_millis(ms))
             }
             Decision::Drain { to } => {
-                let for_waiters = situation.active.is_some();
-                self.drain_for(to, for_waiters, now);
+                let why = if situation.active.is_some() { Why::Waiters } else { Why::Asked };
+                self.drain_for(to, why, now);
                 None
             }
             Decision::Switch { to } => {
                 self.start_switch(&to);
                 None
             }
+        }
+    }
+
+    fn is_servable(&self, key: &BaseKey) -> bool {
+        self.bases.get(key).is_some_and(|base| base.stage.ready().is_some())
+    }
+
+    fn is_still_wanted(&self, to: &BaseKey, why: Why, demand: &Demand) -> bool {
+        match (why, self.declared_active()) {
+            // What the document says is stronger than who waits, and than what was asked before it.
+            (_, Some((_, declared))) => declared == to,
+            (Why::Waiters, None) => demand.others.contains_key(to),
+            (Why::Declared, None) => false,
+            (Why::Asked, None) => true,
         }
     }
 
@@ -446,16 +472,18 @@ impl Owner {
     fn preloaded_base(&self) -> Option<BaseKey> {
         let groups = self.document.iter().flat_map(|document| &document.groups);
         let mut preloaded = groups.filter(|group| group.residency == GroupResidency::Preloaded);
-        let wanted = |key: &BaseKey| !self.table.bases.contains_key(key) && !self.not_beside.contains(key);
+        let wanted = |key: &BaseKey| {
+            self.is_servable(key) && !self.table.bases.contains_key(key) && !self.not_beside.contains(key)
+        };
         preloaded.find(|group| wanted(&group.base.key)).map(|group| group.base.key.clone())
     }
 
     /// Admits nothing more over the active base, and switches when what runs has ended.
-    fn drain_for(&mut self, to: BaseKey, for_waiters: bool, now: Instant) {
+    fn drain_for(&mut self, to: BaseKey, why: Why, now: Instant) {
         let rule = self.document.as_ref().map_or_else(SwitchingRule::default, |document| document.switching);
         tracing::info!(to = %to, rows = self.permits.len(), "draining for a switch of base");
         let until = now + Duration::from_secs(u64::from(rule.drain_seconds));
-        self.turn = Turn::Draining { to: to.clone(), until, for_waiters };
+        self.turn = Turn::Draining { to: to.clone(), until, why };
         if self.permits.is_empty() {
             self.start_switch(&to);
         }
@@ -479,6 +507,9 @@ impl Owner {
     /// The base to make active when none is and nobody asks: the default group's, or while that one fails the next.
     fn fallback(&self) -> Option<BaseKey> {
         let document = self.document.as_ref()?;
+        if let Some((_, declared)) = self.declared_active() {
+            return self.is_servable(declared).then(|| declared.clone());
+        }
         let default = &document.default_group()?.base.key;
         match &self.bases.get(default)?.stage {
             Stage::Ready(_) => Some(default.clone()),

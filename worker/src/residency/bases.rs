@@ -8,7 +8,6 @@ use turret_crds::report::EvictionReason;
 
 use super::loader::{LoadError, LoadFailure, OnPercent, SwitchOrder, SwitchOutcome, Victim};
 use super::owner::{Owner, Span, Stage, Turn};
-use super::plan::Leaving;
 use super::resolve::ResolvedBase;
 use super::table::{Held, Phase};
 use super::work::Event;

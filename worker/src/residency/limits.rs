@@ -6,7 +6,6 @@ use tokio::time::Instant;
 use turret_crds::report::AppliedDocument;
 
 use super::owner::{Owner, Turn};
-use super::plan::Leaving;
 use super::table::Phase;
 use super::work::Event;
 use crate::engine::handle::{ChangeError, EngineConfig};

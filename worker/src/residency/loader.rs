@@ -11,7 +11,7 @@ use turret_crds::document::BaseKey;
 
 use super::cache::Cache;
 use super::failure::Failure;
-use super::prepared::{Identity, Prepared, Unusable};
+use super::prepared::{Identity, Prepared, Unusable, layout_digest};
 use super::preparing::{Lent, OnPrepared, Preparer, Resident};
 use super::resolve::{ResolvedBase, ResolvedLens, base_failure, lens_failure, on_loader_thread};
 use super::table::LensKey;
@@ -80,7 +80,9 @@ impl Loader {
         }
         let identity = Identity::of_lens(&lens.files.digest, &base.identity());
         let prepared = match self.open_prepared(&identity).await {
-            Some(prepared) => self.prepared_lens(&base, prepared, &identity, on_percent.clone()).await?,
+            Some(prepared) => {
+                self.prepared_lens((&base, &lens), prepared, &identity, on_percent.clone()).await?
+            }
             None => None,
         };
         let is_prepared = prepared.is_some();
@@ -122,13 +124,17 @@ impl Loader {
 
     async fn prepared_lens(
         &self,
-        base: &ResolvedBase,
+        (base, lens): (&ResolvedBase, &ResolvedLens),
         prepared: Prepared,
         identity: &Identity,
         on_percent: OnPercent,
     ) -> Result<Option<FilledLens>, LoadError> {
-        let Ok(layout) = serde_json::from_str::<LensLayout>(prepared.layout()) else {
-            self.forget_prepared(identity, &Unusable::Altered("its layout is none"));
+        let layout = serde_json::from_str::<LensLayout>(prepared.layout()).ok();
+        let is_that_of_the_files = |layout: &LensLayout| {
+            layout_digest(prepared.layout()) == lens.layout_digest && layout.bytes == prepared.bytes()
+        };
+        let Some(layout) = layout.filter(is_that_of_the_files) else {
+            self.forget_prepared(identity, Unusable::Altered("its layout is another one")).await;
             return Ok(None);
         };
         let region = self.engine.reserve_lens(&layout).await.map_err(|e| reserve_error(&e))?;
@@ -152,7 +158,7 @@ impl Loader {
                 self.read_prepared(prepared, region, &identity, on_percent.clone()).await
             }
             Some(_) => {
-                self.forget_prepared(&identity, &Unusable::Altered("its layout is another one"));
+                self.forget_prepared(&identity, Unusable::Altered("its layout is another one")).await;
                 None
             }
             None => None,
@@ -193,7 +199,7 @@ impl Loader {
         match tokio::task::spawn_blocking(move || Prepared::open(&at, &of)).await.ok()? {
             Ok(prepared) => prepared,
             Err(unusable) => {
-                self.forget_prepared(identity, &unusable);
+                self.forget_prepared(identity, unusable).await;
                 None
             }
         }
@@ -211,17 +217,23 @@ impl Loader {
         match tokio::task::spawn_blocking(read).await.ok()? {
             Ok(region) => Some(region),
             Err(unusable) => {
-                self.forget_prepared(identity, &unusable);
+                self.forget_prepared(identity, unusable).await;
                 None
             }
         }
     }
 
-    /// Removes a prepared file that is of no use: the next load from the files makes it anew.
-    fn forget_prepared(&self, identity: &Identity, why: &Unusable) {
+    /// Removes a prepared file that is damaged: the next load from the files makes it anew.
+    async fn forget_prepared(&self, identity: &Identity, why: Unusable) {
         let path = self.preparer.cache().prepared(&identity.file_name());
-        tracing::warn!(path = %path.display(), error = chain(why), "a prepared file is of no use and is made anew");
-        if let Err(error) = std::fs::remove_file(&path) {
+        let error = chain(&why);
+        if !why.is_damage() {
+            tracing::warn!(path = %path.display(), error, "failed to read a prepared file, the files it was made of are read");
+            return;
+        }
+        tracing::warn!(path = %path.display(), error, "a prepared file is of no use and is made anew");
+        let at = path.clone();
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || std::fs::remove_file(at)).await {
             tracing::warn!(path = %path.display(), %error, "failed to remove a prepared file");
         }
     }

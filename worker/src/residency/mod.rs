@@ -89,6 +89,8 @@ pub struct SpokenLens {
 pub struct Permit {
     /// The base.
     pub base: BaseId,
+    /// What it is: its files, and how it is held.
+    pub base_key: BaseKey,
     /// Digest of its files.
     pub base_digest: String,
     /// The lens, its strength and the digest of its files.
@@ -142,6 +144,16 @@ impl Permit {
     /// Notes how the row ended. Without a word, it was cancelled.
     pub fn ended(&mut self, outcome: Outcome) {
         self.outcome = outcome;
+    }
+
+    /// Gives it back, since the row was preempted, and waits for the next one. The row is not refused for what has come since,
+    /// nor given up for how long it waits. Dropping the future gives the place in the queue up.
+    pub async fn again(self, model: ModelName) -> Result<Permit, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        let permit = std::mem::ManuallyDrop::new(self);
+        let (number, measured) = (permit.number, permit.measured);
+        let _ = permit.owner.send(Message::AcquireAgain { number, measured, model, reply });
+        answer.await.unwrap_or(Err(Refusal::Draining))
     }
 
     /// Notes what the row took.
@@ -222,12 +234,36 @@ pub struct Residency {
 /// the batch, events by the jobs that run.
 #[derive(Debug)]
 enum Message {
-    Offer { document: Box<WorkerDocument>, reply: oneshot::Sender<Verdict> },
-    Acquire { model: ModelName, again: bool, reply: oneshot::Sender<Result<Permit, Refusal>> },
-    Release { number: u64, outcome: Outcome, measured: Measured },
-    Leave { refuse: bool },
-    Idle { reply: oneshot::Sender<()> },
-    Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
+    Offer {
+        document: Box<WorkerDocument>,
+        reply: oneshot::Sender<Verdict>,
+    },
+    Acquire {
+        model: ModelName,
+        reply: oneshot::Sender<Result<Permit, Refusal>>,
+    },
+    AcquireAgain {
+        number: u64,
+        measured: Measured,
+        model: ModelName,
+        reply: oneshot::Sender<Result<Permit, Refusal>>,
+    },
+    End,
+    Release {
+        number: u64,
+        outcome: Outcome,
+        measured: Measured,
+    },
+    Leave {
+        refuse: bool,
+    },
+    Idle {
+        reply: oneshot::Sender<()>,
+    },
+    Order {
+        order: Order,
+        reply: oneshot::Sender<Result<Obeyed, OrderError>>,
+    },
     Event(work::Event),
 }
 
@@ -276,18 +312,14 @@ impl Residency {
 
     /// Waits for the right to run a row. Dropping the future gives the place in the queue up.
     pub async fn acquire(&self, model: ModelName) -> Result<Permit, Refusal> {
-        self.enqueue(model, false).await
-    }
-
-    /// The same for a row that had a permit and was preempted: it is not refused for what has come since.
-    pub async fn acquire_again(&self, model: ModelName) -> Result<Permit, Refusal> {
-        self.enqueue(model, true).await
-    }
-
-    async fn enqueue(&self, model: ModelName, again: bool) -> Result<Permit, Refusal> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.messages.send(Message::Acquire { model, again, reply });
+        let _ = self.messages.send(Message::Acquire { model, reply });
         answer.await.unwrap_or(Err(Refusal::Draining))
+    }
+
+    /// Refuses all who wait, and from now on everybody: the process ends.
+    pub fn end(&self) {
+        let _ = self.messages.send(Message::End);
     }
 
     /// Asks for something by hand. A load is answered when the lens is in memory; dropping the future gives it up.

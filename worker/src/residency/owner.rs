@@ -95,6 +95,8 @@ pub(super) struct Waiter {
     pub(super) since: Instant,
     /// Whether the request has been counted for its lens.
     pub(super) counted: bool,
+    /// Whether it is a row that was preempted: it is not given up for how long it waits.
+    pub(super) again: bool,
     pub(super) reply: oneshot::Sender<Result<Permit, Refusal>>,
 }
 
@@ -106,20 +108,23 @@ pub(super) struct Permitted {
     pub(super) lens: Option<LensKey>,
 }
 
+/// Why the base is switched: a drain is given up when that is no longer so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Requests wait for the other base.
+    Waiters,
+    /// The document says so.
+    Declared,
+    /// Somebody asked for it by hand, or the active one is not declared any more.
+    Asked,
+}
+
 /// Where the switch of bases stands.
 #[derive(Debug)]
 pub(super) enum Turn {
     Steady,
-    /// `for_waiters`: it is given up when nobody waits for it any more.
-    Draining {
-        to: BaseKey,
-        until: Instant,
-        for_waiters: bool,
-    },
-    Switching {
-        to: BaseKey,
-        since: Instant,
-    },
+    Draining { to: BaseKey, until: Instant, why: Why },
+    Switching { to: BaseKey, since: Instant },
 }
 
 /// When something was on its way, so that those who waited can be told how long it took.
@@ -197,6 +202,8 @@ pub(super) struct Owner {
     /// Whether the process is about to end, and whether it takes nothing new by now.
     pub(super) leaving: bool,
     pub(super) refusing: bool,
+    /// Rows were ended, and none is let in any more.
+    pub(super) ending: bool,
     /// Whether nothing new is taken because somebody asked for that.
     pub(super) drained: bool,
 }
@@ -264,6 +271,7 @@ impl Owner {
             idlers: Vec::new(),
             leaving: false,
             refusing: false,
+            ending: false,
             drained: false,
         };
         owner.count_prepared();
@@ -306,7 +314,13 @@ impl Owner {
                 self.publish();
                 let _ = reply.send(verdict);
             }
-            Message::Acquire { model, again, reply } => self.enqueue(model, again, reply),
+            Message::Acquire { model, reply } => self.enqueue(model, false, reply),
+            // One message, so that the row is never unknown in between.
+            Message::AcquireAgain { number, measured, model, reply } => {
+                self.release(number, Outcome::Preempted, &measured);
+                self.enqueue(model, true, reply);
+            }
+            Message::End => self.refuse_all(),
             Message::Release { number, outcome, measured } => self.release(number, outcome, &measured),
             Message::Leave { refuse } => {
                 self.leaving = true;
@@ -485,7 +499,9 @@ impl Owner {
 
     fn enqueue(&mut self, model: ModelName, again: bool, reply: oneshot::Sender<Result<Permit, Refusal>>) {
         let limit = self.document.as_ref().map_or(0, |d| d.admission.max_queued_requests);
-        let refusal = if again {
+        let refusal = if self.ending {
+            Some(Refusal::Draining)
+        } else if again {
             None
         } else if self.refusing || self.drained {
             Some(Refusal::Draining)
@@ -501,7 +517,7 @@ impl Owner {
         }
         self.next_number += 1;
         // A preempted row was counted when it came.
-        let waiter = Waiter { model, since: Instant::now(), counted: again, reply };
+        let waiter = Waiter { model, since: Instant::now(), counted: again, again, reply };
         self.waiters.insert(self.next_number, waiter);
     }
 
@@ -537,6 +553,14 @@ impl Owner {
             && permitted.lens.as_ref().is_none_or(|key| self.lenses.declares(key));
         self.untidy |= !declared || self.wanted_limits.is_some();
         self.look_ahead |= self.ahead_waits;
+    }
+
+    /// The process ends: whoever still waits is told so.
+    fn refuse_all(&mut self) {
+        self.ending = true;
+        for (_, waiter) in std::mem::take(&mut self.waiters) {
+            let _ = waiter.reply.send(Err(Refusal::Draining));
+        }
     }
 
     /// When those who are refused now may find room: how long the queue takes at the measured rate.

@@ -63,6 +63,11 @@ impl Identity {
     }
 }
 
+/// Digest of a layout, by which a lens's files and its prepared file agree.
+pub fn layout_digest(layout: &str) -> String {
+    hex::encode(Sha256::digest(layout))
+}
+
 /// Why a prepared file is of no use.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
@@ -72,6 +77,16 @@ pub enum Unusable {
     /// It is not what was written.
     #[error("{0}")]
     Altered(&'static str),
+}
+
+impl Unusable {
+    /// Whether the file is to blame, rather than what it was read with.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Altered(_) => true,
+            Self::Io(error) => error.kind() == io::ErrorKind::UnexpectedEof,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -98,7 +113,7 @@ pub struct Prepared {
 impl Prepared {
     /// Opens the prepared file of these weights. `None` when there is none.
     pub fn open(path: &Path, identity: &Identity) -> Result<Option<Self>, Unusable> {
-        let file = match File::open(path) {
+        let file = match crate::model::file::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),

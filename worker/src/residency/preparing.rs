@@ -80,6 +80,7 @@ impl Preparer {
         let on_prepared = self.on_prepared.clone();
         let task = tokio::spawn(async move {
             let _turn = tokio::select! {
+                biased;
                 () = stopped.cancelled() => return,
                 turn = turn.acquire() => turn,
             };
@@ -112,6 +113,9 @@ fn prepare(
     let region = lent.region();
     let bytes = file_bytes(region.len() as u64, &layout);
     let written = || -> io::Result<bool> {
+        if stop.is_cancelled() {
+            return Ok(false);
+        }
         // It is there, or there is no room that something fetched would not need more.
         let Some(place) = cache.place_for_prepared(&identity.file_name(), bytes)? else { return Ok(false) };
         let is_whole = write(File::create(place.path())?, identity, layout, region, stop)?;

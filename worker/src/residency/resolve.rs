@@ -17,7 +17,7 @@ use super::failure::Failure;
 use super::fetch::{Broken, Fetcher, OnFetch};
 use super::files::{FileIdentity, Hasher};
 use super::hub::{Hub, HubFolder, Mode};
-use super::prepared::Identity;
+use super::prepared::{Identity, layout_digest};
 use super::remote::{Remote, not_here};
 use super::source::{Folder, Listed, Place, Roots, io_failure};
 use super::token::{Audience, Token, Tokens};
@@ -104,6 +104,8 @@ pub struct ResolvedLens {
     pub files: CheckedFiles,
     /// Bytes in device memory.
     pub bytes: u64,
+    /// Digest of where everything of it will be in memory.
+    pub layout_digest: String,
     /// The tokenizer and chat template that it brings in place of the base's.
     pub tokenizer: Option<Tokenizer>,
 }
@@ -114,7 +116,7 @@ impl ResolvedLens {
     pub(super) fn of_digest(digest: &str) -> Self {
         let files =
             CheckedFiles { folder: PathBuf::from("/"), digest: digest.into(), bytes: 1, files: Vec::new() };
-        Self { files, bytes: 1, tokenizer: None }
+        Self { files, bytes: 1, layout_digest: String::new(), tokenizer: None }
     }
 }
 
@@ -364,7 +366,8 @@ impl Resolver {
         let opened = LoraFolder::open(&folder.path, &base.layout).map_err(|e| lens_failure(&e))?;
         let tokenizer = opened.tokenizer(&base.tokenizer).map_err(|e| lens_failure(&e))?;
         let files = self.check_files(folder, names, &lens.source, &declared)?;
-        Ok(ResolvedLens { files, bytes: opened.layout().bytes, tokenizer })
+        let layout = serde_json::to_string(opened.layout()).expect("a layout is JSON");
+        Ok(ResolvedLens { files, bytes: opened.layout().bytes, layout_digest: layout_digest(&layout), tokenizer })
     }
 
     fn check_files(

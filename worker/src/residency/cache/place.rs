@@ -71,10 +71,7 @@ impl Cache {
         let stored = self.stored();
         let short = charge(&stored, &claimed).saturating_sub(self.budget());
         let now = SystemTime::now();
-        let is_stale = |file: &Stored| {
-            file.kind != Kind::Prepared
-                || now.duration_since(file.last_used).is_ok_and(|unread| unread >= STALE)
-        };
+        let is_stale = |file: &Stored| now.duration_since(file.last_used).is_ok_and(|unused| unused >= STALE);
         let idle: Vec<Stored> =
             stored.into_iter().filter(|file| !claimed.contains_key(&file.name) && is_stale(file)).collect();
         let can_be_freed: u64 = idle.iter().map(|file| file.bytes).sum();
