@@ -358,7 +358,7 @@ pub struct SourceSecret {
     /// (`*.example.org`), or by address (`10.1.0.0/16`). Absent: none; only the hub is shown it, for `hf://` sources.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 253)))]
-    #[x_kube(validation = Rule::new("self.all(h, h.matches('^([*][.])?[A-Za-z0-9.:-]+(/[0-9]+)?$'))").message("hosts are names (models.example.org), names below one (*.example.org), or addresses (10.1.0.0/16), without scheme and port"))]
+    #[x_kube(merge_strategy = ListMerge::Set, validation = Rule::new("self.all(h, h.matches('^([*][.])?[A-Za-z0-9.:-]+(/[0-9]+)?$'))").message("hosts are names (models.example.org), names below one (*.example.org), or addresses (10.1.0.0/16), without scheme and port"))]
     pub hosts: Vec<String>,
 }
 

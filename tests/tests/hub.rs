@@ -331,7 +331,7 @@ async fn an_https_source_is_shown_the_token_of_its_secret() {
     write_token(scratch.path(), "models", "the models' token");
     let source = json!({"uri": format!("{}/lenses/pirate", server.url)});
     let mut family = one_lens(with_secret(source.clone(), "models")).lens_of("a", "bare", source);
-    family.placement["sourceSecrets"] = json!([{"name": "models"}]);
+    family.placement["sourceSecrets"] = json!([{"name": "models", "hosts": ["localhost"]}]);
     let options = Options {
         args: vec![
             "--allowed-source-hosts=localhost".into(),

@@ -171,6 +171,6 @@ mod tests {
         };
         let failed = "the base of `a` cannot be served: DoesNotFit: 9 bytes too many";
         assert_eq!(stand(&report, "a"), Stand::Failed(failed.into()));
-        assert_eq!(stand(&report, "c"), Stand::Failed("`c` is no longer declared".into()));
+        assert_eq!(stand(&report, "d"), Stand::Failed("`d` is no longer declared".into()));
     }
 }

@@ -181,7 +181,7 @@ mod tests {
     use super::*;
 
     /// Weights and their blocks by the `gguf` package; see `make_q8_0.py` beside the file.
-    const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/q8_0/q8_0.safetensors");
+    const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/q8_0/q8_0.safetensors");
 
     #[test]
     fn weights_are_quantized_as_ggml_does() {
