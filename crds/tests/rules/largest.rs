@@ -64,7 +64,9 @@ fn placement() -> Value {
     let volumes: Vec<_> = (0..16)
         .map(|n| json!({"name": named(n, 50), "persistentVolumeClaim": {"claimName": "a".repeat(253)}}))
         .collect();
-    let secrets: Vec<_> = (0..16).map(|n| json!({"name": named(n, 253), "hosts": (0..16).map(|n| named(n, 253)).collect::<Vec<_>>()})).collect();
+    let secrets: Vec<_> = (0..16)
+        .map(|n| json!({"name": named(n, 253), "hosts": (0..16).map(|n| named(n, 253)).collect::<Vec<_>>()}))
+        .collect();
     let env: Vec<_> =
         (0..64).map(|n| json!({"name": padded(&format!("N{n}_"), 128), "value": "a".repeat(4096)})).collect();
     let toleration = json!({"key": "a".repeat(63), "operator": "Equal", "value": "a".repeat(63), "effect": "NoExecute", "tolerationSeconds": 30});

@@ -367,7 +367,12 @@ impl Resolver {
         let tokenizer = opened.tokenizer(&base.tokenizer).map_err(|e| lens_failure(&e))?;
         let files = self.check_files(folder, names, &lens.source, &declared)?;
         let layout = serde_json::to_string(opened.layout()).expect("a layout is JSON");
-        Ok(ResolvedLens { files, bytes: opened.layout().bytes, layout_digest: layout_digest(&layout), tokenizer })
+        Ok(ResolvedLens {
+            files,
+            bytes: opened.layout().bytes,
+            layout_digest: layout_digest(&layout),
+            tokenizer,
+        })
     }
 
     fn check_files(

@@ -54,12 +54,7 @@ pub(super) fn down(pool: &Pool, linear: &Linear<'_>, deltas: &dyn Deltas, x: &[f
 }
 
 /// Adds `B (A x)` of some deltas to the outputs of one task.
-pub(crate) fn up(
-    range: &Range<'_>,
-    indexes: std::ops::Range<usize>,
-    deltas: &dyn Deltas,
-    scratch: &[f32],
-) {
+pub(crate) fn up(range: &Range<'_>, indexes: std::ops::Range<usize>, deltas: &dyn Deltas, scratch: &[f32]) {
     for index in indexes {
         let Some(delta) = deltas.delta(index) else { continue };
         for part in 0..deltas.parts(index) {
@@ -69,12 +64,7 @@ pub(crate) fn up(
 }
 
 /// Adds one part of a delta to the outputs of one task.
-pub(crate) fn up_part(
-    range: &Range<'_>,
-    delta: &RowsDelta<'_>,
-    part: &DeltaOutputs<'_>,
-    scratch: &[f32],
-) {
+pub(crate) fn up_part(range: &Range<'_>, delta: &RowsDelta<'_>, part: &DeltaOutputs<'_>, scratch: &[f32]) {
     assert!(delta.row_start + delta.rows <= range.rows, "a delta is outside of the batch");
     assert!(part.output_start + part.outputs <= range.linear.outputs(), "a delta is outside of its matrix");
     assert_eq!(part.b.len(), part.ranks * part.outputs, "B has another shape");

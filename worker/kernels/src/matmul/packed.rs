@@ -14,8 +14,8 @@ use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 use super::q8_0;
-use crate::simd::pair_words;
 use crate::number::Dtype;
+use crate::simd::pair_words;
 
 /// Outputs that lie beside each other.
 pub const PANEL: usize = 32;

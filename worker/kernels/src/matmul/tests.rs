@@ -4,8 +4,8 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
-use crate::threads::Pool;
 use crate::number::Dtype;
+use crate::threads::Pool;
 
 /// Numbers that differ from place to place, between -1 and 1.
 fn numbers(count: usize, seed: u32) -> Vec<f32> {

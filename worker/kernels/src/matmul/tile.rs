@@ -11,8 +11,8 @@ use half::{bf16, f16};
 use super::packed::{Format, PANEL, Packed};
 use super::q8_0::{self, Q8_0};
 use super::{Linear, Range};
-use crate::simd::{Element, Kernel, LANES, Simd, round_pair};
 use crate::number::Dtype;
+use crate::simd::{Element, Kernel, LANES, Simd, round_pair};
 
 /// Bytes of a panel after which rows take turns, so that such a stretch stays in the cache.
 const STRETCH_BYTES: usize = 128 << 10;
