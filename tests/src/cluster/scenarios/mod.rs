@@ -17,7 +17,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use turret_crds::condition::{FailureReason, READY, STALLED};
+use turret_crds::condition::{FailureReason, READY, RECONCILING, STALLED};
 
 use super::family::{Case, Family, copy_readable};
 use super::gateway::Mode;
@@ -97,11 +97,13 @@ fn questions_to(family: &Family, lenses: &[(&str, &str)]) -> Vec<Question> {
     std::iter::once(base).chain(lenses).collect()
 }
 
-/// Waits until one lens keeps the Qwen group from being ready, for this reason, and only a change can help. The list of failed
+/// Waits until one lens keeps the Qwen group from being ready, for this reason. The list of failed
 /// lenses and what `kubectl get` prints must say the same; answers what is said of the lens.
 async fn lens_fails(space: &Space<'_>, lens: &str, reason: FailureReason) -> Result<String> {
     space.group_is(QWEN, READY, "False", "LensesFailed").await?;
-    let group = space.group_is(QWEN, STALLED, "True", "LensesFailed").await?;
+    // Only what may pass by itself is tried again.
+    let condition = if reason == FailureReason::Internal { RECONCILING } else { STALLED };
+    let group = space.group_is(QWEN, condition, "True", "LensesFailed").await?;
     let status = group.status.context("the operator wrote a status")?;
     let [failed] = &status.failed_lenses[..] else { bail!("not one lens failed: {status:?}") };
     ensure!((failed.name.as_str(), failed.reason) == (lens, reason), "another lens or reason: {failed:?}");
