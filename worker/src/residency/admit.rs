@@ -367,7 +367,7 @@ impl Owner {
             lens: permitted_lens,
             loaded_in,
             switched_in,
-            number,
+            number: Some(number),
             outcome: Outcome::Cancelled,
             measured: Measured::default(),
             owner: self.messages.clone(),

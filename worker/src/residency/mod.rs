@@ -99,7 +99,8 @@ pub struct Permit {
     pub loaded_in: Option<Duration>,
     /// How long the switch of base took, if the request waited for it.
     pub switched_in: Option<Duration>,
-    number: u64,
+    /// `None` once it was given back.
+    number: Option<u64>,
     outcome: Outcome,
     measured: Measured,
     owner: mpsc::UnboundedSender<Message>,
@@ -148,11 +149,12 @@ impl Permit {
 
     /// Gives it back, since the row was preempted, and waits for the next one. The row is not refused for what has come since,
     /// nor given up for how long it waits. Dropping the future gives the place in the queue up.
-    pub async fn again(self, model: ModelName) -> Result<Permit, Refusal> {
+    pub async fn again(mut self, model: ModelName) -> Result<Permit, Refusal> {
         let (reply, answer) = oneshot::channel();
-        let permit = std::mem::ManuallyDrop::new(self);
-        let (number, measured) = (permit.number, permit.measured);
-        let _ = permit.owner.send(Message::AcquireAgain { number, measured, model, reply });
+        if let Some(number) = self.number.take() {
+            let measured = self.measured;
+            let _ = self.owner.send(Message::AcquireAgain { number, measured, model, reply });
+        }
         answer.await.unwrap_or(Err(Refusal::Draining))
     }
 
@@ -164,8 +166,8 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let message =
-            Message::Release { number: self.number, outcome: self.outcome, measured: self.measured };
+        let Some(number) = self.number else { return };
+        let message = Message::Release { number, outcome: self.outcome, measured: self.measured };
         // Without an owner nothing is left to release.
         let _ = self.owner.send(message);
     }
