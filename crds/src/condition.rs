@@ -91,6 +91,8 @@ pub enum FailureReason {
     UnsupportedTensors,
     /// It does not fit the budget, even alone.
     DoesNotFit,
+    /// The worker's disk, or the disk budget, has no room for its files at the moment.
+    DiskFull,
     /// The worker failed in a way that is its own fault.
     Internal,
 }
@@ -104,7 +106,7 @@ impl FailureReason {
 
     /// Whether only a change by somebody can help, which makes a group `Stalled`.
     pub fn needs_change(self) -> bool {
-        !matches!(self, Self::SourceUnavailable | Self::Internal)
+        !matches!(self, Self::SourceUnavailable | Self::DiskFull | Self::Internal)
     }
 }
 

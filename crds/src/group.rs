@@ -141,9 +141,11 @@ impl Lens {
 /// Priority of a lens that declares none.
 pub const DEFAULT_PRIORITY: u32 = 100;
 
-/// When workers bring a lens to the device, and whether it may leave again.
-/// `OnDemand`: with the first request for it. `Preloaded`: in the background as soon as its base is in memory and while
-/// the lens budget has room; it may leave again. `Pinned`: in the background, making room for it, and it never leaves.
+/// How near the device workers bring a lens before a request asks for it, and whether it may leave again.
+/// `OnDemand`: it is checked where it is; its weights come with the first request, and may leave the worker's disk again
+/// when others need the room. `Cached`: its weights are on the worker's disk and stay there. `Preloaded`: in the background
+/// it comes to the device as soon as its base is in memory and while the lens budget has room; it may leave the device again.
+/// `Pinned`: in the background it comes to the device, making room for it, and it never leaves.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
@@ -151,9 +153,11 @@ pub enum LensResidency {
     /// With the first request.
     #[default]
     OnDemand,
-    /// Ahead of requests, where there is room.
+    /// On the disk ahead of requests.
+    Cached,
+    /// On the device ahead of requests, where there is room.
     Preloaded,
-    /// Ahead of requests, and for good.
+    /// On the device ahead of requests, and for good.
     Pinned,
 }
 

@@ -1,5 +1,6 @@
 //! Why an artifact cannot be served, and when it is looked at again.
 
+use std::io;
 use std::time::Duration;
 
 use turret_crds::condition::FailureReason;
@@ -21,6 +22,15 @@ impl Failure {
     }
 }
 
+/// A failed operation in the worker's own cache folder as a failure of the artifact.
+pub fn disk_failure(error: &io::Error) -> Failure {
+    let reason = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FailureReason::DiskFull,
+        _ => FailureReason::Internal,
+    };
+    Failure::new(reason, format!("failed to write to the cache folder: {error}"))
+}
+
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
@@ -34,6 +44,14 @@ pub fn backoff(failures: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_from_a_broken_one() {
+        let reason = |kind: io::ErrorKind| disk_failure(&kind.into()).reason;
+        assert_eq!(reason(io::ErrorKind::StorageFull), FailureReason::DiskFull);
+        assert_eq!(reason(io::ErrorKind::QuotaExceeded), FailureReason::DiskFull);
+        assert_eq!(reason(io::ErrorKind::PermissionDenied), FailureReason::Internal);
+    }
 
     #[test]
     fn retries_begin_soon_and_never_stop() {

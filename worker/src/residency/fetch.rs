@@ -21,11 +21,10 @@ use turret_crds::condition::FailureReason;
 
 use super::cache::{Cache, NoRoom, Partial, Readers, UrlRecord};
 use super::content::{Hashes, Linked};
-use super::failure::{Failure, backoff};
+use super::failure::{Failure, backoff, disk_failure};
 use super::files::Hasher;
 use super::hosts::{ClientError, Hosts, MAX_REDIRECTS, Redirects, Refused, refusal};
 use super::resolve::on_loader_thread;
-use super::source::io_failure;
 use super::token::Token;
 use crate::telemetry::chain;
 
@@ -491,7 +490,7 @@ impl Fetcher {
                 Broken::last(FailureReason::DoesNotFit, message)
             }
             // Others may leave, and nothing else would have it looked at again.
-            NoRoom::Now { .. } => Broken::last(FailureReason::Internal, message),
+            NoRoom::Now { .. } => Broken::last(FailureReason::DiskFull, message),
             NoRoom::Io(error) => disk(&error),
         })
     }
@@ -517,7 +516,7 @@ impl Fetcher {
              {budget} bytes; lower spec.memory.diskBudget, or make the disk larger",
             wanted.key
         );
-        let failure = Failure::new(FailureReason::Internal, message);
+        let failure = Failure::new(FailureReason::DiskFull, message);
         match freed {
             Ok(freed) if freed > 0 => Broken::Network { failure, retry_after: None, arrived: there },
             _ => {
@@ -740,11 +739,6 @@ fn disk(error: &io::Error) -> Broken {
     Broken::Final(disk_failure(error))
 }
 
-fn disk_failure(error: &io::Error) -> Failure {
-    let mut failure = io_failure(error, "failed to write to the cache folder");
-    failure.reason = FailureReason::Internal;
-    failure
-}
 
 #[cfg(test)]
 mod tests {

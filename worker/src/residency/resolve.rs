@@ -13,7 +13,7 @@ use turret_crds::group;
 use turret_crds::source::{Source, files_digest};
 
 use super::cache::{Cache, Draft};
-use super::failure::Failure;
+use super::failure::{Failure, disk_failure};
 use super::fetch::{Broken, Fetcher, OnFetch};
 use super::files::{FileIdentity, Hasher};
 use super::hub::{Hub, HubFolder, Mode};
@@ -215,7 +215,7 @@ impl Resolver {
         match self.hub.list(folder, token).await {
             Ok(names) => {
                 self.on_cache(token, move |cache, token| {
-                    cache.note_listing(&key, &names, token).map_err(|e| cache_failure(&e))?;
+                    cache.note_listing(&key, &names, token).map_err(|e| disk_failure(&e))?;
                     Ok(names)
                 })
                 .await
@@ -223,7 +223,7 @@ impl Resolver {
             Err(Broken::Final(failure)) => {
                 if failure.reason == FailureReason::Unauthorized {
                     let close = move |cache: &Cache, token: &Token| {
-                        cache.close_listing(&key, token).map_err(|e| cache_failure(&e))
+                        cache.close_listing(&key, token).map_err(|e| disk_failure(&e))
                     };
                     if let Err(error) = self.on_cache(token, close).await {
                         tracing::warn!(source = %folder, %error, "failed to note who may not see a folder any more");
@@ -260,7 +260,7 @@ impl Resolver {
     /// Fetches what a loader reads, and makes it an ordinary folder.
     async fn fetch(&self, remote: &Remote<'_>, kind: Kind) -> Result<Folder, Failure> {
         let cache = self.fetcher.cache().clone();
-        let draft = on_loader_thread(move || cache.draft().map_err(|e| cache_failure(&e))).await?;
+        let draft = on_loader_thread(move || cache.draft().map_err(|e| disk_failure(&e))).await?;
         let draft = Arc::new(draft);
         match kind {
             Kind::Lens => {
@@ -292,7 +292,7 @@ impl Resolver {
                 let path = std::fs::canonicalize(draft.finish(&source)?)?;
                 Ok(Folder { path, root })
             };
-            made().map_err(|e| cache_failure(&e))
+            made().map_err(|e| disk_failure(&e))
         })
         .await
     }
@@ -304,7 +304,7 @@ impl Resolver {
                 return Ok(false);
             };
             let (draft, name) = (draft.clone(), name.to_owned());
-            let linked = on_loader_thread(move || draft.link(&name, &record).map_err(|e| cache_failure(&e)));
+            let linked = on_loader_thread(move || draft.link(&name, &record).map_err(|e| disk_failure(&e)));
             if linked.await? {
                 return Ok(true);
             }
@@ -313,7 +313,7 @@ impl Resolver {
             "`{name}` of `{remote}` was removed from the disk {LINK_ATTEMPTS} times as soon as it was there, to make room for \
              others; raise spec.memory.diskBudget"
         );
-        Err(Failure::new(FailureReason::Internal, message))
+        Err(Failure::new(FailureReason::DiskFull, message))
     }
 
     async fn needed(&self, remote: &Remote<'_>, name: &str, draft: &Arc<Draft>) -> Result<(), Failure> {
@@ -436,10 +436,6 @@ impl Kind {
             }
         }
     }
-}
-
-fn cache_failure(error: &std::io::Error) -> Failure {
-    Failure::new(FailureReason::Internal, format!("failed to write to the cache folder: {error}"))
 }
 
 /// A file as `inspect` tells of it.

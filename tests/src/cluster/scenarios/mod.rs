@@ -102,7 +102,7 @@ fn questions_to(family: &Family, lenses: &[(&str, &str)]) -> Vec<Question> {
 async fn lens_fails(space: &Space<'_>, lens: &str, reason: FailureReason) -> Result<String> {
     space.group_is(QWEN, READY, "False", "LensesFailed").await?;
     // Only what may pass by itself is tried again.
-    let condition = if reason == FailureReason::Internal { RECONCILING } else { STALLED };
+    let condition = if reason.needs_change() { STALLED } else { RECONCILING };
     let group = space.group_is(QWEN, condition, "True", "LensesFailed").await?;
     let status = group.status.context("the operator wrote a status")?;
     let [failed] = &status.failed_lenses[..] else { bail!("not one lens failed: {status:?}") };

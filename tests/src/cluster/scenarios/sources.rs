@@ -40,11 +40,11 @@ pub async fn a_full_disk_is_told_and_what_is_there_is_served(release: &Release) 
     // Declared later: which of the two finds room is not left to chance.
     space.apply(&[declared.lens_of("shout", on_hub("lenses/shout")).manifest()]).await?;
     // It would fit alone, so it is tried again: the other one may leave.
-    let message = lens_fails(&space, "shout", FailureReason::Internal).await?;
+    let message = lens_fails(&space, "shout", FailureReason::DiskFull).await?;
     for word in ["disk budget", budget.to_string().as_str(), REPO] {
         ensure!(message.contains(word), "{word:?} is not in: {message}");
     }
-    is_refused(&space, &model(QWEN, Some("shout")), FailureReason::Internal).await?;
+    is_refused(&space, &model(QWEN, Some("shout")), FailureReason::DiskFull).await?;
     load.goes_on().await?;
     let answered = load.stop().await?;
     println!("    {answered} requests meanwhile, all right");
