@@ -232,7 +232,7 @@ pub struct Eviction {
 
 /// What makes a lens leave when room is needed. Of equals the least recently used leaves first.
 /// `LRU`: the least recently used. `LFU`: the least often served. `Priority`: the lowest `priority` of the lens.
-/// `Specialization`: the one that serves the smallest share of what its group is asked. `Hybrid`: the highest sum of idle time,
+/// `Specialization`: the one that serves the smallest share of what its group is asked, weighted by how users rate it. `Hybrid`: the highest sum of idle time,
 /// few loads, few requests served, and errors. `ALRFU` (adaptive LRFU): the least frequently requested, weighted by the time to
 /// load it again, over the horizon that has cost least lately; it moves the fewest bytes. `turret-worker simulate` compares them
 /// on a trace of your own.

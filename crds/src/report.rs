@@ -321,6 +321,16 @@ pub struct Feedback {
     pub mean_milli: u32,
 }
 
+impl Feedback {
+    /// All scores of both.
+    pub fn and(self, other: Self) -> Self {
+        let sum = |feedback: Self| u128::from(feedback.count) * u128::from(feedback.mean_milli);
+        let count = self.count.saturating_add(other.count);
+        let mean = (sum(self) + sum(other)) / u128::from(count.max(1));
+        Self { count, mean_milli: u32::try_from(mean).unwrap_or(u32::MAX) }
+    }
+}
+
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }

@@ -5,7 +5,8 @@ use turret_crds::WorkerReport;
 use turret_crds::report::Tier;
 use turret_tests::cluster::family as demo;
 use turret_tests::worker::document::{Family, uri};
-use turret_tests::worker::process::{TOKEN, Worker};
+use turret_tests::worker::https::Https;
+use turret_tests::worker::process::{Options, TOKEN, Worker, events};
 
 /// Two groups over two bases, both of which fit.
 fn two() -> Family {
@@ -69,6 +70,47 @@ async fn a_preloaded_base_waits_in_memory_and_one_on_demand_does_not() {
     ask(&worker, "a").await.unwrap();
     let report = worker.wait("idle", |r| r.state.running_rows == 0).await;
     assert!(!held(&report, "b"));
+}
+
+#[tokio::test]
+async fn who_waits_for_a_stream_is_told_for_what() {
+    let scratch = tempfile::tempdir().unwrap();
+    let server = Https::serve(&demo::Family::folder(), scratch.path()).await;
+    let mut family = Family::default().group("b", &format!("{}/base-b", server.url));
+    let options = Options {
+        args: vec!["--allowed-source-hosts=localhost".into()],
+        env: vec![("SSL_CERT_FILE".into(), server.ca.to_str().unwrap().to_owned())],
+        ..Options::default()
+    };
+    server.pace(4);
+    let worker = Worker::start_with(&family.document(), options);
+    let case = &demo::Family::read().unwrap().cases("base-b", None)[0];
+    let asked = |progress: bool| {
+        json!({"model": "b", "messages": case.messages, "temperature": 0, "max_tokens": 64, "stream": true,
+               "stream_options": {"include_progress": progress}})
+    };
+    let mut response = worker.chat_raw(&asked(true)).await;
+    assert_eq!(response.status(), 200);
+    let mut text = String::new();
+    while !text.contains("fetchedBytes") {
+        text += std::str::from_utf8(&response.chunk().await.unwrap().expect("it is not over")).unwrap();
+    }
+    assert!(text.starts_with(": turret {\"base\":"), "{text}");
+    assert!(!text.contains("data:"), "no answer yet: {text}");
+    server.pace(usize::MAX);
+    text += &response.text().await.unwrap();
+    let answer: String =
+        events(&text).iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(answer, case.text, "{text}");
+    assert!(text.trim_end().ends_with("data: [DONE]"), "{text}");
+
+    // Who is served at once, or did not ask, sees none of it; a refusal that comes at once has its status.
+    for progress in [true, false] {
+        let text = worker.chat_raw(&asked(progress)).await.text().await.unwrap();
+        assert!(!text.contains(": turret"), "{text}");
+    }
+    let unknown = json!({"model": "c", "messages": case.messages, "stream": true, "stream_options": {"include_progress": true}});
+    assert_eq!(worker.chat_raw(&unknown).await.status(), 404);
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod generate;
 mod health;
 mod models;
 pub mod openai;
+mod progress;
 pub mod stop;
 mod text;
 

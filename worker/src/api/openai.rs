@@ -50,8 +50,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Answer piece by piece.
     pub stream: bool,
-    /// Send the usage at the end of a stream.
-    pub include_usage: bool,
+    /// What else is told in a stream.
+    pub stream_options: StreamOptions,
     /// Report log-probabilities, with this many alternatives.
     pub logprobs: Option<u8>,
     /// Only requests with the same salt share what was computed for equal beginnings.
@@ -118,7 +118,7 @@ pub fn parse(api: Api, body: &[u8]) -> Result<Request, ApiError> {
         Api::Text => prompt(fields.take("prompt"))?,
     };
     let stream = fields.flag("stream")?.unwrap_or(false);
-    let include_usage = stream_options(fields.take("stream_options"), stream)?;
+    let stream_options = stream_options(fields.take("stream_options"), stream)?;
     let logprobs = match api {
         Api::Chat => chat_logprobs(&mut fields)?,
         Api::Text => fields.whole("logprobs", MAX_TOP_LOGPROBS)?.map(|n| n as u8),
@@ -140,7 +140,7 @@ pub fn parse(api: Api, body: &[u8]) -> Result<Request, ApiError> {
         seed: seed(fields.take("seed"))?,
         stop: stop(fields.take("stop"))?,
         stream,
-        include_usage,
+        stream_options,
         logprobs,
         cache_salt: salt(fields.text("cache_salt")?)?,
     };
@@ -296,17 +296,27 @@ fn tokens(ids: &[Value]) -> Result<Input, ApiError> {
     })
 }
 
-fn stream_options(value: Option<Value>, stream: bool) -> Result<bool, ApiError> {
+/// What is told in a stream besides the answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// The usage, at the end.
+    pub include_usage: bool,
+    /// What the request waits for, in comments. Turret's own.
+    pub include_progress: bool,
+}
+
+fn stream_options(value: Option<Value>, stream: bool) -> Result<StreamOptions, ApiError> {
     let wrong = |what: &str| ApiError::invalid(Some("stream_options"), what);
-    let Some(value) = value else { return Ok(false) };
+    let mut told = StreamOptions::default();
+    let Some(value) = value else { return Ok(told) };
     if !stream {
         return Err(wrong("`stream_options` is only allowed with `stream: true`"));
     }
     let options = value.as_object().ok_or_else(|| wrong("`stream_options` must be an object"))?;
-    let mut include_usage = false;
     for (name, value) in options {
         match (name.as_str(), value) {
-            ("include_usage", Value::Bool(flag)) => include_usage = *flag,
+            ("include_usage", Value::Bool(flag)) => told.include_usage = *flag,
+            ("include_progress", Value::Bool(flag)) => told.include_progress = *flag,
             ("include_obfuscation" | "continuous_usage_stats", Value::Bool(false)) | (_, Value::Null) => {}
             _ => {
                 return Err(ApiError::unsupported(
@@ -316,7 +326,7 @@ fn stream_options(value: Option<Value>, stream: bool) -> Result<bool, ApiError> 
             }
         }
     }
-    Ok(include_usage)
+    Ok(told)
 }
 
 fn chat_logprobs(fields: &mut Fields) -> Result<Option<u8>, ApiError> {

@@ -21,6 +21,7 @@ use super::error::ApiError;
 use super::generate::{self, Job, Piece};
 use super::models::{context_tokens, find};
 use super::openai::{self, Answer, Api, Input, Request};
+use super::progress;
 use crate::engine::handle::SubmitError;
 use crate::engine::row::TokenLogprobs;
 use crate::metrics::Metrics;
@@ -57,12 +58,20 @@ pub async fn complete(
 }
 
 /// Counts a request when it ends, however it ends.
-struct Ended {
+pub(super) struct Ended {
     metrics: Arc<Metrics>,
     model: ModelName,
     since: Instant,
     /// 499, as proxies have it, while nobody said otherwise: the client went away.
     code: u16,
+}
+
+impl Ended {
+    /// Notes why there is no answer.
+    pub(super) fn failed(&mut self, error: ApiError) -> ApiError {
+        self.code = error.status().as_u16();
+        error
+    }
 }
 
 impl Drop for Ended {
@@ -92,35 +101,33 @@ async fn serve(
     let model = find(document, routed.unwrap_or(named))?;
     let answered_as = request.model.clone().unwrap_or_else(|| model.to_string());
     let mut ended = Ended { metrics: app.metrics.clone(), model: model.clone(), since, code: 499 };
-    match answer(&app, api, request, model, answered_as, &mut ended).await {
-        Ok(Reply::Whole(response)) => {
-            ended.code = 200;
-            Ok(response)
-        }
-        Ok(Reply::Stream(head, stream)) => Ok((head, Body::from_stream(stream.run(ended))).into_response()),
-        Err(error) => {
-            ended.code = error.status().as_u16();
-            Err(error)
-        }
+    let (stream, progress) = (request.stream, request.stream_options.include_progress);
+    let begun = begin(app.clone(), api, request, model.clone(), answered_as, since);
+    if stream && progress {
+        return progress::told(&app, model, Box::pin(begun), ended).await;
     }
+    let begun = begun.await.map_err(|e| ended.failed(e))?;
+    if stream {
+        let head = event_stream_headers(begun.headers());
+        return Ok((head, Body::from_stream(begun.stream(ended))).into_response());
+    }
+    let response = begun.whole().await.map_err(|e| ended.failed(e))?;
+    ended.code = 200;
+    Ok(response)
 }
 
-enum Reply {
-    Whole(Response),
-    Stream(HeaderMap, Stream),
-}
-
-async fn answer(
-    app: &App,
+/// From a request to its first piece. Nothing is sent before that, so that a row that fails at once is an honest status.
+async fn begin(
+    app: App,
     api: Api,
     request: Request,
     model: ModelName,
     answered_as: String,
-    ended: &mut Ended,
-) -> Result<Reply, ApiError> {
+    since: Instant,
+) -> Result<Begun, ApiError> {
     let mut turn = 1;
     let (mut pieces, head, answer, tokenizer) = loop {
-        let Spoken { base, lens_digest, tokenizer } = prepared(app, &model).await?;
+        let Spoken { base, lens_digest, tokenizer } = prepared(&app, &model).await?;
         let prompt = prompt(&request.input, &tokenizer)?;
         let context = context_tokens(&app.residency.view(), &base);
         let max_new_tokens = new_tokens(api, &request, prompt.len(), context)?;
@@ -153,17 +160,17 @@ async fn answer(
             logprobs: request.logprobs,
             cache_salt: request.cache_salt.clone(),
             tokenizer: tokenizer.clone(),
-            since: ended.since,
+            since,
         };
         let prompt_tokens = job.prompt.len();
-        match generate::start(app, permit, job).await {
+        match generate::start(&app, permit, job).await {
             Ok(pieces) => {
                 app.metrics.waited(waited.0, waited.1);
                 tracing::info!(
                     model = %model,
                     request = answer.id,
                     prompt_tokens,
-                    waited_ms = ended.since.elapsed().as_millis() as u64,
+                    waited_ms = since.elapsed().as_millis() as u64,
                     load_ms = waited.0.map(|d| d.as_millis() as u64),
                     switch_ms = waited.1.map(|d| d.as_millis() as u64),
                     "row started"
@@ -175,7 +182,6 @@ async fn answer(
             Err(error) => return Err(error.into()),
         }
     };
-    // Nothing is sent before the first piece, so that a row that fails at once is an honest status.
     let first = loop {
         match pieces.recv().await {
             Some(Piece::Preempted) => {}
@@ -184,41 +190,13 @@ async fn answer(
             None => return Err(ApiError::internal("the row ended without a word")),
         }
     };
-    let wants_logprobs = request.logprobs.is_some();
-    if request.stream {
-        let mut head = head;
-        head.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-        head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        let include_usage = request.include_usage;
-        return Ok(Reply::Stream(
-            head,
-            Stream { first, pieces, answer, tokenizer, wants_logprobs, include_usage },
-        ));
-    }
-    let mut text = String::new();
-    let mut logprobs: Vec<TokenLogprobs> = Vec::new();
-    let mut piece = Some(first);
-    loop {
-        match piece {
-            Some(Piece::Text { text: more, logprobs: tokens }) => {
-                text += &more;
-                logprobs.extend(tokens);
-            }
-            Some(Piece::Preempted) => {}
-            Some(Piece::End { finish, usage }) => {
-                let logprobs = wants_logprobs.then(|| openai::logprobs(api, &tokenizer, &logprobs));
-                let body = Json(answer.whole(&text, logprobs, finish, usage));
-                return Ok(Reply::Whole((head, body).into_response()));
-            }
-            Some(Piece::Failed(error)) => return Err(error),
-            None => return Err(ApiError::internal("the row ended without a word")),
-        }
-        piece = pieces.recv().await;
-    }
+    let (wants_logprobs, include_usage) = (request.logprobs.is_some(), request.stream_options.include_usage);
+    Ok(Begun { head, first, pieces, answer, tokenizer, wants_logprobs, include_usage })
 }
 
-/// An answer that is sent while it is computed.
-struct Stream {
+/// An answer of which the first piece is there.
+pub(super) struct Begun {
+    head: HeaderMap,
     first: Piece,
     pieces: mpsc::UnboundedReceiver<Piece>,
     answer: Answer,
@@ -227,8 +205,43 @@ struct Stream {
     include_usage: bool,
 }
 
-impl Stream {
-    fn run(mut self, mut ended: Ended) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
+impl Begun {
+    /// What is said of it ahead of it.
+    pub(super) fn headers(&self) -> HeaderMap {
+        self.head.clone()
+    }
+
+    /// All of it at once.
+    async fn whole(mut self) -> Result<Response, ApiError> {
+        let mut text = String::new();
+        let mut tokens: Vec<TokenLogprobs> = Vec::new();
+        let mut piece = Some(self.first);
+        loop {
+            match piece {
+                Some(Piece::Text { text: more, logprobs }) => {
+                    text += &more;
+                    tokens.extend(logprobs);
+                }
+                Some(Piece::Preempted) => {}
+                Some(Piece::End { finish, usage }) => {
+                    let api = self.answer.api;
+                    let logprobs =
+                        self.wants_logprobs.then(|| openai::logprobs(api, &self.tokenizer, &tokens));
+                    let body = Json(self.answer.whole(&text, logprobs, finish, usage));
+                    return Ok((self.head, body).into_response());
+                }
+                Some(Piece::Failed(error)) => return Err(error),
+                None => return Err(ApiError::internal("the row ended without a word")),
+            }
+            piece = self.pieces.recv().await;
+        }
+    }
+
+    /// Piece by piece, while it is computed.
+    pub(super) fn stream(
+        mut self,
+        mut ended: Ended,
+    ) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
         async_stream::stream! {
             if let Some(opening) = self.answer.opening() {
                 yield event(&opening);
@@ -255,21 +268,30 @@ impl Stream {
                         break;
                     }
                     Some(Piece::Failed(error)) => {
-                        ended.code = error.status().as_u16();
-                        yield event(&error.body());
+                        yield event(&ended.failed(error).body());
                         break;
                     }
                     None => break,
                 }
                 piece = self.pieces.recv().await;
             }
-            yield Ok(Bytes::from_static(b"data: [DONE]\n\n"));
+            yield Ok(DONE);
             drop(ended);
         }
     }
 }
 
-fn event(value: &Value) -> Result<Bytes, Infallible> {
+/// The last event of a stream.
+pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
+
+/// The head of a stream of events.
+pub(super) fn event_stream_headers(mut head: HeaderMap) -> HeaderMap {
+    head.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    head
+}
+
+pub(super) fn event(value: &Value) -> Result<Bytes, Infallible> {
     Ok(format!("data: {value}\n\n").into())
 }
 

@@ -53,7 +53,7 @@ impl History {
     }
 
     /// A new lens, which takes `load_seconds` to load from where it is.
-    pub fn register(&mut self, bytes: u64, load_seconds: f64, priority: i32) -> Entry {
+    pub fn register(&mut self, bytes: u64, load_seconds: f64, priority: i16) -> Entry {
         let usage = Usage::new(bytes, load_seconds, priority);
         if let Some(id) = self.free.pop() {
             self.usages[id.index()] = usage;
@@ -80,8 +80,13 @@ impl History {
     }
 
     /// As declared anew.
-    pub fn set_priority(&mut self, id: Entry, priority: i32) {
+    pub fn set_priority(&mut self, id: Entry, priority: i16) {
         self.usages[id.index()].priority = priority;
+    }
+
+    /// What users think of the lens, see [`Usage::rating_milli`].
+    pub fn set_rating_milli(&mut self, id: Entry, rating_milli: u16) {
+        self.usages[id.index()].rating_milli = rating_milli;
     }
 
     /// See [`Self::new`]. What was counted until now keeps its worth of now.

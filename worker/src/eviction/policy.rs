@@ -10,7 +10,7 @@ use std::fmt;
 use turret_crds::placement::EvictionPolicy;
 
 use super::shadow::Horizon;
-use super::usage::{HALF_LIVES, Rank, Usage};
+use super::usage::{HALF_LIVES, Rank, UNRATED_MILLI, Usage};
 
 /// How lenses compare at one moment; made by [`super::history::History::ranking`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,7 +76,7 @@ pub enum Reason {
     /// By [`EvictionPolicy::Priority`].
     LowestPriority {
         /// As declared.
-        priority: i32,
+        priority: i16,
         /// Seconds since its last use.
         idle_seconds: f64,
     },
@@ -84,6 +84,8 @@ pub enum Reason {
     LeastSpecialized {
         /// Its part of its group's recent requests, 0 to 1.
         share: f64,
+        /// What the part counts: 0 to 2, 1 where nobody rated the lens.
+        rating: f64,
     },
     /// By [`EvictionPolicy::Hybrid`].
     HighestScore(HybridScore),
@@ -130,8 +132,13 @@ impl fmt::Display for Reason {
             Self::LowestPriority { priority, idle_seconds } => {
                 write!(f, "lowest priority: {priority}, idle {idle_seconds:.0} s")
             }
-            Self::LeastSpecialized { share } => {
-                write!(f, "least specialized: serves {:.1} % of its group's requests", share * 100.0)
+            Self::LeastSpecialized { share, rating } => {
+                write!(f, "least specialized: serves {:.1} % of its group's requests", share * 100.0)?;
+                if *rating == 1.0 {
+                    Ok(())
+                } else {
+                    write!(f, ", which count {rating:.2} for how it is rated")
+                }
             }
             Self::HighestScore(score) => write!(
                 f,
@@ -299,6 +306,11 @@ impl Totals {
     }
 }
 
+/// What a request for the lens counts, 1 where nobody rated it.
+fn rating(usage: &Usage) -> f64 {
+    f64::from(usage.rating_milli) / f64::from(UNRATED_MILLI)
+}
+
 /// Of nothing, nothing: all parts of it are 0.
 fn inverse(whole: f64) -> f64 {
     if whole > 0.0 { whole.recip() } else { 0.0 }
@@ -312,7 +324,7 @@ impl Ranking {
             EvictionPolicy::Lru => usage.last_used_seconds,
             EvictionPolicy::Lfu => f64::from(usage.serves),
             EvictionPolicy::Priority => f64::from(usage.priority),
-            EvictionPolicy::Specialization => totals.share(resident),
+            EvictionPolicy::Specialization => totals.share(resident) * rating(usage),
             EvictionPolicy::Hybrid => -self.hybrid(usage, totals).total(),
             EvictionPolicy::Alrfu => self.horizon.worth(usage),
         }
@@ -329,7 +341,9 @@ impl Ranking {
             (EvictionPolicy::Priority, _) => {
                 Reason::LowestPriority { priority: usage.priority, idle_seconds }
             }
-            (EvictionPolicy::Specialization, _) => Reason::LeastSpecialized { share: totals.share(resident) },
+            (EvictionPolicy::Specialization, _) => {
+                Reason::LeastSpecialized { share: totals.share(resident), rating: rating(usage) }
+            }
             (EvictionPolicy::Hybrid, _) => Reason::HighestScore(self.hybrid(usage, totals)),
             (EvictionPolicy::Alrfu, Horizon::Frequency(n)) => Reason::LeastWorth {
                 recent_requests: usage.recent_requests(n, self.requests),
@@ -435,6 +449,15 @@ mod tests {
     }
 
     #[test]
+    fn what_users_find_useless_leaves_before_what_is_asked_less() {
+        let rated = |served, rating_milli| Usage { served, rating_milli, ..lens() };
+        let usages = [rated(60.0, 500), rated(40.0, UNRATED_MILLI)];
+        let reason =
+            "least specialized: serves 60.0 % of its group's requests, which count 0.50 for how it is rated";
+        assert_eq!(first_to_leave(EvictionPolicy::Specialization, &usages), (0, reason.to_owned()));
+    }
+
+    #[test]
     fn the_published_score_decides_hybrid() {
         let usages = [
             Usage { last_used_seconds: 75.0, loads: 1.0, served: 4.0, errors: 2.0, ..lens() },
@@ -505,7 +528,7 @@ mod tests {
 
     fn any_usage() -> impl Strategy<Value = Usage> {
         let counters = (0u32..4, 0u8..4, 0u8..4, 0u8..3);
-        (1u64..50, 0u8..5, counters, -1i32..2, 0u64..3).prop_map(
+        (1u64..50, 0u8..5, counters, -1i16..2, 0u64..3).prop_map(
             |(bytes, used, counters, priority, seconds)| {
                 let (serves, served, loads, errors) = counters;
                 let mut usage = Usage::new(bytes, seconds as f64, priority);

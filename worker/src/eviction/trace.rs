@@ -28,7 +28,7 @@ pub struct Lens {
     /// Bytes in device memory.
     pub bytes: u64,
     /// Higher stays longer.
-    pub priority: i32,
+    pub priority: i16,
     /// Whose requests it shares with others; empty for the group of all that name none.
     pub group: String,
 }
@@ -81,7 +81,7 @@ struct Line {
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    priority: Option<i32>,
+    priority: Option<i16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<String>,
 }
@@ -250,7 +250,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read_back(
-            lenses in proptest::collection::vec((1u64..u64::MAX, any::<i32>(), "[a-z]{0,2}"), 1..5),
+            lenses in proptest::collection::vec((1u64..u64::MAX, any::<i16>(), "[a-z]{0,2}"), 1..5),
             requests in proptest::collection::vec((0u32..80, 0usize..5), 0..10),
         ) {
             let lens = |(n, (bytes, priority, group))| Lens { name: format!("\"{n}\u{e9}"), bytes, priority, group };

@@ -9,6 +9,17 @@
 /// half-life between two of them moves 3 % less at best, where it fits the traffic exactly.
 pub const HALF_LIVES: [f64; 3] = [256.0, 4096.0, 65536.0];
 
+/// [`Usage::rating_milli`] of a lens that nobody rated.
+pub const UNRATED_MILLI: u16 = 1000;
+/// So many average scores are counted beside those that were given: a single one decides little.
+const PRIOR_SCORES: u64 = 4;
+
+/// [`Usage::rating_milli`] of so many scores with this mean, thousandths from 0 (useless) to 1000 (perfect).
+pub fn rating_milli(count: u64, mean_milli: u32) -> u16 {
+    let sum = u128::from(count) * u128::from(mean_milli.min(1000)) + u128::from(PRIOR_SCORES) * 500;
+    u16::try_from(2 * sum / u128::from(count.saturating_add(PRIOR_SCORES))).unwrap_or(UNRATED_MILLI)
+}
+
 /// One lens. Read for every resident when victims are chosen, so it is no larger than a cache line.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Usage {
@@ -30,14 +41,17 @@ pub struct Usage {
     /// Times it was served, ever.
     pub serves: u32,
     /// As declared; higher stays longer.
-    pub priority: i32,
+    pub priority: i16,
+    /// What its users think of it, thousandths: 0 of useless answers, 1000 of average ones or of ones that nobody
+    /// rated, 2000 of perfect ones.
+    pub rating_milli: u16,
 }
 
 const _: () = assert!(size_of::<Usage>() <= 64);
 
 impl Usage {
     /// A lens of which nothing is known but what was declared.
-    pub fn new(bytes: u64, load_seconds: f64, priority: i32) -> Self {
+    pub fn new(bytes: u64, load_seconds: f64, priority: i16) -> Self {
         Self {
             bytes,
             last_used_seconds: f64::NEG_INFINITY,
@@ -48,6 +62,7 @@ impl Usage {
             errors: 0.0,
             serves: 0,
             priority,
+            rating_milli: UNRATED_MILLI,
         }
     }
 
@@ -118,6 +133,14 @@ mod tests {
         usage.count_request(256);
         assert!((usage.recent_requests(0, 256) - 1.5).abs() < 1e-12);
         assert!((usage.recent_requests(1, 4096) - (0.5 + (-3840.0f64 / 4096.0).exp2())).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_rating_moves_with_the_scores_and_one_decides_little() {
+        assert_eq!(rating_milli(0, 0), UNRATED_MILLI);
+        assert_eq!([rating_milli(1, 0), rating_milli(1, 1000)], [800, 1200]);
+        assert_eq!(rating_milli(9, 500), UNRATED_MILLI);
+        assert_eq!([rating_milli(1 << 40, 0), rating_milli(u64::MAX, 1000)], [0, 1999]);
     }
 
     #[test]

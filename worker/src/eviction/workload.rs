@@ -94,7 +94,7 @@ impl Workload {
             name: format!("lens-{n}"),
             bytes: (megabytes * 1e6) as u64,
             // Not related to popularity: what a user declared without knowing it.
-            priority: (n % 3) as i32,
+            priority: (n % 3) as i16,
             group: format!("group-{}", n % 4),
         }
     }

@@ -14,7 +14,7 @@ use turret_crds::report::EvictionReason;
 
 use super::failure::Failure;
 use super::orders::epoch_seconds;
-use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter, Why};
+use super::owner::{Owner, Permitted, Span, Stage, Standing, Turn, Waiter, Why};
 use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted};
 use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
@@ -205,19 +205,19 @@ impl Owner {
             None => LensNeeds::None,
             Some(name) => match self.lenses.get(&(model.group.clone(), name.clone())) {
                 None => return Needs::Refused(Refusal::Unknown(model.to_string())),
-                Some(declared) => match &declared.stage {
-                    Stage::Failed { failure, retry_at, .. } => {
-                        return failed(model.to_string(), failure, *retry_at);
+                Some(declared) => match declared.stage.standing() {
+                    Standing::Failed { failure, retry_at } => {
+                        return failed(model.to_string(), failure, retry_at);
                     }
-                    Stage::Resolving => LensNeeds::Resolving,
-                    Stage::Ready(_) => LensNeeds::Key(declared.key().expect("it is ready")),
+                    Standing::Open => LensNeeds::Resolving,
+                    Standing::Ready(_) => LensNeeds::Key(declared.key().expect("it is ready")),
                 },
             },
         };
-        match &base.stage {
-            Stage::Failed { failure, retry_at, .. } => failed(model.group.clone(), failure, *retry_at),
-            Stage::Resolving => Needs::Base { key: key.clone(), lens: LensNeeds::Resolving },
-            Stage::Ready(_) => Needs::Base { key: key.clone(), lens },
+        match base.stage.standing() {
+            Standing::Failed { failure, retry_at } => failed(model.group.clone(), failure, retry_at),
+            Standing::Open => Needs::Base { key: key.clone(), lens: LensNeeds::Resolving },
+            Standing::Ready(_) => Needs::Base { key: key.clone(), lens },
         }
     }
 
@@ -602,7 +602,7 @@ impl Owner {
         let resolving: BTreeSet<&BaseKey> = self
             .lenses
             .iter()
-            .filter(|(_, l)| matches!(l.stage, Stage::Resolving))
+            .filter(|(_, l)| matches!(l.stage.standing(), Standing::Open))
             .map(|(_, l)| &l.base)
             .collect();
         let orphans: Vec<LensKey> = self

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use turret_crds::condition::FailureReason;
 use turret_crds::group::LensResidency;
+use turret_crds::report::Feedback;
 
 use super::admit::{Demand, LOADS_AT_ONCE};
 use super::declared::{DeclaredLens, LensName};
@@ -18,6 +19,7 @@ use super::owner::{Owner, Turn};
 use super::plan::{Until, Wanted};
 use super::table::{LensKey, Phase};
 use crate::eviction::history::Entry;
+use crate::eviction::usage::rating_milli;
 
 /// Lenses that are loaded ahead at a time: one place is always left for a request.
 const AHEAD_AT_ONCE: usize = LOADS_AT_ONCE - 1;
@@ -97,6 +99,7 @@ impl Owner {
         let entries: Vec<(LensKey, Entry)> = self.entries.iter().map(|(k, e)| (k.clone(), *e)).collect();
         for (key, entry) in entries {
             self.history.set_priority(entry, self.priority(&key));
+            self.history.set_rating_milli(entry, self.rating_milli(&key));
         }
         self.follow_names();
         self.look_ahead = true;
@@ -119,6 +122,7 @@ impl Owner {
         }
         let bytes = self.resolved(key)?.bytes;
         let entry = self.history.register(bytes, bytes as f64 / FIRST_GUESS, self.priority(key));
+        self.history.set_rating_milli(entry, self.rating_milli(key));
         self.entries.insert(key.clone(), entry);
         Some(entry)
     }
@@ -136,9 +140,24 @@ impl Owner {
     }
 
     /// The highest priority that these files have under any name.
-    fn priority(&self, key: &LensKey) -> i32 {
+    fn priority(&self, key: &LensKey) -> i16 {
         let priorities = self.lenses.names(key).filter_map(|name| Some(self.lenses.get(name)?.lens.priority));
-        priorities.max().and_then(|priority| i32::try_from(priority).ok()).unwrap_or(0)
+        priorities.max().map_or(0, |priority| i16::try_from(priority).unwrap_or(i16::MAX))
+    }
+
+    /// What users think of these files under all of their names.
+    fn rating_milli(&self, key: &LensKey) -> u16 {
+        let feedback = self.lenses.names(key).filter_map(|name| self.lenses.get(name)?.counts.feedback);
+        let together = feedback.fold(Feedback::default(), Feedback::and);
+        rating_milli(together.count, together.mean_milli)
+    }
+
+    /// Somebody rated a lens.
+    pub(super) fn follow_rating(&mut self, name: &LensName) {
+        let Some(key) = self.lenses.get(name).and_then(DeclaredLens::key) else { return };
+        if let Some(entry) = self.entry(&key) {
+            self.history.set_rating_milli(entry, self.rating_milli(&key));
+        }
     }
 
     /// The place in the document of the first group that declares these files.

@@ -59,10 +59,8 @@ impl Counts {
 
     /// Counts a score in thousandths.
     pub(super) fn rate(&mut self, score_milli: u32) {
-        let Feedback { count, mean_milli } = self.feedback.unwrap_or_default();
-        let sum = u128::from(count) * u128::from(mean_milli) + u128::from(score_milli);
-        let count = count.saturating_add(1);
-        self.feedback = Some(Feedback { count, mean_milli: (sum / u128::from(count)) as u32 });
+        let score = Feedback { count: 1, mean_milli: score_milli };
+        self.feedback = Some(self.feedback.unwrap_or_default().and(score));
     }
 }
 

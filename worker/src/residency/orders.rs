@@ -11,7 +11,7 @@ use turret_crds::report::{EvictionReason, LeaseReport};
 use super::declared::{DeclaredLens, LensName};
 use super::failure::Failure;
 use super::lease::{Lease, LeaseError};
-use super::owner::{Owner, Stage};
+use super::owner::{Owner, Stage, Standing};
 use super::plan::Leaving;
 use super::table::LensKey;
 
@@ -128,6 +128,7 @@ impl Owner {
             Order::Rate { lens, score_milli } => match self.lenses.get(&lens) {
                 Some(_) => {
                     self.lenses.count(&lens, |counts| counts.rate(score_milli));
+                    self.follow_rating(&lens);
                     Ok(Obeyed::Done)
                 }
                 None => Err(unknown(&lens)),
@@ -198,12 +199,12 @@ impl Owner {
         now: Instant,
     ) -> Result<Obeyed, OrderError> {
         let declared = self.lenses.get(&lens).ok_or_else(|| unknown(&lens))?;
-        match &declared.stage {
-            Stage::Failed { failure, .. } => {
+        match declared.stage.standing() {
+            Standing::Failed { failure, .. } => {
                 return Err(OrderError::Failed { lens: written(&lens), failure: failure.clone() });
             }
-            Stage::Ready(ready) => self.check_room(&lens, ready.bytes)?,
-            Stage::Resolving => {}
+            Standing::Ready(ready) => self.check_room(&lens, ready.bytes)?,
+            Standing::Open => {}
         }
         let id = self.leases.acquire(lens.clone(), holder, priority, ttl, now - self.began)?;
         self.follow_lease(&lens);
@@ -248,15 +249,15 @@ impl Owner {
                  spec.switching.activeGroupName"
             )));
         }
-        match &base.stage {
-            Stage::Ready(_) => {
+        match base.stage.standing() {
+            Standing::Ready(_) => {
                 self.asked_base = Some(key.clone());
                 Ok(Obeyed::Done)
             }
-            Stage::Resolving => {
+            Standing::Open => {
                 Err(OrderError::Conflict(format!("the base of `{group}` is still being checked; ask again")))
             }
-            Stage::Failed { failure, .. } => {
+            Standing::Failed { failure, .. } => {
                 Err(OrderError::Failed { lens: group.to_owned(), failure: failure.clone() })
             }
         }
@@ -358,15 +359,15 @@ impl Owner {
     /// What to tell who waits for a lens; nothing while it is on its way.
     fn how_far(&self, name: &LensName) -> Option<Result<Obeyed, OrderError>> {
         let Some(lens) = self.lenses.get(name) else { return Some(Err(unknown(name))) };
-        match &lens.stage {
-            Stage::Failed { failure, .. } => {
+        match lens.stage.standing() {
+            Standing::Failed { failure, .. } => {
                 Some(Err(OrderError::Failed { lens: written(name), failure: failure.clone() }))
             }
-            Stage::Resolving => None,
-            Stage::Ready(_) if lens.key().is_some_and(|key| self.table.has_lens(&key)) => {
+            Standing::Open => None,
+            Standing::Ready(_) if lens.key().is_some_and(|key| self.table.has_lens(&key)) => {
                 Some(Ok(Obeyed::Done))
             }
-            Stage::Ready(_) => match self.table.has_base(&lens.base) {
+            Standing::Ready(_) => match self.table.has_base(&lens.base) {
                 true => None,
                 false => Some(Err(OrderError::Conflict(format!(
                     "the base of `{}` is not in memory; switch to it first",

@@ -37,12 +37,29 @@ const LENS_PART: u64 = 8;
 /// How often files that were found good are looked at again.
 pub(super) const RECHECK: Duration = Duration::from_secs(30);
 
-/// How far a declared artifact is.
+/// How far a declared artifact is, as it is told.
 #[derive(Clone, Debug)]
 pub(super) enum Stage<T> {
     Resolving,
     Ready(T),
-    Failed { failure: Failure, retry_at: Option<Instant>, retry_epoch: Option<u64> },
+    Failed {
+        failure: Failure,
+        retry_at: Option<Instant>,
+        retry_epoch: Option<u64>,
+        /// A new document may have mended it, which is being found out.
+        in_doubt: bool,
+    },
+}
+
+/// How far it is for whoever needs it.
+pub(super) enum Standing<'a, T> {
+    /// It will be known.
+    Open,
+    Ready(&'a T),
+    Failed {
+        failure: &'a Failure,
+        retry_at: Option<Instant>,
+    },
 }
 
 impl<T> Stage<T> {
@@ -53,12 +70,22 @@ impl<T> Stage<T> {
         }
     }
 
+    /// What to do with a request for it. Who asks after a change waits for what comes of it, and is not refused for what
+    /// was before.
+    pub(super) fn standing(&self) -> Standing<'_, T> {
+        match self {
+            Self::Resolving | Self::Failed { in_doubt: true, .. } => Standing::Open,
+            Self::Ready(value) => Standing::Ready(value),
+            Self::Failed { failure, retry_at, .. } => Standing::Failed { failure, retry_at: *retry_at },
+        }
+    }
+
     /// After a new document that declares the same: what failed is looked at again at once, since something else in
     /// the document may be what helps. Until that is known, what is said of it stays.
     fn looked_at_again(self) -> Self {
         match self {
             Self::Failed { failure, retry_epoch, .. } => {
-                Self::Failed { failure, retry_at: Some(Instant::now()), retry_epoch }
+                Self::Failed { failure, retry_at: Some(Instant::now()), retry_epoch, in_doubt: true }
             }
             other => other,
         }
@@ -583,6 +610,7 @@ impl Owner {
             failure,
             retry_at: delay.map(|d| Instant::now() + d),
             retry_epoch: delay.map(|d| epoch_seconds() + d.as_secs()),
+            in_doubt: false,
         }
     }
 

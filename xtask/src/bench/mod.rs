@@ -135,32 +135,37 @@ fn engine(arguments: &EngineArguments) -> Result<()> {
     }
     let about = engines[0].1.about.clone();
     let mut rounds = Rounds::new(engines, missing)?;
-    let info = rounds.info();
-    for number in 1..=arguments.rounds {
-        stage::run(format!("round {number} of {}", arguments.rounds), |stage| rounds.round(number, stage))?;
-    }
-    let table = Table {
+    let (machine, info) = (Machine::look(), rounds.info());
+    let table = |rounds: &Rounds| Table {
         command: command(),
-        machine: Machine::look(),
+        machine: machine.clone(),
         threads,
         step_bytes: about["stepBytes"].as_u64().unwrap_or(0),
         lens_bytes: serde_json::from_value(about["lensBytes"].clone()).unwrap_or_default(),
-        info,
-        missing: rounds.missing,
+        info: info.clone(),
+        missing: rounds.missing.clone(),
         ..Table::of(&rounds.taken)
     };
+    for number in 1..=arguments.rounds {
+        stage::run(format!("round {number} of {}", arguments.rounds), |stage| rounds.round(number, stage))?;
+        // Rounds are minutes; whoever breaks off has those that are done.
+        if arguments.write {
+            write(&table(&rounds))?;
+        }
+    }
+    let table = table(&rounds);
     match arguments.json {
         true => println!("{}", serde_json::to_string_pretty(&table.json())?),
         false => print!("{}", table.markdown()),
     }
-    if arguments.write {
-        let folder = folders::repository().join("docs/benchmarks");
-        std::fs::create_dir_all(&folder)?;
-        let path = folder.join("engine-cpu.md");
-        std::fs::write(&path, table.markdown())
-            .with_context(|| format!("failed to write {}", path.display()))?;
-    }
     Ok(())
+}
+
+fn write(table: &Table) -> Result<()> {
+    let folder = folders::repository().join("docs/benchmarks");
+    std::fs::create_dir_all(&folder)?;
+    let path = folder.join("engine-cpu.md");
+    std::fs::write(&path, table.markdown()).with_context(|| format!("failed to write {}", path.display()))
 }
 
 /// How this was asked for.

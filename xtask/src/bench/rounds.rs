@@ -12,10 +12,10 @@ use crate::stage::Stage;
 
 /// Share of the best probe below which a neighbour of it counts as disturbed.
 const UNDISTURBED: f64 = 0.9;
-/// A disturbed take is taken so many times more, if it is short.
-const AGAIN: usize = 2;
+/// A disturbed take is taken so many times more, if it is short: another round says more than another take.
+const AGAIN: usize = 1;
 /// What is short, in seconds.
-const SHORT: f64 = 8.0;
+const SHORT: f64 = 4.0;
 /// A peer's take that lasts longer than this many seconds is taken once in all.
 const LONG: f64 = 15.0;
 /// Passes of one probe, of which the best counts: a single one is disturbed by nearly nothing.
