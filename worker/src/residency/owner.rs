@@ -316,8 +316,9 @@ impl Owner {
             }
             Message::Acquire { model, reply } => self.enqueue(model, false, reply),
             // One message, so that the row is never unknown in between.
-            Message::AcquireAgain { number, measured, model, reply } => {
-                self.release(number, Outcome::Preempted, &measured);
+            Message::AcquireAgain { number, model, reply } => {
+                // What it took is told once, at its end.
+                self.release(number, Outcome::Preempted, &Measured::default());
                 self.enqueue(model, true, reply);
             }
             Message::End => self.refuse_all(),
