@@ -141,7 +141,7 @@ enum Again {
 }
 
 /// Times that a row which goes on may be overtaken by the next switch.
-const TURNS: u32 = 1000;
+const OVERTAKEN: u32 = 1000;
 
 impl Follower {
     async fn follow(mut self, row: RowStream, permit: Permit) {
@@ -206,7 +206,7 @@ impl Follower {
         drop(row);
         let before = what(&permit);
         let scale = permit.lens.as_ref().map(|lens| lens.scale);
-        for _ in 0..TURNS {
+        for _ in 0..OVERTAKEN {
             permit = tokio::select! {
                 again = permit.again(self.job.model.clone()) => match again {
                     Ok(permit) => permit,
