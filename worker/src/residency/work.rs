@@ -1,6 +1,7 @@
 //! What runs beside the owner, and what it hears of it: loads and removals of lenses, and the outcomes of all other jobs.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use tokio::time::Instant;
@@ -21,6 +22,8 @@ use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
 /// Bytes of a download between two reports of how far it is.
 const FETCH_STEP: u64 = 4 << 20;
+/// Percent of a load between two.
+const PERCENT_STEP: u64 = 5;
 
 /// What a job reports.
 #[derive(Debug)]
@@ -314,16 +317,10 @@ impl Owner {
 
     /// Has a job report how far its downloads are, every few MiB.
     pub(super) fn on_fetch(&self, event: impl Fn(FetchReport) -> Event + Send + Sync + 'static) -> OnFetch {
-        let messages = self.messages.clone();
-        let told = std::sync::atomic::AtomicU64::new(0);
+        let (messages, told) = (self.messages.clone(), Told::every(FETCH_STEP));
         Arc::new(move |fetched_bytes, known_bytes| {
-            let last = told.load(Relaxed);
-            // Less than before is an attempt that began anew.
-            if fetched_bytes < last
-                || fetched_bytes - last >= FETCH_STEP
-                || known_bytes == Some(fetched_bytes)
-            {
-                told.store(fetched_bytes, Relaxed);
+            // The end is news, however near it was.
+            if told.is_news(fetched_bytes) || known_bytes == Some(fetched_bytes) {
                 let fetch = FetchReport { fetched_bytes, known_bytes };
                 let _ = messages.send(Message::Event(event(fetch)));
             }
@@ -332,11 +329,9 @@ impl Owner {
 
     /// Has a job report how far it is, every few percent.
     pub(super) fn on_percent(&self, event: impl Fn(u8) -> Event + Send + Sync + 'static) -> OnPercent {
-        let messages = self.messages.clone();
-        let last = std::sync::atomic::AtomicU8::new(0);
+        let (messages, told) = (self.messages.clone(), Told::every(PERCENT_STEP));
         Arc::new(move |percent| {
-            if percent >= last.load(Relaxed).saturating_add(5) {
-                last.store(percent, Relaxed);
+            if told.is_news(u64::from(percent)) {
                 let _ = messages.send(Message::Event(event(percent)));
             }
         })
@@ -346,5 +341,40 @@ impl Owner {
         self.table.lenses.remove(key);
         self.lenses.mark_key(key);
         self.look_ahead = true;
+    }
+}
+
+/// How far a job said that it is. Not every step on the way is news to anybody.
+#[derive(Debug)]
+struct Told {
+    step: u64,
+    last: AtomicU64,
+}
+
+impl Told {
+    fn every(step: u64) -> Self {
+        Self { step, last: AtomicU64::new(0) }
+    }
+
+    /// Whether this is to be told. What is a step less than before is an attempt that began anew.
+    fn is_news(&self, now: u64) -> bool {
+        let is_news = now.abs_diff(self.last.load(Relaxed)) >= self.step;
+        if is_news {
+            self.last.store(now, Relaxed);
+        }
+        is_news
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_few_steps_are_told_and_an_attempt_that_began_anew() {
+        let told = Told::every(5);
+        let news: Vec<u64> =
+            [0, 4, 5, 6, 9, 11, 100, 0, 3, 5].into_iter().filter(|&now| told.is_news(now)).collect();
+        assert_eq!(news, [5, 11, 100, 0, 5]);
     }
 }
