@@ -127,6 +127,15 @@ pub(super) enum Turn {
     Switching { to: BaseKey, since: Instant },
 }
 
+/// Whether the prepared files are being counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Counting {
+    Idle,
+    Running,
+    /// They are, and there is one more by now: they are counted again after that.
+    Outdated,
+}
+
 /// When something was on its way, so that those who waited can be told how long it took.
 pub(super) type Span = (Instant, Instant);
 
@@ -159,9 +168,7 @@ pub(super) struct Owner {
     pub(super) next_token: u64,
     pub(super) recheck_at: Instant,
     pub(super) rechecking: bool,
-    /// Whether the prepared files are being counted, and whether they are to be counted again after that.
-    pub(super) counting_prepared: bool,
-    pub(super) count_prepared_again: bool,
+    pub(super) counting_prepared: Counting,
 
     pub(super) table: Table,
     /// Whether something may be in memory that is to leave without anybody needing its room.
@@ -240,8 +247,7 @@ impl Owner {
             next_token: 0,
             recheck_at: now + RECHECK,
             rechecking: false,
-            counting_prepared: false,
-            count_prepared_again: false,
+            counting_prepared: Counting::Idle,
             table: Table::default(),
             untidy: false,
             base_ids: BTreeMap::new(),

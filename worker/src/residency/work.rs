@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::fetch::OnFetch;
 use super::loader::{LoadError, OnPercent, SwitchOutcome};
 use super::orders::epoch_seconds;
-use super::owner::{Owner, Stage};
+use super::owner::{Counting, Owner, Stage};
 use super::plan::Leaving;
 use super::resolve::{ResolvedBase, ResolvedLens};
 use super::table::{HeldLens, LensKey, Phase};
@@ -179,13 +179,15 @@ impl Owner {
                     self.lenses.mark_key(&key);
                 }
             }
-            Event::Prepared if self.counting_prepared => self.count_prepared_again = true,
-            Event::Prepared => self.count_prepared(),
+            Event::Prepared => match self.counting_prepared {
+                Counting::Idle => self.count_prepared(),
+                Counting::Running | Counting::Outdated => self.counting_prepared = Counting::Outdated,
+            },
             Event::PreparedCounted(bytes) => {
                 self.published.disk.prepared_bytes = bytes;
-                self.counting_prepared = false;
-                if std::mem::take(&mut self.count_prepared_again) {
-                    self.count_prepared();
+                match self.counting_prepared {
+                    Counting::Outdated => self.count_prepared(),
+                    Counting::Idle | Counting::Running => self.counting_prepared = Counting::Idle,
                 }
             }
             Event::Switched(outcome) => self.on_switched(outcome),
@@ -307,7 +309,7 @@ impl Owner {
 
     /// Counts what the prepared files take: when the worker starts, and whenever there is one more.
     pub(super) fn count_prepared(&mut self) {
-        self.counting_prepared = true;
+        self.counting_prepared = Counting::Running;
         let cache = self.start.resolver.fetcher.cache().clone();
         self.spawn(async move {
             let counted = tokio::task::spawn_blocking(move || cache.prepared_bytes()).await;
