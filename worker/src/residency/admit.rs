@@ -436,7 +436,7 @@ impl Owner {
                 until_ms.map(|ms| self.began + Duration::from_millis(ms))
             }
             Decision::Drain { to } => {
-                let why = if situation.active.is_some() { Why::Waiters } else { Why::Asked };
+                let why = if situation.active.is_some() { Why::Waiters } else { Why::Undeclared };
                 self.drain_for(to, why, now);
                 None
             }
@@ -458,6 +458,9 @@ impl Owner {
             (Why::Waiters, None) => demand.others.contains_key(to),
             (Why::Declared, None) => false,
             (Why::Asked, None) => true,
+            (Why::Undeclared, None) => {
+                self.table.active.as_ref().is_none_or(|active| !self.bases.contains_key(active))
+            }
         }
     }
 
@@ -481,7 +484,7 @@ impl Owner {
     /// Admits nothing more over the active base, and switches when what runs has ended.
     fn drain_for(&mut self, to: BaseKey, why: Why, now: Instant) {
         let rule = self.document.as_ref().map_or_else(SwitchingRule::default, |document| document.switching);
-        tracing::info!(to = %to, rows = self.permits.len(), "draining for a switch of base");
+        tracing::info!(to = %to, ?why, rows = self.permits.len(), "draining for a switch of base");
         let until = now + Duration::from_secs(u64::from(rule.drain_seconds));
         self.turn = Turn::Draining { to: to.clone(), until, why };
         if self.permits.is_empty() {

@@ -115,8 +115,10 @@ pub(super) enum Why {
     Waiters,
     /// The document says so.
     Declared,
-    /// Somebody asked for it by hand, or the active one is not declared any more.
+    /// Somebody asked for it by hand.
     Asked,
+    /// The active one is not declared any more.
+    Undeclared,
 }
 
 /// Where the switch of bases stands.
