@@ -88,6 +88,27 @@ fn preempted_rows_go_on_as_if_nothing_had_been_beyond_the_original_context() {
 }
 
 #[test]
+fn the_prompt_of_a_row_that_goes_on_is_counted_once() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 16, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let row = prefix::row(base, 1, &[]);
+        let events = run(&engine, row.clone()).await;
+        let before = settled(&engine).await;
+        assert_eq!(before.prefix_queried_tokens_total, row.prompt.len() as u64);
+        let generated = events.iter().filter_map(token).take(3).collect();
+        run(&engine, RowRequest { generated, ..row }).await;
+        let after = settled(&engine).await;
+        assert_eq!(after.prompt_tokens_total, before.prompt_tokens_total + 5, "four blocks were found");
+        let counted = |s: Snapshot| (s.prefix_queried_tokens_total, s.prefix_cached_tokens_total);
+        assert_eq!(counted(after), counted(before));
+        engine.shutdown().await;
+    });
+}
+
+#[test]
 fn what_was_generated_cannot_be_all_that_was_asked_for() {
     let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
     block_on(async {
