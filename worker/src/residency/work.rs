@@ -204,12 +204,13 @@ impl Owner {
             phase: Phase::Loading,
             percent: 0,
             users: 0,
-            kept: self.is_kept(&key),
+            kept: false,
             entry,
-            group: self.group_index(&key),
+            group: 0,
             id: None,
         };
         self.table.lenses.insert(key.clone(), held);
+        self.follow_names_of(&key);
         self.lenses.mark_key(&key);
         let loader = self.loader.clone();
         let since = Instant::now();
