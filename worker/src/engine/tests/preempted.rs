@@ -1,5 +1,7 @@
 //! Rows that are preempted for another base and go on when theirs is back.
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// Runs rows together, preempts all of them once one has reported so much, and lets them go on.
@@ -49,31 +51,21 @@ fn preempted_rows_go_on_as_if_nothing_had_been(name: &str, dtype: Dtype) {
     let layout = BaseLayout::of(&config(name), dtype);
     let strategy = (prop::collection::vec(ask(), 1..6), 0usize..30);
     let seen = std::cell::Cell::new(0);
-    let mut runner =
-        proptest::test_runner::TestRunner::new(ProptestConfig { cases: 24, ..Default::default() });
-    runner
-        .run(&strategy, |(asks, after_events)| {
-            let (alone, _) =
-                answers(&layout, limits(&layout, 128, 4, 40), &asks.iter().collect::<Vec<_>>(), false);
-            block_on(async {
-                let engine = Engine::start(limits(&layout, 16, 4, 40)).unwrap();
-                let base = install(&engine, &layout, 7).await;
-                engine.activate(base).await.unwrap();
-                let lenses = [
-                    load_lens(&engine, base, &layout.config, 2).await,
-                    load_lens(&engine, base, &layout.config, 3).await,
-                ];
-                let requests = asks.iter().map(|ask| ask.request(base, &lenses)).collect();
-                let (answers, count) = preempted(&engine, requests, after_events).await;
-                seen.set(seen.get() + count);
-                let end = settled(&engine).await;
-                engine.shutdown().await;
-                prop_assert_eq!(answers, alone);
-                prop_assert_eq!(end.kv_blocks_free, end.kv_blocks_total);
-                Ok(())
-            })
+    check(&strategy, |(asks, after_events)| {
+        let (alone, _) =
+            answers(&layout, limits(&layout, 128, 4, 40), &asks.iter().collect::<Vec<_>>(), false);
+        block_on(async {
+            let (engine, base, lenses) = start(&layout, limits(&layout, 16, 4, 40)).await;
+            let requests = asks.iter().map(|ask| ask.request(base, &lenses)).collect();
+            let (answers, count) = preempted(&engine, requests, after_events).await;
+            seen.set(seen.get() + count);
+            let end = settled(&engine).await;
+            engine.shutdown().await;
+            prop_assert_eq!(answers, alone);
+            prop_assert_eq!(end.kv_blocks_free, end.kv_blocks_total);
+            Ok(())
         })
-        .unwrap();
+    });
     assert!(seen.get() > 0, "every row had ended before");
 }
 
