@@ -15,7 +15,7 @@ use turret_crds::report::EvictionReason;
 use super::failure::Failure;
 use super::orders::epoch_seconds;
 use super::owner::{Owner, Permitted, Span, Stage, Turn, Waiter, Why};
-use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted};
+use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted, can_switch};
 use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
 use super::table::{LensKey, Phase};
@@ -563,17 +563,16 @@ impl Owner {
     }
 
     fn start_switch(&mut self, to: &BaseKey) {
-        if self.table.phases().any(|phase| phase != Phase::Resident) || self.reconfiguring.is_some() {
-            // Its end is a message, and this is looked at again.
+        let Some(base) = self.bases.get(to).and_then(|b| b.stage.ready()).cloned() else { return };
+        let (bytes, working_bytes) = (base.layout.bytes, self.working_bytes(to, &self.limits));
+        // As the engine has it.
+        let room = self.limits.device_bytes.saturating_sub(self.limits.lens_bytes);
+        let can_switch = can_switch(&self.table, room, to, bytes.saturating_add(working_bytes));
+        if !can_switch || self.reconfiguring.is_some() {
+            // The end of what is in the way is a message, and this is looked at again.
             return;
         }
-        let Some(base) = self.bases.get(to).and_then(|b| b.stage.ready()).cloned() else { return };
-        let wanted = Wanted::Base {
-            key: to.clone(),
-            bytes: base.layout.bytes,
-            working_bytes: self.working_bytes(to, &self.limits),
-            instead_of_active: true,
-        };
+        let wanted = Wanted::Base { key: to.clone(), bytes, working_bytes, instead_of_active: true };
         let free_first = match self.plan(&wanted, &BTreeSet::new(), Instant::now()) {
             Ok(plan) => plan.evict_bases,
             // The engine says exactly by how much.

@@ -36,6 +36,8 @@ mod resolving;
 pub mod source;
 pub mod switch;
 pub mod table;
+#[cfg(test)]
+mod tests;
 pub mod token;
 mod work;
 

@@ -314,7 +314,7 @@ impl Owner {
         }
     }
 
-    fn handle(&mut self, message: Message) {
+    pub(super) fn handle(&mut self, message: Message) {
         match message {
             Message::Offer { document, reply } => {
                 let verdict = self.offer(*document);
