@@ -130,11 +130,18 @@ struct Running {
     permit: Permit,
 }
 
-/// The client went away.
-struct Gone;
+/// What came of a row that was preempted.
+enum Again {
+    /// It goes on.
+    Runs(Running),
+    /// It cannot go on.
+    Failed(ApiError),
+    /// The client went away.
+    Left,
+}
 
 /// Times that a row which goes on may be overtaken by the next switch.
-const TURNS: u32 = 1000;
+const OVERTAKEN: u32 = 1000;
 
 impl Follower {
     async fn follow(mut self, row: RowStream, permit: Permit) {
@@ -154,12 +161,12 @@ impl Follower {
                     self.first = None;
                     self.send(Piece::Preempted);
                     match self.go_on(running).await {
-                        Ok(Ok(again)) => {
+                        Again::Runs(again) => {
                             running = again;
                             continue;
                         }
-                        Ok(Err(error)) => return self.send(Piece::Failed(error)),
-                        Err(Gone) => return,
+                        Again::Failed(error) => return self.send(Piece::Failed(error)),
+                        Again::Left => return,
                     }
                 }
                 Some(RowEvent::Failed(failure)) => {
@@ -187,7 +194,7 @@ impl Follower {
     }
 
     /// Waits for the base and the lens, and submits the row again: over the same weights, at the same strength.
-    async fn go_on(&self, preempted: Running) -> Result<Result<Running, ApiError>, Gone> {
+    async fn go_on(&self, preempted: Running) -> Again {
         let what = |permit: &Permit| {
             (
                 permit.base_key.clone(),
@@ -199,30 +206,30 @@ impl Follower {
         drop(row);
         let before = what(&permit);
         let scale = permit.lens.as_ref().map(|lens| lens.scale);
-        for _ in 0..TURNS {
+        for _ in 0..OVERTAKEN {
             permit = tokio::select! {
                 again = permit.again(self.job.model.clone()) => match again {
                     Ok(permit) => permit,
-                    Err(refusal) => return Ok(Err(refusal.into())),
+                    Err(refusal) => return Again::Failed(refusal.into()),
                 },
-                () = self.pieces.closed() => return Err(Gone),
+                () = self.pieces.closed() => return Again::Left,
             };
             if what(&permit) != before {
                 let message = "the row was preempted for another base, and the model's files changed before it could go on; \
                                send the request again";
-                return Ok(Err(ApiError::unavailable("preempted", message, Duration::from_secs(1))));
+                return Again::Failed(ApiError::unavailable("preempted", message, Duration::from_secs(1)));
             }
             if let (Some(lens), Some(scale)) = (&mut permit.lens, scale) {
                 lens.scale = scale;
             }
             match self.app.engine.submit(self.job.row(&permit, self.tokens.clone())).await {
-                Ok(row) => return Ok(Ok(Running { row, permit })),
+                Ok(row) => return Again::Runs(Running { row, permit }),
                 // Overtaken by the next switch.
                 Err(SubmitError::BaseNotActive) => {}
-                Err(error) => return Ok(Err(error.into())),
+                Err(error) => return Again::Failed(error.into()),
             }
         }
-        Ok(Err(SubmitError::BaseNotActive.into()))
+        Again::Failed(SubmitError::BaseNotActive.into())
     }
 
     fn token(

@@ -36,8 +36,8 @@ const LOAD_HEADER: &str = "x-turret-load-ms";
 const SWITCH_HEADER: &str = "x-turret-switch-ms";
 /// Tokens of a text completion that does not say how many, as OpenAI's default.
 const DEFAULT_TEXT_TOKENS: u32 = 16;
-/// A permit that was overtaken by a switch is asked for again, so often.
-const TURNS: u32 = 3;
+/// Times that a row is begun: its permit may be overtaken by a switch, or its lens be replaced.
+const ATTEMPTS: u32 = 3;
 
 /// `POST /v1/chat/completions`.
 pub async fn chat(
@@ -125,7 +125,7 @@ async fn begin(
     answered_as: String,
     since: Instant,
 ) -> Result<Begun, ApiError> {
-    let mut turn = 1;
+    let mut attempt = 1;
     let (mut pieces, head, answer, tokenizer) = loop {
         let Spoken { base, lens_digest, tokenizer } = prepared(&app, &model).await?;
         let prompt = prompt(&request.input, &tokenizer)?;
@@ -134,8 +134,8 @@ async fn begin(
         let sampling = request.sampling(base.tokenizer.defaults(), rand::random());
         let permit = app.residency.acquire(model.clone()).await?;
         // Another lens came under this name meanwhile, perhaps with another tokenizer.
-        if permit.lens.as_ref().map(|lens| &lens.digest) != lens_digest.as_ref() && turn < TURNS {
-            turn += 1;
+        if permit.lens.as_ref().map(|lens| &lens.digest) != lens_digest.as_ref() && attempt < ATTEMPTS {
+            attempt += 1;
             continue;
         }
         let waited = (permit.loaded_in, permit.switched_in);
@@ -178,7 +178,7 @@ async fn begin(
                 break (pieces, head, answer, tokenizer);
             }
             // Overtaken by a switch that ended the drain: back into the queue.
-            Err(SubmitError::BaseNotActive) if turn < TURNS => turn += 1,
+            Err(SubmitError::BaseNotActive) if attempt < ATTEMPTS => attempt += 1,
             Err(error) => return Err(error.into()),
         }
     };

@@ -21,10 +21,9 @@ use crate::engine::handle::{BaseId, EngineConfig, EngineHandle, LensId};
 use crate::engine::row::{RowEvent, RowFailure, RowLens, RowRequest, RowStream, Sampling};
 use crate::lens::lora::LoraFolder;
 use crate::lens::tap::Activations;
-use crate::lens::{FilledLens, LensLayout};
 use crate::model::config::ModelConfig;
 use crate::model::weights::{BaseFolder, BaseLayout, Embedding};
-use crate::residency::prepared::{Identity, Prepared, write};
+use crate::residency::prepared::{Identity, Prepared, PreparedLens, write};
 
 /// Rows that the engine may compute together, at least.
 pub(super) const ROWS: u32 = 32;
@@ -59,10 +58,9 @@ struct Spare {
 impl Spare {
     async fn load(&self, engine: &EngineHandle) -> Result<LensId, BenchError> {
         let prepared = Prepared::open(self.prepared.path(), &self.identity)?.expect("it was just written");
-        let layout: LensLayout = serde_json::from_str(prepared.layout()).expect("a layout was written");
-        let mut region = engine.reserve_lens(&layout).await?;
-        prepared.read(region.bytes_mut(), &|_| {})?;
-        let lens = FilledLens::new(self.config.clone(), layout, region);
+        let prepared = PreparedLens::new(prepared)?;
+        let region = engine.reserve_lens(prepared.layout()).await?;
+        let lens = prepared.fill(self.config.clone(), region, &|_| {})?;
         Ok(engine.install_lens(self.base, lens).await?)
     }
 

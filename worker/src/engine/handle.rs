@@ -276,7 +276,7 @@ pub struct Snapshot {
     pub prompt_tokens_total: u64,
     /// Tokens generated since the start.
     pub generated_tokens_total: u64,
-    /// Tokens of the prompts of rows that might find some of them in the cache.
+    /// Tokens of the prompts of rows that might find some of them in the cache; once for a row that was preempted and goes on.
     pub prefix_queried_tokens_total: u64,
     /// Of these, tokens that were there.
     pub prefix_cached_tokens_total: u64,

@@ -108,7 +108,7 @@ struct Totals {
     steps: u64,
     prompt_tokens: u64,
     generated_tokens: u64,
-    /// Prompt tokens of all rows that may share blocks, and those of them that were in the cache.
+    /// Prompt tokens of all new rows that may share blocks, and those of them that were in the cache.
     queried_tokens: u64,
     cached_tokens: u64,
     preemptions: u64,
@@ -487,10 +487,11 @@ impl Core {
         let active = self.active.as_ref().expect("the row is over the active base");
         let blocks = active.needs.min_blocks as usize;
         let width = self.bases[&row.base].layout.config.hidden_size;
-        let prompt = row.prompt.len() as u64;
+        // A row that goes on was counted when it first came.
+        let queried = if row.generated.is_empty() { row.prompt.len() as u64 } else { 0 };
         let mut sequence = Sequence::new(row, lenses, (blocks, width), (id, sender));
         if let Some(chain) = chain {
-            self.totals.queried_tokens += prompt;
+            self.totals.queried_tokens += queried;
             sequence = sequence.sharing(chain);
         }
         self.waiting.push(sequence);

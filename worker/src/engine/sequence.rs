@@ -163,7 +163,8 @@ impl Sequence {
             .filter(|chain| pending > 1 && self.prompt_logprobs.is_none() && chain.is_at(self.computed))
     }
 
-    /// Goes on behind the blocks that others have computed, if there are any. Gives how many tokens it need not compute.
+    /// Goes on behind the blocks that others have computed, if there are any. Gives how many tokens it need not compute, if
+    /// it has not begun before.
     pub(crate) fn reuse(&mut self, pool: &mut BlockPool) -> u32 {
         if self.may_reuse().is_none() {
             return 0;
@@ -176,7 +177,7 @@ impl Sequence {
         }
         self.cached += tokens;
         self.sender.note_cached(self.cached);
-        tokens
+        if self.began_with > 0 { 0 } else { tokens }
     }
 
     /// Lets others find the blocks that it has computed.

@@ -15,7 +15,7 @@ use turret_crds::report::EvictionReason;
 use super::failure::Failure;
 use super::orders::epoch_seconds;
 use super::owner::{Owner, Permitted, Span, Stage, Standing, Turn, Waiter, Why};
-use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted};
+use super::plan::{CannotFit, Inventory, Leaving, Order, Plan, Until, Wanted, can_switch};
 use super::resolve::ResolvedLens;
 use super::switch::{Decision, Situation, Waiting, decide};
 use super::table::{LensKey, Phase};
@@ -436,7 +436,7 @@ impl Owner {
                 until_ms.map(|ms| self.began + Duration::from_millis(ms))
             }
             Decision::Drain { to } => {
-                let why = if situation.active.is_some() { Why::Waiters } else { Why::Asked };
+                let why = if situation.active.is_some() { Why::Waiters } else { Why::Undeclared };
                 self.drain_for(to, why, now);
                 None
             }
@@ -458,6 +458,9 @@ impl Owner {
             (Why::Waiters, None) => demand.others.contains_key(to),
             (Why::Declared, None) => false,
             (Why::Asked, None) => true,
+            (Why::Undeclared, None) => {
+                self.table.active.as_ref().is_none_or(|active| !self.bases.contains_key(active))
+            }
         }
     }
 
@@ -481,7 +484,7 @@ impl Owner {
     /// Admits nothing more over the active base, and switches when what runs has ended.
     fn drain_for(&mut self, to: BaseKey, why: Why, now: Instant) {
         let rule = self.document.as_ref().map_or_else(SwitchingRule::default, |document| document.switching);
-        tracing::info!(to = %to, rows = self.permits.len(), "draining for a switch of base");
+        tracing::info!(to = %to, ?why, rows = self.permits.len(), "draining for a switch of base");
         let until = now + Duration::from_secs(u64::from(rule.drain_seconds));
         self.turn = Turn::Draining { to: to.clone(), until, why };
         if self.permits.is_empty() {
@@ -560,17 +563,16 @@ impl Owner {
     }
 
     fn start_switch(&mut self, to: &BaseKey) {
-        if self.table.phases().any(|phase| phase != Phase::Resident) || self.reconfiguring.is_some() {
-            // Its end is a message, and this is looked at again.
+        let Some(base) = self.bases.get(to).and_then(|b| b.stage.ready()).cloned() else { return };
+        let (bytes, working_bytes) = (base.layout.bytes, self.working_bytes(to, &self.limits));
+        // As the engine has it.
+        let room = self.limits.device_bytes.saturating_sub(self.limits.lens_bytes);
+        let can_switch = can_switch(&self.table, room, to, bytes.saturating_add(working_bytes));
+        if !can_switch || self.reconfiguring.is_some() {
+            // The end of what is in the way is a message, and this is looked at again.
             return;
         }
-        let Some(base) = self.bases.get(to).and_then(|b| b.stage.ready()).cloned() else { return };
-        let wanted = Wanted::Base {
-            key: to.clone(),
-            bytes: base.layout.bytes,
-            working_bytes: self.working_bytes(to, &self.limits),
-            instead_of_active: true,
-        };
+        let wanted = Wanted::Base { key: to.clone(), bytes, working_bytes, instead_of_active: true };
         let free_first = match self.plan(&wanted, &BTreeSet::new(), Instant::now()) {
             Ok(plan) => plan.evict_bases,
             // The engine says exactly by how much.

@@ -105,12 +105,16 @@ impl Owner {
         self.look_ahead = true;
     }
 
-    /// What is in memory is pinned, leased and grouped by its names, which have changed.
+    /// All names may be others now.
     pub(super) fn follow_names(&mut self) {
         let held: Vec<LensKey> = self.table.lenses.keys().cloned().collect();
-        for key in held {
-            let (kept, group) = (self.is_kept(&key), self.group_index(&key));
-            let held = self.table.lenses.get_mut(&key).expect("just listed");
+        held.iter().for_each(|key| self.follow_names_of(key));
+    }
+
+    /// What is in memory is pinned, leased and grouped by its names: these have changed, or what is said of them.
+    pub(super) fn follow_names_of(&mut self, key: &LensKey) {
+        let (kept, group) = (self.is_kept(key), self.group_index(key));
+        if let Some(held) = self.table.lenses.get_mut(key) {
             (held.kept, held.group) = (kept, group);
         }
     }
@@ -161,7 +165,7 @@ impl Owner {
     }
 
     /// The place in the document of the first group that declares these files.
-    pub(super) fn group_index(&self, key: &LensKey) -> u16 {
+    fn group_index(&self, key: &LensKey) -> u16 {
         let name = self.lenses.names(key).next();
         let groups = self.document.iter().flat_map(|document| &document.groups);
         let at = name.and_then(|name| groups.map(|group| &group.name).position(|group| *group == name.0));

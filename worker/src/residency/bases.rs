@@ -111,7 +111,7 @@ impl Owner {
         }
     }
 
-    /// Starts the switch to a base. Nothing runs, and no lens is on its way.
+    /// Starts the switch to a base. Nothing runs, nothing leaves, and no lens is on its way; other bases may be.
     pub(super) fn switch_to(&mut self, to: BaseKey, base: Arc<ResolvedBase>, free_first: &[BaseKey]) {
         let active = self.table.active.clone();
         let mut parked: Vec<(u64, BaseKey)> = self
@@ -165,8 +165,8 @@ impl Owner {
                 self.table.bases.get_mut(key).expect("just held").phase = Phase::Resident;
             }
         }
-        // What was on its way and did not come.
-        self.table.bases.retain(|_, held| held.phase != Phase::Loading);
+        // It was on its way and did not come. Others that are may still.
+        self.table.bases.retain(|key, held| *key != to || held.phase != Phase::Loading);
         let before = std::mem::replace(&mut self.table.active, outcome.active);
         let now = Instant::now();
         self.active_since = now;

@@ -36,6 +36,8 @@ mod resolving;
 pub mod source;
 pub mod switch;
 pub mod table;
+#[cfg(test)]
+mod tests;
 pub mod token;
 mod work;
 
@@ -152,8 +154,7 @@ impl Permit {
     pub async fn again(mut self, model: ModelName) -> Result<Permit, Refusal> {
         let (reply, answer) = oneshot::channel();
         if let Some(number) = self.number.take() {
-            let measured = self.measured;
-            let _ = self.owner.send(Message::AcquireAgain { number, measured, model, reply });
+            let _ = self.owner.send(Message::AcquireAgain { number, model, reply });
         }
         answer.await.unwrap_or(Err(Refusal::Draining))
     }
@@ -236,36 +237,14 @@ pub struct Residency {
 /// the batch, events by the jobs that run.
 #[derive(Debug)]
 enum Message {
-    Offer {
-        document: Box<WorkerDocument>,
-        reply: oneshot::Sender<Verdict>,
-    },
-    Acquire {
-        model: ModelName,
-        reply: oneshot::Sender<Result<Permit, Refusal>>,
-    },
-    AcquireAgain {
-        number: u64,
-        measured: Measured,
-        model: ModelName,
-        reply: oneshot::Sender<Result<Permit, Refusal>>,
-    },
+    Offer { document: Box<WorkerDocument>, reply: oneshot::Sender<Verdict> },
+    Acquire { model: ModelName, reply: oneshot::Sender<Result<Permit, Refusal>> },
+    AcquireAgain { number: u64, model: ModelName, reply: oneshot::Sender<Result<Permit, Refusal>> },
     End,
-    Release {
-        number: u64,
-        outcome: Outcome,
-        measured: Measured,
-    },
-    Leave {
-        refuse: bool,
-    },
-    Idle {
-        reply: oneshot::Sender<()>,
-    },
-    Order {
-        order: Order,
-        reply: oneshot::Sender<Result<Obeyed, OrderError>>,
-    },
+    Release { number: u64, outcome: Outcome, measured: Measured },
+    Leave { refuse: bool },
+    Idle { reply: oneshot::Sender<()> },
+    Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
     Event(work::Event),
 }
 

@@ -298,10 +298,7 @@ impl Owner {
         self.leases_changed = true;
         self.look_ahead = true;
         if let Some(key) = self.lenses.get(name).and_then(DeclaredLens::key) {
-            let kept = self.is_kept(&key);
-            if let Some(held) = self.table.lenses.get_mut(&key) {
-                held.kept = kept;
-            }
+            self.follow_names_of(&key);
         }
         self.lenses.count(name, |_| {});
     }

@@ -142,8 +142,10 @@ pub(super) enum Why {
     Waiters,
     /// The document says so.
     Declared,
-    /// Somebody asked for it by hand, or the active one is not declared any more.
+    /// Somebody asked for it by hand.
     Asked,
+    /// The active one is not declared any more.
+    Undeclared,
 }
 
 /// Where the switch of bases stands.
@@ -152,6 +154,15 @@ pub(super) enum Turn {
     Steady,
     Draining { to: BaseKey, until: Instant, why: Why },
     Switching { to: BaseKey, since: Instant },
+}
+
+/// Whether the prepared files are being counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Counting {
+    Idle,
+    Running,
+    /// They are, and there is one more by now: they are counted again after that.
+    Outdated,
 }
 
 /// When something was on its way, so that those who waited can be told how long it took.
@@ -186,9 +197,7 @@ pub(super) struct Owner {
     pub(super) next_token: u64,
     pub(super) recheck_at: Instant,
     pub(super) rechecking: bool,
-    /// Whether the prepared files are being counted, and whether they are to be counted again after that.
-    pub(super) counting_prepared: bool,
-    pub(super) count_prepared_again: bool,
+    pub(super) counting_prepared: Counting,
 
     pub(super) table: Table,
     /// Whether something may be in memory that is to leave without anybody needing its room.
@@ -267,8 +276,7 @@ impl Owner {
             next_token: 0,
             recheck_at: now + RECHECK,
             rechecking: false,
-            counting_prepared: false,
-            count_prepared_again: false,
+            counting_prepared: Counting::Idle,
             table: Table::default(),
             untidy: false,
             base_ids: BTreeMap::new(),
@@ -333,7 +341,7 @@ impl Owner {
         }
     }
 
-    fn handle(&mut self, message: Message) {
+    pub(super) fn handle(&mut self, message: Message) {
         match message {
             Message::Offer { document, reply } => {
                 let verdict = self.offer(*document);
@@ -343,8 +351,9 @@ impl Owner {
             }
             Message::Acquire { model, reply } => self.enqueue(model, false, reply),
             // One message, so that the row is never unknown in between.
-            Message::AcquireAgain { number, measured, model, reply } => {
-                self.release(number, Outcome::Preempted, &measured);
+            Message::AcquireAgain { number, model, reply } => {
+                // What it took is told once, at its end.
+                self.release(number, Outcome::Preempted, &Measured::default());
                 self.enqueue(model, true, reply);
             }
             Message::End => self.refuse_all(),

@@ -298,6 +298,29 @@ impl Inventory<'_> {
     }
 }
 
+/// Whether a switch to a base can begin that takes so many bytes, those of its least workspace and KV cache included. `room`
+/// is what there is for bases and what serving one takes.
+///
+/// Rows have ended by then, so what is in memory may leave. What is on its way cannot, and is not waited for if there is
+/// room beside it: whoever waits for the switch comes before a base that nobody has asked for yet.
+pub fn can_switch(table: &Table, room: u64, to: &BaseKey, bytes: u64) -> bool {
+    // For as long as a lens moves, the base below it cannot leave.
+    if table.lenses.values().any(|held| held.phase != Phase::Resident) {
+        return false;
+    }
+    let mut loading = 0u64;
+    for (key, held) in &table.bases {
+        match held.phase {
+            Phase::Resident => {}
+            Phase::Loading if key != to => loading = loading.saturating_add(held.bytes),
+            // It comes by itself, or makes room soon.
+            Phase::Loading | Phase::Leaving => return false,
+        }
+    }
+    // With nothing beside it, it is tried in any case: the engine says exactly by how much it is too large.
+    loading == 0 || loading.saturating_add(bytes) <= room
+}
+
 /// Bytes of bases that are not leaving already.
 fn staying_base_bytes(table: &Table) -> u64 {
     table.bases.values().filter(|h| h.phase != Phase::Leaving).map(|h| h.bytes).sum()
@@ -525,6 +548,23 @@ mod tests {
         assert_eq!(memory.plan_base(50, false).unwrap().evict_bases, [base(2), base(1)]);
     }
 
+    #[test]
+    fn a_switch_waits_for_what_it_needs_and_for_what_leaves_it_no_room() {
+        let mut memory = Memory::new(&[(0, 20, 1), (1, 30, 2)], &[(0, 1, 10, 0, 0)]);
+        memory.table.active = Some(base(0));
+        let can = |memory: &Memory, to: u8, bytes: u64| can_switch(&memory.table, 70, &base(to), bytes);
+        assert!(can(&memory, 9, 1000), "the engine says by how much");
+        memory.table.bases.get_mut(&base(1)).unwrap().phase = Phase::Loading;
+        assert!(can(&memory, 9, 40), "the active one may leave");
+        assert!(!can(&memory, 9, 41));
+        assert!(!can(&memory, 1, 30), "it is on its way already");
+        memory.lens(&lens(0, 1)).phase = Phase::Loading;
+        assert!(!can(&memory, 9, 40));
+        memory.lens(&lens(0, 1)).phase = Phase::Resident;
+        memory.table.bases.get_mut(&base(1)).unwrap().phase = Phase::Leaving;
+        assert!(!can(&memory, 9, 1));
+    }
+
     fn any_phase() -> impl Strategy<Value = Phase> {
         prop_oneof![3 => Just(Phase::Resident), 1 => Just(Phase::Loading), 1 => Just(Phase::Leaving)]
     }
@@ -632,6 +672,21 @@ mod tests {
                         prop_assert!(idle.plan(&wanted, &budgets, &BTreeSet::new()).is_ok());
                     }
                 }
+            }
+        }
+
+        #[test]
+        fn a_switch_that_begins_beside_a_load_has_a_plan(
+            (mut memory, budgets) in any_memory(), loading in 1u64..20, bytes in 1u64..60,
+        ) {
+            // By then no row runs, and no lens moves.
+            memory.table.bases.values_mut().for_each(|held| held.users = 0);
+            memory.table.lenses.values_mut().for_each(|held| (held.users, held.phase) = (0, Phase::Resident));
+            memory.table.bases.insert(base(50), Held { phase: Phase::Loading, ..held_base(loading, 0, 9) });
+            let room = budgets.device_bytes - budgets.lens_bytes;
+            if can_switch(&memory.table, room, &base(99), bytes) {
+                let wanted = Wanted::Base { key: base(99), bytes, working_bytes: 0, instead_of_active: true };
+                prop_assert!(memory.plan(&wanted, &budgets, &BTreeSet::new()).is_ok());
             }
         }
 

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
@@ -23,6 +24,9 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 use twox_hash::XxHash3_64;
 
+use crate::engine::arena::Region;
+use crate::lens::{FilledLens, LensLayout};
+use crate::model::config::ModelConfig;
 use crate::model::weights::{Dtype, Quantization};
 use turret_kernels::simd::InstructionSet;
 
@@ -193,6 +197,45 @@ impl Prepared {
     }
 }
 
+/// A prepared file that holds a lens.
+#[derive(Debug)]
+pub struct PreparedLens {
+    prepared: Prepared,
+    layout: LensLayout,
+}
+
+impl PreparedLens {
+    /// Takes a prepared file as that of a lens.
+    ///
+    /// # Errors
+    /// When what is in it is not laid out as a lens of its length.
+    pub fn new(prepared: Prepared) -> Result<Self, Unusable> {
+        let layout = serde_json::from_str::<LensLayout>(prepared.layout()).ok();
+        let layout = layout.filter(|layout| layout.bytes == prepared.bytes());
+        let layout = layout.ok_or(Unusable::Altered("its layout is another one"))?;
+        Ok(Self { prepared, layout })
+    }
+
+    /// What a region for it is reserved by.
+    pub fn layout(&self) -> &LensLayout {
+        &self.layout
+    }
+
+    /// Fills such a region, for a base of this architecture. `on_percent` is told how far it is.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is not what was written.
+    pub fn fill(
+        self,
+        base: Arc<ModelConfig>,
+        mut region: Region,
+        on_percent: &(dyn Fn(u8) + Sync),
+    ) -> Result<FilledLens, Unusable> {
+        self.prepared.read(region.bytes_mut(), on_percent)?;
+        Ok(FilledLens::new(base, self.layout, region))
+    }
+}
+
 /// Writes the prepared file of a region, unless it is told to stop. Tells whether it is whole.
 ///
 /// Not synced: after a loss of power the checksums tell whether it is.
@@ -305,6 +348,34 @@ mod tests {
         let mut written = Vec::new();
         assert!(!write(&mut written, &identity("a"), String::new(), &region(3 * CHUNK), &stop).unwrap());
         assert!(written.len() < CHUNK);
+    }
+
+    #[test]
+    fn a_lens_comes_back_as_it_was_and_nothing_else_is_taken_for_one() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/features-qwen2");
+        let arena = Arena::new(1 << 30).unwrap();
+        let mut on_progress = |_| ControlFlow::Continue(());
+        let base = BaseFolder::open(&fixture.join("model"), None).unwrap();
+        let region = arena.reserve(Part::Base, base.layout().bytes).unwrap();
+        let base = base.fill(region, &mut on_progress).unwrap();
+        let lens = LoraFolder::open(&fixture.join("lenses/save-norms"), base.layout()).unwrap();
+        let region = arena.reserve(Part::Lens, lens.layout().bytes).unwrap();
+        let lens = lens.fill(region, &base, &mut on_progress).unwrap();
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        let written = |layout: String, region: &[u8]| {
+            write(File::create(&path).unwrap(), &identity("a"), layout, region, &goes_on()).unwrap();
+            PreparedLens::new(Prepared::open(&path, &identity("a")).unwrap().unwrap())
+        };
+        let layout = serde_json::to_string(lens.layout()).unwrap();
+        let prepared = written(layout.clone(), lens.bytes()).unwrap();
+        let region = arena.reserve(Part::Lens, prepared.layout().bytes).unwrap();
+        let again = prepared.fill(base.layout().config.clone(), region, &|_| {}).unwrap();
+        assert!(again.layout() == lens.layout() && again.bytes() == lens.bytes());
+        for (layout, region) in [(layout, &lens.bytes()[1..]), ("{}".into(), lens.bytes())] {
+            assert!(matches!(written(layout, region), Err(Unusable::Altered(_))));
+        }
     }
 
     /// What lies in memory of the fixtures. Equal files must lie equally for as long as the version is the same, or what was

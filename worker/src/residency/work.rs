@@ -1,6 +1,7 @@
 //! What runs beside the owner, and what it hears of it: loads and removals of lenses, and the outcomes of all other jobs.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use tokio::time::Instant;
@@ -13,7 +14,7 @@ use super::failure::Failure;
 use super::fetch::OnFetch;
 use super::loader::{LoadError, OnPercent, SwitchOutcome};
 use super::orders::epoch_seconds;
-use super::owner::{Owner, Stage};
+use super::owner::{Counting, Owner, Stage};
 use super::plan::Leaving;
 use super::resolve::{ResolvedBase, ResolvedLens};
 use super::table::{HeldLens, LensKey, Phase};
@@ -21,6 +22,8 @@ use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
 /// Bytes of a download between two reports of how far it is.
 const FETCH_STEP: u64 = 4 << 20;
+/// Percent of a load between two.
+const PERCENT_STEP: u64 = 5;
 
 /// What a job reports.
 #[derive(Debug)]
@@ -176,13 +179,15 @@ impl Owner {
                     self.lenses.mark_key(&key);
                 }
             }
-            Event::Prepared if self.counting_prepared => self.count_prepared_again = true,
-            Event::Prepared => self.count_prepared(),
+            Event::Prepared => match self.counting_prepared {
+                Counting::Idle => self.count_prepared(),
+                Counting::Running | Counting::Outdated => self.counting_prepared = Counting::Outdated,
+            },
             Event::PreparedCounted(bytes) => {
                 self.published.disk.prepared_bytes = bytes;
-                self.counting_prepared = false;
-                if std::mem::take(&mut self.count_prepared_again) {
-                    self.count_prepared();
+                match self.counting_prepared {
+                    Counting::Outdated => self.count_prepared(),
+                    Counting::Idle | Counting::Running => self.counting_prepared = Counting::Idle,
                 }
             }
             Event::Switched(outcome) => self.on_switched(outcome),
@@ -199,12 +204,13 @@ impl Owner {
             phase: Phase::Loading,
             percent: 0,
             users: 0,
-            kept: self.is_kept(&key),
+            kept: false,
             entry,
-            group: self.group_index(&key),
+            group: 0,
             id: None,
         };
         self.table.lenses.insert(key.clone(), held);
+        self.follow_names_of(&key);
         self.lenses.mark_key(&key);
         let loader = self.loader.clone();
         let since = Instant::now();
@@ -304,7 +310,7 @@ impl Owner {
 
     /// Counts what the prepared files take: when the worker starts, and whenever there is one more.
     pub(super) fn count_prepared(&mut self) {
-        self.counting_prepared = true;
+        self.counting_prepared = Counting::Running;
         let cache = self.start.resolver.fetcher.cache().clone();
         self.spawn(async move {
             let counted = tokio::task::spawn_blocking(move || cache.prepared_bytes()).await;
@@ -314,16 +320,10 @@ impl Owner {
 
     /// Has a job report how far its downloads are, every few MiB.
     pub(super) fn on_fetch(&self, event: impl Fn(FetchReport) -> Event + Send + Sync + 'static) -> OnFetch {
-        let messages = self.messages.clone();
-        let told = std::sync::atomic::AtomicU64::new(0);
+        let (messages, told) = (self.messages.clone(), Told::every(FETCH_STEP));
         Arc::new(move |fetched_bytes, known_bytes| {
-            let last = told.load(Relaxed);
-            // Less than before is an attempt that began anew.
-            if fetched_bytes < last
-                || fetched_bytes - last >= FETCH_STEP
-                || known_bytes == Some(fetched_bytes)
-            {
-                told.store(fetched_bytes, Relaxed);
+            // The end is news, however near it was.
+            if told.is_news(fetched_bytes) || known_bytes == Some(fetched_bytes) {
                 let fetch = FetchReport { fetched_bytes, known_bytes };
                 let _ = messages.send(Message::Event(event(fetch)));
             }
@@ -332,11 +332,9 @@ impl Owner {
 
     /// Has a job report how far it is, every few percent.
     pub(super) fn on_percent(&self, event: impl Fn(u8) -> Event + Send + Sync + 'static) -> OnPercent {
-        let messages = self.messages.clone();
-        let last = std::sync::atomic::AtomicU8::new(0);
+        let (messages, told) = (self.messages.clone(), Told::every(PERCENT_STEP));
         Arc::new(move |percent| {
-            if percent >= last.load(Relaxed).saturating_add(5) {
-                last.store(percent, Relaxed);
+            if told.is_news(u64::from(percent)) {
                 let _ = messages.send(Message::Event(event(percent)));
             }
         })
@@ -346,5 +344,40 @@ impl Owner {
         self.table.lenses.remove(key);
         self.lenses.mark_key(key);
         self.look_ahead = true;
+    }
+}
+
+/// How far a job said that it is. Not every step on the way is news to anybody.
+#[derive(Debug)]
+struct Told {
+    step: u64,
+    last: AtomicU64,
+}
+
+impl Told {
+    fn every(step: u64) -> Self {
+        Self { step, last: AtomicU64::new(0) }
+    }
+
+    /// Whether this is to be told. What is a step less than before is an attempt that began anew.
+    fn is_news(&self, now: u64) -> bool {
+        let is_news = now.abs_diff(self.last.load(Relaxed)) >= self.step;
+        if is_news {
+            self.last.store(now, Relaxed);
+        }
+        is_news
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_few_steps_are_told_and_an_attempt_that_began_anew() {
+        let told = Told::every(5);
+        let news: Vec<u64> =
+            [0, 4, 5, 6, 9, 11, 100, 0, 3, 5].into_iter().filter(|&now| told.is_news(now)).collect();
+        assert_eq!(news, [5, 11, 100, 0, 5]);
     }
 }

@@ -1,5 +1,7 @@
 //! Rows that are preempted for another base and go on when theirs is back.
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// Runs rows together, preempts all of them once one has reported so much, and lets them go on.
@@ -49,31 +51,21 @@ fn preempted_rows_go_on_as_if_nothing_had_been(name: &str, dtype: Dtype) {
     let layout = BaseLayout::of(&config(name), dtype);
     let strategy = (prop::collection::vec(ask(), 1..6), 0usize..30);
     let seen = std::cell::Cell::new(0);
-    let mut runner =
-        proptest::test_runner::TestRunner::new(ProptestConfig { cases: 24, ..Default::default() });
-    runner
-        .run(&strategy, |(asks, after_events)| {
-            let (alone, _) =
-                answers(&layout, limits(&layout, 128, 4, 40), &asks.iter().collect::<Vec<_>>(), false);
-            block_on(async {
-                let engine = Engine::start(limits(&layout, 16, 4, 40)).unwrap();
-                let base = install(&engine, &layout, 7).await;
-                engine.activate(base).await.unwrap();
-                let lenses = [
-                    load_lens(&engine, base, &layout.config, 2).await,
-                    load_lens(&engine, base, &layout.config, 3).await,
-                ];
-                let requests = asks.iter().map(|ask| ask.request(base, &lenses)).collect();
-                let (answers, count) = preempted(&engine, requests, after_events).await;
-                seen.set(seen.get() + count);
-                let end = settled(&engine).await;
-                engine.shutdown().await;
-                prop_assert_eq!(answers, alone);
-                prop_assert_eq!(end.kv_blocks_free, end.kv_blocks_total);
-                Ok(())
-            })
+    check(&strategy, |(asks, after_events)| {
+        let (alone, _) =
+            answers(&layout, limits(&layout, 128, 4, 40), &asks.iter().collect::<Vec<_>>(), false);
+        block_on(async {
+            let (engine, base, lenses) = start(&layout, limits(&layout, 16, 4, 40)).await;
+            let requests = asks.iter().map(|ask| ask.request(base, &lenses)).collect();
+            let (answers, count) = preempted(&engine, requests, after_events).await;
+            seen.set(seen.get() + count);
+            let end = settled(&engine).await;
+            engine.shutdown().await;
+            prop_assert_eq!(answers, alone);
+            prop_assert_eq!(end.kv_blocks_free, end.kv_blocks_total);
+            Ok(())
         })
-        .unwrap();
+    });
     assert!(seen.get() > 0, "every row had ended before");
 }
 
@@ -85,6 +77,27 @@ fn preempted_rows_go_on_as_if_nothing_had_been_in_bf16() {
 #[test]
 fn preempted_rows_go_on_as_if_nothing_had_been_beyond_the_original_context() {
     preempted_rows_go_on_as_if_nothing_had_been("Phi3ForCausalLM", Dtype::F32);
+}
+
+#[test]
+fn the_prompt_of_a_row_that_goes_on_is_counted_once() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    block_on(async {
+        let engine = Engine::start(limits(&layout, 16, 4, 8)).unwrap();
+        let base = install(&engine, &layout, 1).await;
+        engine.activate(base).await.unwrap();
+        let row = prefix::row(base, 1, &[]);
+        let events = run(&engine, row.clone()).await;
+        let before = settled(&engine).await;
+        assert_eq!(before.prefix_queried_tokens_total, row.prompt.len() as u64);
+        let generated = events.iter().filter_map(token).take(3).collect();
+        run(&engine, RowRequest { generated, ..row }).await;
+        let after = settled(&engine).await;
+        assert_eq!(after.prompt_tokens_total, before.prompt_tokens_total + 5, "four blocks were found");
+        let counted = |s: Snapshot| (s.prefix_queried_tokens_total, s.prefix_cached_tokens_total);
+        assert_eq!(counted(after), counted(before));
+        engine.shutdown().await;
+    });
 }
 
 #[test]
