@@ -28,7 +28,7 @@ enum Command {
     Demo(demo::Args),
     /// Run the tests: lint, unit, parity, api, cluster
     Test(test::TestArguments),
-    /// Measure, beside peers: engine
+    /// Measure: engine (beside peers), residency
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     /// A local Kubernetes, built from source: up, down, status, kubeconfig

@@ -16,6 +16,7 @@ use super::simulate::{
     Outcome, Setup, TooLarge, belady_bytes, pfoo_lower_bound_bytes, replay, static_top_bytes,
 };
 use super::trace::{self, Trace, TraceError};
+use super::usage::Usage;
 use super::workload::{Popularity, Sizes, Workload, budget_bytes};
 
 /// What to replay.
@@ -207,6 +208,7 @@ const DECISIONS: usize = 20_000;
 fn decision_table() -> String {
     let mut text = String::new();
     let (history, seconds_per_request) = history_after_requests();
+    line!(text, "What is remembered of a lens takes {} bytes.", size_of::<Usage>());
     line!(text, "A request is counted in {:.2} µs on average.\n", seconds_per_request * 1e6);
     let residents: Vec<_> = (0..RESIDENT).map(|n| resident(&history, n * (REGISTERED / RESIDENT))).collect();
     line!(text, "| policy | bytes needed | lenses that leave | p50 | p99 |\n|---|---|---|---|---|");

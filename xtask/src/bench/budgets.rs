@@ -1,4 +1,4 @@
-//! The budgets of an engine on a CPU, and what was found against each.
+//! Budgets, what was found against each, and those of an engine on a CPU.
 
 use serde_json::{Value, json};
 
@@ -32,7 +32,8 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    fn of(what: String, bound: Bound, found: Vec<f64>) -> Self {
+    /// Of what the rounds found.
+    pub(super) fn of(what: String, bound: Bound, found: Vec<f64>) -> Self {
         let holds = |found: &&f64| match bound {
             Bound::AtLeast(bound) => **found >= bound,
             Bound::AtMost(bound) => **found <= bound,
@@ -58,6 +59,20 @@ impl Budget {
         let found = self.found.map(|found| found.json());
         json!({"what": self.what, "found": found, bound: value, "holds": self.holds, "rounds": self.rounds})
     }
+}
+
+/// Budgets as a table.
+pub(super) fn markdown(budgets: &[Budget]) -> String {
+    let mut text = "\n## Budgets\n\n| | found | budget | |\n|---|---:|---:|---|\n".to_owned();
+    for budget in budgets {
+        let bound = match budget.bound {
+            Bound::AtLeast(bound) => format!("≥ {bound}"),
+            Bound::AtMost(bound) => format!("≤ {bound}"),
+        };
+        let found = budget.found.map_or("–".into(), |found| found.show());
+        text += &format!("| {} | {found} | {bound} | {} |\n", budget.what, budget.verdict());
+    }
+    text
 }
 
 /// Looks up what one round found.

@@ -50,6 +50,18 @@ impl Machine {
             huge_pages: chosen.map_or("unknown", |(chosen, _)| chosen).into(),
         }
     }
+
+    /// All of it on one line.
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "{}, {} processors ({}), {:.0} GiB of memory, huge pages: {}",
+            self.processor,
+            self.processors,
+            self.flags.join(" "),
+            self.memory_bytes as f64 / f64::from(1 << 30),
+            self.huge_pages
+        )
+    }
 }
 
 #[cfg(test)]
@@ -67,5 +79,7 @@ mod tests {
         assert_eq!((machine.processor.as_str(), machine.processors), ("AMD EPYC", 2));
         assert_eq!(machine.flags, ["avx2", "fma"]);
         assert_eq!((machine.memory_bytes, machine.huge_pages.as_str()), (24_576_000_000, "madvise"));
+        let described = "AMD EPYC, 2 processors (avx2 fma), 23 GiB of memory, huge pages: madvise";
+        assert_eq!(machine.describe(), described);
     }
 }

@@ -1,4 +1,5 @@
-//! `cargo xtask bench engine`: Turret's engine and its peers on the same weights, on this machine, round by round.
+//! `cargo xtask bench`: what Turret takes on this machine. `residency`: [`residency`]. `engine`: its engine and its peers on
+//! the same weights, round by round.
 //!
 //! Every engine is a process of its own that loads the same weights once and then takes what it is asked for ([`asked`]).
 //! Rounds go through all takes, and through all engines for each of them, so that what is compared was measured within
@@ -9,6 +10,7 @@ mod budgets;
 mod engines;
 mod machine;
 mod python;
+mod residency;
 mod rounds;
 mod table;
 
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::folders;
 use crate::stage;
@@ -29,6 +32,8 @@ use table::Table;
 pub enum BenchCommand {
     /// Tokens per second of the engine, beside llama.cpp, transformers with PEFT, and openvino-genai
     Engine(EngineArguments),
+    /// Many lenses: decisions who leaves, requests past 4096 declared lenses, working sets beyond the memory for lenses
+    Residency(residency::ResidencyArguments),
 }
 
 /// Options of `cargo xtask bench engine`.
@@ -65,6 +70,7 @@ pub struct EngineArguments {
 pub fn run(command: &BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Engine(arguments) => engine(arguments),
+        BenchCommand::Residency(arguments) => residency::run(arguments),
     }
 }
 
@@ -150,22 +156,28 @@ fn engine(arguments: &EngineArguments) -> Result<()> {
         stage::run(format!("round {number} of {}", arguments.rounds), |stage| rounds.round(number, stage))?;
         // Rounds are minutes; whoever breaks off has those that are done.
         if arguments.write {
-            write(&table(&rounds))?;
+            write("engine-cpu.md", &table(&rounds).markdown())?;
         }
     }
     let table = table(&rounds);
-    match arguments.json {
-        true => println!("{}", serde_json::to_string_pretty(&table.json())?),
-        false => print!("{}", table.markdown()),
+    show(&table.markdown(), &table.json(), arguments.json)
+}
+
+/// Prints what was found, for people or for machines.
+fn show(markdown: &str, json: &Value, as_json: bool) -> Result<()> {
+    match as_json {
+        true => println!("{}", serde_json::to_string_pretty(json)?),
+        false => print!("{markdown}"),
     }
     Ok(())
 }
 
-fn write(table: &Table) -> Result<()> {
+/// Writes a page of docs/benchmarks.
+fn write(page: &str, markdown: &str) -> Result<()> {
     let folder = folders::repository().join("docs/benchmarks");
     std::fs::create_dir_all(&folder)?;
-    let path = folder.join("engine-cpu.md");
-    std::fs::write(&path, table.markdown()).with_context(|| format!("failed to write {}", path.display()))
+    let path = folder.join(page);
+    std::fs::write(&path, markdown).with_context(|| format!("failed to write {}", path.display()))
 }
 
 /// How this was asked for.
@@ -217,6 +229,11 @@ fn make_gguf(bench: &Bench, kind: &str) -> Result<()> {
 
 /// Runs a program to its end, which must be a good one.
 fn run_through(command: &mut Command) -> Result<()> {
+    output_of(command).map(drop)
+}
+
+/// The same, for what it prints.
+fn output_of(command: &mut Command) -> Result<String> {
     let program = Path::new(command.get_program()).display().to_string();
     let output = command.output().with_context(|| format!("failed to run {program}"))?;
     if !output.status.success() {
@@ -224,5 +241,5 @@ fn run_through(command: &mut Command) -> Result<()> {
         let last = errors.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it printed nothing");
         bail!("{program} failed ({}): {last}", output.status);
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

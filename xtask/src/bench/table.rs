@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use super::budgets::{Bound, budgets};
+use super::budgets::{budgets, markdown};
 use super::machine::Machine;
 
 /// One take of one engine.
@@ -130,35 +130,17 @@ impl Table {
              measured within seconds of each other. Shown is the median of the rounds, with the lowest and the highest.\n",
             self.command
         );
-        text += &self.budgets_markdown();
+        text += &markdown(&budgets(self));
         text += &self.machine_markdown();
         text += &self.times_markdown();
         text
     }
 
-    fn budgets_markdown(&self) -> String {
-        let mut text = "\n## Budgets\n\n| | found | budget | |\n|---|---:|---:|---|\n".to_owned();
-        for budget in budgets(self) {
-            let bound = match budget.bound {
-                Bound::AtLeast(bound) => format!("≥ {bound}"),
-                Bound::AtMost(bound) => format!("≤ {bound}"),
-            };
-            let found = budget.found.map_or("–".into(), |found| found.show());
-            text += &format!("| {} | {found} | {bound} | {} |\n", budget.what, budget.verdict());
-        }
-        text
-    }
-
     fn machine_markdown(&self) -> String {
-        let machine = &self.machine;
         let mut text = format!(
-            "\n## Machine and engines\n\n{}, {} processors ({}), {:.0} GiB of memory, huge pages: {}. {} threads for every\n\
+            "\n## Machine and engines\n\n{}. {} threads for every\n\
              engine. Reading memory: {} GB/s. A step of the base reads {:.1} MB, a lens has {:.1} MB.\n",
-            machine.processor,
-            machine.processors,
-            machine.flags.join(" "),
-            machine.memory_bytes as f64 / f64::from(1 << 30),
-            machine.huge_pages,
+            self.machine.describe(),
             self.threads,
             self.bandwidth.map_or("?".into(), |bandwidth| bandwidth.times(1e-9).show()),
             self.step_bytes as f64 / 1e6,
@@ -227,7 +209,7 @@ impl Table {
 }
 
 /// Three or four digits that count.
-fn short(number: f64) -> String {
+pub(super) fn short(number: f64) -> String {
     match number.abs() {
         n if n >= 1000.0 => format!("{number:.0}"),
         n if n >= 100.0 => format!("{number:.1}"),
