@@ -17,6 +17,14 @@ const MAX_HEADER_BYTES: u64 = 32 << 20;
 /// How much is read at a time: small enough that what was read is still in the cache when it is checked.
 const CHUNK_BYTES: usize = 1 << 20;
 
+/// Bytes of a file of `size` bytes before its first tensor, as `start` tells, the first bytes of it. Eight of them tell how
+/// long the header is; of one that is too long to be read, no more counts.
+pub fn head_bytes(start: &[u8], size: u64) -> u64 {
+    let header = start.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length));
+    let header = if header > MAX_HEADER_BYTES { 0 } else { header };
+    (8 + header).min(size)
+}
+
 /// Why a tensor file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TensorFileError {

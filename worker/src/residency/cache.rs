@@ -5,10 +5,12 @@
 //! CACHE/used/<sha256>                empty: when the blob was last used
 //! CACHE/partial/<sha256 of url>.*    what has arrived of one, with its validator beside it
 //! CACHE/urls/<sha256 of url>.json    which blob a URL was, its validator, and who was given it
+//! CACHE/glimpses/<sha256 of url>.*   the header of a file that is not here, what else is known of it, and who was told
 //! CACHE/listings/<sha256>.json       the names of a hub folder's files, which never change, and who was told
 //! CACHE/prepared/<sha256>            weights as they lie in memory, see [`super::prepared`]
 //! CACHE/claims/                      what each process needs, see [`claims`]
-//! CACHE/folders/<process>/<name>/    links to blobs: a source as an ordinary folder
+//! CACHE/folders/<process>/<name>/    links to blobs: a source as an ordinary folder; while it is only looked at, sparse
+//!                                    files with a header and no more
 //! ```
 //!
 //! Blobs of folders that are in use are never removed; of the others the least recently used go first when the budget
@@ -18,6 +20,7 @@
 
 mod claims;
 mod folder;
+mod glimpse;
 mod place;
 mod readers;
 mod room;
@@ -35,11 +38,13 @@ use super::files::{FileIdentity, Hasher};
 use super::token::Token;
 use claims::Claims;
 pub use folder::Draft;
+pub use glimpse::Glimpse;
 pub use place::Place;
 pub use readers::Readers;
 pub use room::{NoRoom, Partial};
 
 const BLOBS: &str = "blobs";
+const GLIMPSES: &str = "glimpses";
 const PARTIAL: &str = "partial";
 const PREPARED: &str = "prepared";
 const USED: &str = "used";

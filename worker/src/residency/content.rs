@@ -44,6 +44,14 @@ impl Linked {
         self.commit = header(&COMMIT).or(self.commit.take());
     }
 
+    /// SHA-256 of the content, hex, where that is the name that it gives it.
+    pub fn sha256(&self) -> Option<&str> {
+        match self.name() {
+            Name::Sha256(name) => Some(name),
+            Name::GitBlob(_) | Name::Other => None,
+        }
+    }
+
     /// The name that it gives the content.
     pub fn etag(&self) -> Option<&str> {
         self.etag.as_deref()
@@ -163,6 +171,7 @@ mod tests {
         assert_eq!(said.etag(), Some(SHA256_OF_HELLO));
         assert_eq!(verify(&said, b"hello"), Ok(SHA256_OF_HELLO.into()));
         assert!(verify(&said, b"hellp").is_err());
+        assert_eq!(said.sha256(), Some(SHA256_OF_HELLO));
         assert_eq!(said.length(None), Ok(Some(5)));
         assert_eq!(said.length(Some(6)), Err((6, 5)));
     }
@@ -175,6 +184,7 @@ mod tests {
         assert_eq!(verify(&said, b"hello"), Ok(SHA256_OF_HELLO.into()));
         assert!(verify(&said, b"hellp").is_err());
         assert!(Hashes::begin(&said, None).is_none(), "git's name covers the length");
+        assert_eq!(said.sha256(), None);
         assert_eq!((said.is_of("c"), said.is_of("d")), (Ok(()), Err("c".into())));
     }
 

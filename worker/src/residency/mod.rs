@@ -21,6 +21,7 @@ pub mod fetch;
 pub mod files;
 pub mod hosts;
 pub mod hub;
+mod laid;
 pub mod lease;
 mod limits;
 pub mod loader;
@@ -34,6 +35,7 @@ mod remote;
 pub mod resolve;
 mod resolving;
 pub mod source;
+mod spare;
 pub mod switch;
 pub mod table;
 #[cfg(test)]
@@ -244,6 +246,9 @@ enum Message {
     Release { number: u64, outcome: Outcome, measured: Measured },
     Leave { refuse: bool },
     Idle { reply: oneshot::Sender<()> },
+    /// Files are on their way that the disk has no room for: others may leave, so many bytes at least. Answered with how many
+    /// do.
+    MakeWay { bytes: u64, reply: oneshot::Sender<u64> },
     Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
     Event(work::Event),
 }

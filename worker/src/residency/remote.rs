@@ -6,7 +6,7 @@ use std::fmt;
 use reqwest::Url;
 use turret_crds::condition::FailureReason;
 
-use super::cache::UrlRecord;
+use super::cache::{Glimpse, UrlRecord};
 use super::failure::Failure;
 use super::fetch::{Content, Fetcher, OnFetch, Wanted};
 use super::hub::{Hub, HubFolder, Mode};
@@ -56,6 +56,36 @@ impl Remote<'_> {
         beside: u64,
     ) -> Result<Option<UrlRecord>, Failure> {
         match self {
+            Self::Https { .. } => fetcher.file(&self.wanted(name, beside)?).await,
+            Self::Hub { names, .. } if !names.contains(name) => Ok(None),
+            Self::Hub { hub, folder, token, .. } if hub.mode() == Mode::Offline => {
+                let known = fetcher.known(&folder.key(name)).await?;
+                let known = known.filter(|known| known.readers.has(token));
+                known.map(Some).ok_or_else(|| not_here(folder, token))
+            }
+            Self::Hub { .. } => {
+                let found = fetcher.file(&self.wanted(name, beside)?).await?;
+                // What is listed is there, or the hub contradicts itself.
+                found.map(Some).ok_or_else(|| self.missing(name))
+            }
+        }
+    }
+
+    /// A look at a safetensors file of the folder; `None` when it is to be had whole.
+    pub async fn glimpse(
+        &self,
+        fetcher: &Fetcher,
+        name: &str,
+        beside: u64,
+    ) -> Result<Option<Glimpse>, Failure> {
+        match self {
+            Self::Hub { hub, names, .. } if hub.mode() == Mode::Offline || !names.contains(name) => Ok(None),
+            _ => fetcher.glimpse(&self.wanted(name, beside)?).await,
+        }
+    }
+
+    fn wanted<'b>(&'b self, name: &'b str, beside: u64) -> Result<Wanted<'b>, Failure> {
+        match self {
             Self::Https { url, token, on_fetch } => {
                 let key = format!("{url}/{name}");
                 let url = Url::parse(&key).map_err(|error| {
@@ -68,21 +98,12 @@ impl Remote<'_> {
                         format!("the source at {host} has a user or a password in its uri; use secretRef");
                     return Err(Failure::new(FailureReason::NotAllowed, message));
                 }
-                let content = Content::Changing;
-                fetcher.file(&Wanted { key, url, name, token, content, beside, on_fetch }).await
+                Ok(Wanted { key, url, name, token, content: Content::Changing, beside, on_fetch })
             }
-            Self::Hub { names, .. } if !names.contains(name) => Ok(None),
             Self::Hub { hub, folder, token, on_fetch, .. } => {
-                let key = folder.key(name);
-                if hub.mode() == Mode::Offline {
-                    let known = fetcher.known(&key).await?.filter(|known| known.readers.has(token));
-                    return known.map(Some).ok_or_else(|| not_here(folder, token));
-                }
-                let (url, content) = (hub.url(folder, name), Content::OfCommit(&folder.revision));
-                let found =
-                    fetcher.file(&Wanted { key, url, name, token, content, beside, on_fetch }).await?;
-                // What is listed is there, or the hub contradicts itself.
-                Ok(Some(found.ok_or_else(|| self.missing(name))?))
+                let (key, url) = (folder.key(name), hub.url(folder, name));
+                let content = Content::OfCommit(&folder.revision);
+                Ok(Wanted { key, url, name, token, content, beside, on_fetch })
             }
         }
     }

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
-use super::{Cache, USED, UrlRecord, name_of};
+use super::{Cache, Glimpse, USED, UrlRecord, name_of};
 
 /// A folder that is being filled. What is in it is not removed to make room for what is still to come.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub struct Draft {
     cache: Arc<Cache>,
     path: PathBuf,
     files: Mutex<BTreeMap<String, UrlRecord>>,
+    sketches: Mutex<BTreeMap<String, Option<String>>>,
 }
 
 impl Cache {
@@ -26,7 +27,7 @@ impl Cache {
         let own = self.claims.own_folder().expect("it had a turn");
         let path = own.join(format!(".{}", uuid::Uuid::new_v4()));
         fs::create_dir_all(&path)?;
-        Ok(Draft { cache: self.clone(), path, files: Mutex::default() })
+        Ok(Draft { cache: self.clone(), path, files: Mutex::default(), sketches: Mutex::default() })
     }
 
     /// Whether a folder is one of the cache's.
@@ -46,6 +47,17 @@ impl Cache {
         state.folders = stay;
         drop(state);
         for (id, blobs) in leave {
+            let _ = fs::remove_dir_all(own.join(id));
+            self.give_up(&blobs);
+        }
+    }
+
+    /// Forgets one: its files may leave the disk when somebody needs the room.
+    pub fn forget(&self, folder: &Path) {
+        let Some(own) = self.claims.own_folder() else { return };
+        let Some(id) = folder.file_name().and_then(|name| name.to_str()) else { return };
+        let blobs = self.state.lock().folders.remove(id);
+        if let Some(blobs) = blobs {
             let _ = fs::remove_dir_all(own.join(id));
             self.give_up(&blobs);
         }
@@ -88,6 +100,18 @@ impl Draft {
         files.insert(name.to_owned(), record.clone());
         self.cache.note_use(&record.sha256);
         Ok(true)
+    }
+
+    /// Adds a file of which there is only a glimpse. A folder with one is looked at and left, never finished.
+    pub fn sketch(&self, name: &str, glimpse: &Glimpse) -> io::Result<()> {
+        glimpse.sketch(&self.path.join(name))?;
+        self.sketches.lock().insert(name.to_owned(), glimpse.sha256.clone());
+        Ok(())
+    }
+
+    /// Files of which there is only a glimpse, and their SHA-256, hex, where that is known.
+    pub fn sketches(&self) -> BTreeMap<String, Option<String>> {
+        self.sketches.lock().clone()
     }
 
     /// Makes it the folder of a source, until [`Cache::retain`] drops that. The same files have the same folder.
@@ -147,6 +171,7 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Readers;
     use super::super::tests::{cache, put};
     use super::*;
     use crate::residency::files::FileIdentity;
@@ -174,8 +199,35 @@ mod tests {
         cache.retain(&BTreeSet::from([other.clone()]));
         assert!(!both.exists() && !cache.holds(&both) && other.join("a").exists());
         assert_eq!(cache.free(100).unwrap(), 10, "b is needed no more");
-        cache.retain(&BTreeSet::new());
+        cache.forget(&other);
+        assert!(!other.exists() && !cache.holds(&other));
+        cache.forget(&other);
         assert_eq!(cache.free(100).unwrap(), 10);
+    }
+
+    #[test]
+    fn what_is_only_looked_at_is_left_with_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = cache(root.path(), 100);
+        let a = put(&cache, "https://h/a", &[1; 10]);
+        let glimpse = Glimpse {
+            url: "https://h/b".into(),
+            sha256: None,
+            size: 1 << 30,
+            validator: None,
+            readers: Readers::default(),
+            head: vec![0; 8],
+        };
+        let draft = cache.draft().unwrap();
+        assert!(draft.link("a", &a).unwrap());
+        draft.sketch("b", &glimpse).unwrap();
+        assert_eq!(draft.sketches(), BTreeMap::from([("b".to_owned(), None)]));
+        assert_eq!((draft.bytes(), cache.bytes()), (10, 10));
+        assert_eq!(cache.free(1).unwrap(), 0, "what is beside it is needed");
+        let path = draft.path().to_owned();
+        drop(draft);
+        assert!(!path.exists());
+        assert_eq!(cache.free(1).unwrap(), 10);
     }
 
     #[test]

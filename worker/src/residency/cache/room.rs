@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{BLOBS, Cache, PARTIAL, PREPARED, USED, name_of};
+use super::{BLOBS, Cache, GLIMPSES, PARTIAL, PREPARED, USED, name_of};
 
 const INCOMPLETE: &str = ".incomplete";
 
@@ -64,6 +64,7 @@ pub(super) struct Stored {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Blob,
+    Glimpse,
     Partial,
     Prepared,
 }
@@ -81,11 +82,8 @@ impl Partial {
 
     /// Claims room for the whole file, and makes it. `beside` are the bytes of the same folder that are there already.
     pub fn make_room(&self, needed: u64, beside: u64) -> Result<(), NoRoom> {
+        self.cache.fits_alone(needed, beside)?;
         let budget = self.cache.budget();
-        let together = needed.saturating_add(beside);
-        if together > budget {
-            return Err(NoRoom::Alone { needed: together, budget });
-        }
         let mut turn = self.cache.claims.turn()?;
         let mut claimed = turn.all()?;
         claimed.insert(self.name.clone(), needed);
@@ -130,7 +128,13 @@ impl Cache {
         Ok(Some(Partial { cache: self.clone(), name }))
     }
 
-    /// Bytes of all blobs, partial files and prepared files.
+    /// Whether the disk would hold a file if nothing else were there. `beside` are the bytes of the same folder that are.
+    pub fn fits_alone(&self, needed: u64, beside: u64) -> Result<(), NoRoom> {
+        let (needed, budget) = (needed.saturating_add(beside), self.budget());
+        if needed > budget { Err(NoRoom::Alone { needed, budget }) } else { Ok(()) }
+    }
+
+    /// Bytes of all blobs, partial files, prepared files and glimpses.
     pub fn bytes(&self) -> u64 {
         self.stored().iter().map(|file| file.bytes).sum()
     }
@@ -158,6 +162,7 @@ impl Cache {
                     (path, Some(validator))
                 }
                 Kind::Blob => (self.blob(&name), Some(self.root.join(USED).join(&name))),
+                Kind::Glimpse => (self.root.join(GLIMPSES).join(&name), None),
                 Kind::Prepared => (self.root.join(PREPARED).join(&name), None),
             };
             if fs::remove_file(path).is_ok() {
@@ -173,6 +178,7 @@ impl Cache {
         let mut stored = list(&self.root.join(PARTIAL), Kind::Partial);
         stored.retain(|file| file.name.ends_with(INCOMPLETE));
         stored.extend(list(&self.root.join(PREPARED), Kind::Prepared));
+        stored.extend(list(&self.root.join(GLIMPSES), Kind::Glimpse));
         for mut blob in list(&self.root.join(BLOBS), Kind::Blob) {
             let used = fs::metadata(self.root.join(USED).join(&blob.name)).and_then(|m| m.modified());
             blob.last_used = used.map_or(blob.last_used, |used| used.max(blob.last_used));
