@@ -43,6 +43,8 @@ enum Needs {
 enum LensNeeds {
     None,
     Resolving,
+    /// Its files, which are to be fetched.
+    Files,
     Key(LensKey),
 }
 
@@ -63,12 +65,13 @@ impl Owner {
     /// Does all that can be done now, and tells when time alone may change something.
     pub(super) fn pump(&mut self) -> Option<Instant> {
         let now = Instant::now();
-        self.start_resolutions(now);
         self.recheck(now);
         self.reconfigure(now);
         self.end_leases(now);
         let demand = self.admit(now);
         self.bring_ahead(&demand, now);
+        // What somebody waits for is known by now.
+        self.start_resolutions(now);
         let wake = self.turn_base(&demand, now);
         self.tidy();
         self.sweep(now);
@@ -138,8 +141,13 @@ impl Owner {
                 }
                 Needs::Base { key, lens } => (key, lens),
             };
-            if let LensNeeds::Key(lens) = &lens {
-                self.count_request(number, lens, now);
+            match &lens {
+                LensNeeds::Key(lens) => self.count_request(number, lens, now),
+                LensNeeds::Files => {
+                    let name = (model.group.clone(), model.lens.clone().unwrap_or_default());
+                    self.ask_for_files(&name, now);
+                }
+                LensNeeds::None | LensNeeds::Resolving => {}
             }
             if now >= since + hold && !again {
                 let what = match (&self.table.active, &lens) {
@@ -163,7 +171,7 @@ impl Owner {
                 && self.let_in(number, &key, &lens, &demand.lenses, &mut closed, now);
             if !admitted {
                 demand.queued += 1;
-                let known = !matches!(lens, LensNeeds::Resolving);
+                let known = !matches!(lens, LensNeeds::Resolving | LensNeeds::Files);
                 demand.promised += u32::from(known && since <= self.active_since);
                 if let LensNeeds::Key(lens) = lens {
                     demand.lenses.insert(lens);
@@ -210,7 +218,13 @@ impl Owner {
                         return failed(model.to_string(), failure, retry_at);
                     }
                     Standing::Open => LensNeeds::Resolving,
-                    Standing::Ready(_) => LensNeeds::Key(declared.key().expect("it is ready")),
+                    Standing::Ready(_) => {
+                        let key = declared.key().expect("it is ready");
+                        match self.table.lenses.contains_key(&key) || self.has_files(&key) {
+                            true => LensNeeds::Key(key),
+                            false => LensNeeds::Files,
+                        }
+                    }
                 },
             },
         };
@@ -232,7 +246,7 @@ impl Owner {
         now: Instant,
     ) -> bool {
         let lens = match lens {
-            LensNeeds::Resolving => return false,
+            LensNeeds::Resolving | LensNeeds::Files => return false,
             LensNeeds::None => None,
             LensNeeds::Key(key) if self.table.has_lens(key) => Some(key.clone()),
             LensNeeds::Key(key) => {
@@ -316,9 +330,17 @@ impl Owner {
         }
     }
 
-    /// The files of a content that is declared.
+    /// A content that is declared; by a name under which its files are here, if there is one.
     pub(super) fn resolved(&self, key: &LensKey) -> Option<&ResolvedLens> {
-        self.lenses.names(key).find_map(|name| self.lenses.get(name)?.stage.ready())
+        let mut known = self.lenses.names(key).filter_map(|name| self.lenses.get(name)?.stage.ready());
+        let first = known.next()?;
+        let is_here = |lens: &ResolvedLens| lens.files.here().is_some();
+        if is_here(first) { Some(first) } else { known.find(|lens| is_here(lens)).or(Some(first)) }
+    }
+
+    /// Whether the files of a content are on this machine.
+    pub(super) fn has_files(&self, key: &LensKey) -> bool {
+        self.resolved(key).is_some_and(|lens| lens.files.here().is_some())
     }
 
     fn grant(&mut self, number: u64, waiter: Waiter, base: &BaseKey, lens: Option<LensKey>, now: Instant) {

@@ -42,8 +42,14 @@ impl Owner {
         self.ahead_waits = false;
         for (name, instead_of_others) in self.ahead() {
             let Some(lens) = self.lenses.get(&name) else { continue };
-            let (Some(key), Some(resolved)) = (lens.key(), lens.stage.ready().cloned()) else { continue };
+            let Some(key) = lens.key() else { continue };
             if self.table.lenses.contains_key(&key) || !self.table.has_base(&key.base) {
+                continue;
+            }
+            let Some(resolved) = self.resolved(&key).cloned() else { continue };
+            if resolved.files.here().is_none() {
+                // Others may be loaded meanwhile; the end of it is an event.
+                self.ask_for_files(&name, now);
                 continue;
             }
             let wanted = Wanted::Lens { key: key.clone(), bytes: resolved.bytes, instead_of_others };

@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use turret_crds::document::{BaseKey, DocumentLens};
 use turret_crds::report::{Eviction, Feedback, FetchReport};
 
 use super::Measured;
 use super::owner::Stage;
-use super::resolve::ResolvedLens;
+use super::resolve::{CheckedFiles, ResolvedLens, Wish};
 use super::table::LensKey;
 
 /// A lens as it is declared: group and name.
@@ -24,6 +25,10 @@ pub(super) struct DeclaredLens {
     pub(super) token: u64,
     pub(super) in_flight: bool,
     pub(super) failures: u32,
+    /// How much of it somebody has asked for since its files were last here.
+    pub(super) asked: Wish,
+    /// When its files are fetched again, after that failed and it is served all the same.
+    pub(super) fetch_at: Option<Instant>,
     /// Bytes of its files as far as known, so that small ones are resolved first.
     pub(super) file_bytes: u64,
     /// Its files, while they are on their way.
@@ -81,8 +86,18 @@ impl RecentMean {
 
 impl DeclaredLens {
     pub(super) fn key(&self) -> Option<LensKey> {
-        let digest = self.stage.ready()?.files.digest.clone();
+        let digest = self.stage.ready()?.files.digest().to_owned();
         Some(LensKey { base: self.base.clone(), digest })
+    }
+
+    /// Its files, if they were found good and are on this machine.
+    pub(super) fn files_here(&self) -> Option<&CheckedFiles> {
+        self.stage.ready()?.files.here()
+    }
+
+    /// Whether it was found good by a look at its files, which are not here.
+    pub(super) fn is_glimpsed(&self) -> bool {
+        self.stage.ready().is_some_and(|ready| ready.files.here().is_none())
     }
 }
 
@@ -219,6 +234,8 @@ mod tests {
             token: 0,
             in_flight: false,
             failures: 0,
+            asked: Wish::Glimpse,
+            fetch_at: None,
             file_bytes: 0,
             fetch: None,
             counts: Counts::default(),

@@ -13,7 +13,9 @@ use super::cache::Cache;
 use super::failure::Failure;
 use super::prepared::{Identity, Prepared, Unusable, layout_digest};
 use super::preparing::{Lent, OnPrepared, Preparer, Resident};
-use super::resolve::{ResolvedBase, ResolvedLens, base_failure, lens_failure, on_loader_thread};
+use super::resolve::{
+    CheckedFiles, ResolvedBase, ResolvedLens, base_failure, lens_failure, on_loader_thread,
+};
 use super::table::LensKey;
 use crate::engine::arena::Region;
 use crate::engine::handle::{ActivateError, BaseId, EngineHandle, LensId, RemoveError, ReserveError};
@@ -75,10 +77,11 @@ impl Loader {
         lens: ResolvedLens,
         on_percent: OnPercent,
     ) -> Result<LensId, LoadError> {
-        if !lens.files.are_unchanged() {
+        // Of what was only looked at there is nothing to load.
+        let Some(files) = lens.files.here().filter(|files| files.are_unchanged()) else {
             return Err(LoadError::Changed);
-        }
-        let identity = Identity::of_lens(&lens.files.digest, &base.identity());
+        };
+        let identity = Identity::of_lens(&files.digest, &base.identity());
         let prepared = match self.open_prepared(&identity).await {
             Some(prepared) => {
                 self.prepared_lens((&base, &lens), prepared, &identity, on_percent.clone()).await?
@@ -88,11 +91,11 @@ impl Loader {
         let is_prepared = prepared.is_some();
         let filled = match prepared {
             Some(filled) => filled,
-            None => self.lens_of_files((id, &base), &lens, on_percent).await?,
+            None => self.lens_of_files((id, &base), files, on_percent).await?,
         };
         let layout =
             (!is_prepared).then(|| serde_json::to_string(filled.layout()).expect("a layout is JSON"));
-        let installed = self.engine.install_lens(id, filled.with_digest(lens.files.digest)).await;
+        let installed = self.engine.install_lens(id, filled.with_digest(files.digest.as_str())).await;
         let installed = installed.map_err(|e| LoadError::Failed(internal(&e)))?;
         if let Some(layout) = layout
             && let Some(lent) = self.engine.lend_lens(installed).await
@@ -105,10 +108,10 @@ impl Loader {
     async fn lens_of_files(
         &self,
         (id, base): (BaseId, &ResolvedBase),
-        lens: &ResolvedLens,
+        files: &CheckedFiles,
         on_percent: OnPercent,
     ) -> Result<FilledLens, LoadError> {
-        let (path, layout) = (lens.files.folder.clone(), base.layout.clone());
+        let (path, layout) = (files.folder.clone(), base.layout.clone());
         let opened = on_loader_thread(move || LoraFolder::open(&path, &layout).map_err(|e| lens_failure(&e)))
             .await
             .map_err(LoadError::Failed)?;
@@ -119,7 +122,7 @@ impl Loader {
         });
         let filled = filled.await.map_err(LoadError::Failed)?;
         // Checked again: what was hashed is what was read.
-        if lens.files.are_unchanged() { Ok(filled) } else { Err(LoadError::Changed) }
+        if files.are_unchanged() { Ok(filled) } else { Err(LoadError::Changed) }
     }
 
     async fn prepared_lens(

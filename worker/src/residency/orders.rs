@@ -297,6 +297,8 @@ impl Owner {
     fn follow_lease(&mut self, name: &LensName) {
         self.leases_changed = true;
         self.look_ahead = true;
+        // Its files are wanted now, or may leave the disk.
+        self.resolve_at = Some(Instant::now());
         if let Some(key) = self.lenses.get(name).and_then(DeclaredLens::key) {
             self.follow_names_of(&key);
         }

@@ -20,7 +20,7 @@ use super::loader::Loader;
 use super::orders::{Obeyed, OrderError, epoch_seconds};
 use super::plan::Budgets;
 use super::publish::Published;
-use super::resolve::ResolvedBase;
+use super::resolve::{ResolvedBase, Wish};
 use super::source::Listed;
 use super::table::{LensKey, Table};
 use super::work::Event;
@@ -245,7 +245,12 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    pub(super) fn new(engine: EngineHandle, start: Start, messages: mpsc::UnboundedSender<Message>) -> Self {
+    pub(super) fn new(
+        engine: EngineHandle,
+        mut start: Start,
+        messages: mpsc::UnboundedSender<Message>,
+    ) -> Self {
+        start.resolver.fetcher = start.resolver.fetcher.of_owner(messages.clone());
         let now = Instant::now();
         let created = epoch_seconds();
         let limits = start.limits.clone();
@@ -363,6 +368,9 @@ impl Owner {
                 self.refusing |= refuse;
             }
             Message::Idle { reply } => self.idlers.push(reply),
+            Message::MakeWay { bytes, reply } => {
+                let _ = reply.send(self.make_way(bytes));
+            }
             Message::Order { order, reply } => self.obey(order, reply),
             Message::Event(event) => self.on_event(event),
         }
@@ -650,6 +658,8 @@ fn declare_lens(
             token,
             in_flight: false,
             failures: 0,
+            asked: Wish::Glimpse,
+            fetch_at: None,
             file_bytes: u64::MAX,
             fetch: None,
             counts: known.map_or_else(Counts::default, |known| known.counts),

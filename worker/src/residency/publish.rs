@@ -104,7 +104,7 @@ impl Owner {
         self.published.disk = TierUse {
             prepared_bytes: self.published.disk.prepared_bytes,
             base_bytes: self.bases.values().filter_map(|b| Some(bytes(&b.stage.ready()?.files))).sum(),
-            lens_bytes: self.lenses.iter().filter_map(|(_, l)| Some(bytes(&l.stage.ready()?.files))).sum(),
+            lens_bytes: self.lenses.iter().filter_map(|(_, l)| Some(bytes(l.files_here()?))).sum(),
         };
     }
 
@@ -138,8 +138,8 @@ impl Owner {
                     // Names that come or go are `All`.
                     let Ok(at) = at else { continue };
                     published.reports[at] = self.lens_report(&name, lens).into();
-                    let digest = lens.stage.ready().map(|ready| &ready.files.digest);
-                    if published.spoken.get(&name).map(|spoken| &spoken.digest) != digest {
+                    let digest = lens.stage.ready().map(|ready| ready.files.digest());
+                    if published.spoken.get(&name).map(|spoken| spoken.digest.as_str()) != digest {
                         let all = Arc::make_mut(&mut published.spoken);
                         match spoken(lens) {
                             Some(spoken) => all.insert(name, spoken),
@@ -236,9 +236,11 @@ impl Owner {
         let held = lens.key().and_then(|key| self.table.lenses.get(&key));
         let percent = held.filter(|h| h.phase == Phase::Loading).map(|h| h.percent);
         let state = state_of(&lens.stage, percent);
-        let tier = tier(held.is_some_and(|h| h.phase == Phase::Resident), resolved.is_some());
+        // The same files may be here under another name.
+        let is_here = lens.key().is_some_and(|key| self.has_files(&key));
+        let tier = tier(held.is_some_and(|h| h.phase == Phase::Resident), is_here);
         LensReport {
-            digest: resolved.map(|r| r.files.digest.clone()),
+            digest: resolved.map(|r| r.files.digest().to_owned()),
             revision: resolved.and_then(|_| lens.lens.source.revision.clone()),
             bytes: resolved.map(|r| r.bytes),
             fetch: lens.fetch,
@@ -271,11 +273,11 @@ fn micros(mean: RecentMean) -> Option<u64> {
 /// What a request needs of a lens before it has a permit, once its files are found good.
 fn spoken(lens: &DeclaredLens) -> Option<SpokenLens> {
     let ready = lens.stage.ready()?;
-    Some(SpokenLens { digest: ready.files.digest.clone(), tokenizer: ready.tokenizer.clone() })
+    Some(SpokenLens { digest: ready.files.digest().to_owned(), tokenizer: ready.tokenizer.clone() })
 }
 
-fn tier(resident: bool, resolved: bool) -> Tier {
-    match (resident, resolved) {
+fn tier(resident: bool, here: bool) -> Tier {
+    match (resident, here) {
         (true, _) => Tier::Device,
         (false, true) => Tier::Disk,
         (false, false) => Tier::Remote,

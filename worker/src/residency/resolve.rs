@@ -108,6 +108,8 @@ pub enum LensFiles {
     Remote {
         /// `sha256:…` over the files.
         digest: String,
+        /// Bytes of the files.
+        bytes: u64,
     },
 }
 
@@ -116,7 +118,7 @@ impl LensFiles {
     pub fn digest(&self) -> &str {
         match self {
             Self::Here(files) => &files.digest,
-            Self::Remote { digest } => digest,
+            Self::Remote { digest, .. } => digest,
         }
     }
 
@@ -226,12 +228,12 @@ impl Resolver {
         let files = match sketched {
             None => LensFiles::Here(self.check_files(folder, names, &lens.source, &declared)?),
             Some(draft) => {
-                let digest = self.digest_of_sketches(folder, &names, &draft.sketches())?;
+                let (digest, bytes) = self.hash_sketches(folder, &names, &draft.sketches())?;
                 // Where nobody names a file, what is declared is compared with it when it is here.
                 let digest = digest.or_else(|| lens.source.digest.clone());
                 let digest = digest.expect("a file that nobody names is fetched where no digest is declared");
                 check_digest(&digest, &lens.source, &declared)?;
-                LensFiles::Remote { digest }
+                LensFiles::Remote { digest, bytes }
             }
         };
         let layout = serde_json::to_string(opened.layout()).expect("a layout is JSON");
@@ -263,23 +265,33 @@ impl Resolver {
         Ok(CheckedFiles { folder: folder.path.clone(), digest, bytes, files })
     }
 
-    /// The digest of files of which some are not here, by what their servers say of those; `None` when they do not.
-    fn digest_of_sketches(
+    /// Digest and bytes of files of which some are not here, by what their servers say of those. No digest when they say too
+    /// little.
+    fn hash_sketches(
         &self,
         folder: &Folder,
         names: &[String],
         sketches: &BTreeMap<String, Option<String>>,
-    ) -> Result<Option<String>, Failure> {
+    ) -> Result<(Option<String>, u64), Failure> {
+        let mut bytes = 0;
         let mut digests = Vec::new();
         for name in names {
-            let digest = match sketches.get(name) {
-                Some(None) => return Ok(None),
-                Some(Some(named)) => named.clone(),
-                None => self.hash(folder, name)?.1,
+            let (identity, digest) = match sketches.get(name) {
+                Some(named) => (self.identity(folder, name)?, named.clone()),
+                None => self.hash(folder, name).map(|(identity, digest)| (identity, Some(digest)))?,
             };
-            digests.push((name, digest));
+            // A sketch is as long as its file.
+            bytes += identity.size;
+            digests.extend(digest.map(|digest| (name.as_str(), digest)));
         }
-        Ok(Some(files_digest(digests.iter().map(|(n, d)| (n.as_str(), d.as_str())))))
+        let digest = files_digest(digests.iter().map(|(name, digest)| (*name, digest.as_str())));
+        Ok(((digests.len() == names.len()).then_some(digest), bytes))
+    }
+
+    fn identity(&self, folder: &Folder, name: &str) -> Result<FileIdentity, Failure> {
+        let path = folder.file(name)?;
+        let found = FileIdentity::at(&path);
+        found.map_err(|e| io_failure(&e, &format!("failed to read `{}`", path.display())))
     }
 
     fn hash(&self, folder: &Folder, name: &str) -> Result<(FileIdentity, String), Failure> {

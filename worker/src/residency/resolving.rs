@@ -3,22 +3,37 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 use turret_crds::document::BaseKey;
 
-use super::declared::LensName;
-use super::failure::Failure;
+use super::declared::{DeclaredLens, LensName};
+use super::failure::{Failure, backoff};
 use super::owner::{Owner, RECHECK, Stage, base_too_large, lens_too_large};
-use super::resolve::{ResolvedBase, ResolvedLens};
+use super::resolve::{ResolvedBase, ResolvedLens, Wish};
 use super::source::Listed;
 use super::work::Event;
 
-/// Sources that are checked at a time.
+/// Sources that are checked at a time. One place more is for files that a request waits for.
 const RESOLVE_AT_ONCE: usize = 3;
+/// How soon is looked again whether the disk has room for files that a request waits for.
+const ROOM_RETRY: Duration = Duration::from_secs(1);
+
+/// Which of the lenses that are due is looked at first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Urgency {
+    /// Somebody waits for its files.
+    Waited,
+    /// Whether it can be served is not known.
+    Open,
+    /// Its files are to be here before anybody waits for them.
+    Ahead,
+}
 
 impl Owner {
-    /// Starts what can be resolved now: bases first, the default group's before all, then small lenses.
+    /// Starts what can be resolved now: bases first, the default group's before all, then lenses that somebody waits for, then
+    /// small ones.
     pub(super) fn start_resolutions(&mut self, now: Instant) {
         if self.resolve_at.is_none_or(|at| now < at) {
             return;
@@ -40,7 +55,7 @@ impl Owner {
         bases.sort_by_key(|key| (Some(key) != default.as_ref(), key.clone()));
         for key in bases {
             if self.resolving >= RESOLVE_AT_ONCE {
-                return;
+                break;
             }
             self.resolving += 1;
             let declared = self.bases.get_mut(&key).expect("it was just listed");
@@ -53,25 +68,43 @@ impl Owner {
                 Event::BaseResolved { key, token, result: resolver.base(base, listed, on_fetch).await }
             });
         }
-        let mut lenses: Vec<(u64, LensName)> = self
+        // What must be fetched whole comes after what only has to be looked at.
+        let mut lenses: Vec<(Urgency, u64, Wish, LensName)> = self
             .lenses
             .iter()
-            .filter(|(_, l)| due(l.in_flight, matches!(l.stage, Stage::Resolving), l.stage.retry_at()))
             .filter(|(_, l)| self.bases.get(&l.base).is_some_and(|b| b.stage.ready().is_some()))
-            .map(|(name, l)| (l.file_bytes, name.clone()))
+            .filter_map(|(name, l)| {
+                Some((self.urgency(name, l, now)?, l.file_bytes, self.wish(name, l), name.clone()))
+            })
             .collect();
         lenses.sort();
-        for (_, name) in lenses {
-            if self.resolving >= RESOLVE_AT_ONCE {
+        for (urgency, _, _, name) in lenses {
+            if self.resolving >= RESOLVE_AT_ONCE + usize::from(urgency == Urgency::Waited) {
                 return;
             }
             self.resolve_lens(name, listed.clone());
         }
         let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
         let lenses = self.lenses.iter().map(|(_, l)| l).filter(|l| !l.in_flight);
-        let lenses = lenses.filter_map(|l| l.stage.retry_at());
+        let lenses = lenses.filter_map(|l| l.stage.retry_at().or(l.fetch_at));
         // What is due waits for its base, whose end is a reason too.
         self.resolve_at = bases.chain(lenses).filter(|at| *at > now).min();
+    }
+
+    /// How urgent it is to look at a lens or to fetch its files; `None` when there is nothing to do for it now.
+    fn urgency(&self, name: &LensName, lens: &DeclaredLens, now: Instant) -> Option<Urgency> {
+        if lens.in_flight {
+            return None;
+        }
+        match &lens.stage {
+            Stage::Resolving => Some(Urgency::Open),
+            Stage::Failed { retry_at, .. } => retry_at.is_some_and(|at| at <= now).then_some(Urgency::Open),
+            Stage::Ready(_) => {
+                let is_missed = lens.is_glimpsed() && self.wish(name, lens) == Wish::Whole;
+                let is_due = is_missed && lens.fetch_at.is_none_or(|at| at <= now);
+                is_due.then_some(if lens.asked == Wish::Whole { Urgency::Waited } else { Urgency::Ahead })
+            }
+        }
     }
 
     fn resolve_lens(&mut self, name: LensName, listed: Arc<Listed>) {
@@ -79,7 +112,8 @@ impl Owner {
         let Some(base) = self.bases.get(&declared.base).and_then(|b| b.stage.ready()).cloned() else {
             return;
         };
-        let (lens, token, resolver) = (declared.lens.clone(), declared.token, self.start.resolver.clone());
+        let (token, resolver) = (declared.token, self.start.resolver.clone());
+        let lens = (declared.lens.clone(), self.wish(&name, declared));
         self.resolving += 1;
         self.lenses.update(&name, |declared| declared.in_flight = true);
         let at = name.clone();
@@ -94,7 +128,7 @@ impl Owner {
     pub(super) fn resolve_again(&mut self, name: &LensName) {
         let Some(document) = &self.document else { return };
         let listed = Arc::new(Listed::of(document));
-        if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.stage.ready().is_some()) {
+        if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.files_here().is_some()) {
             self.resolve_lens(name.clone(), listed);
         }
     }
@@ -140,7 +174,7 @@ impl Owner {
         let checked: Vec<_> = self
             .lenses
             .iter()
-            .filter_map(|(name, l)| Some((name.clone(), l.stage.ready()?.files.clone())))
+            .filter_map(|(name, l)| Some((name.clone(), l.files_here()?.clone())))
             .collect();
         self.spawn(async move {
             let changed = move || {
@@ -193,14 +227,24 @@ impl Owner {
         let lens_budget = self.coming_limits().lens_bytes;
         let Some(declared) = self.lenses.get(name).filter(|l| l.token == token) else { return };
         let result = result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
-        let known = declared.stage.ready().map(|r| r.files.digest.clone());
+        let known = declared.stage.ready().map(|r| r.files.digest().to_owned());
         let resident = declared.key().is_some_and(|key| self.table.has_lens(&key));
+        // What was looked at and found good goes on as that, where its files are only late.
+        let later = match &result {
+            Err(_) if declared.is_glimpsed() && resident => Some(backoff(declared.failures + 1)),
+            Err(failure) if declared.is_glimpsed() && self.may_get_room(name, failure) => Some(ROOM_RETRY),
+            _ => None,
+        };
+        let is_waited = self.is_waited_for(name);
         let (group, lens) = name;
         match &result {
-            Ok(resolved) if known.as_ref() == Some(&resolved.files.digest) => {}
+            Ok(resolved) if known.as_deref() == Some(resolved.files.digest()) => {}
             Ok(resolved) => {
-                let digest = &resolved.files.digest;
+                let digest = resolved.files.digest();
                 tracing::info!(group, lens, digest, bytes = resolved.bytes, "lens resolved");
+            }
+            Err(failure) if later.is_some() => {
+                tracing::info!(group, lens, reason = %failure.reason, error = failure.message, "the files of a lens are not here yet");
             }
             // What is in memory was good when it came; the files are missed when they are needed again.
             Err(failure) if resident => {
@@ -214,8 +258,15 @@ impl Owner {
             (declared.in_flight, declared.fetch) = (false, None);
             match result {
                 Ok(resolved) => {
-                    declared.failures = 0;
+                    (declared.failures, declared.fetch_at) = (0, None);
                     declared.stage = Stage::Ready(resolved);
+                }
+                Err(_) if later.is_some() => {
+                    declared.failures += 1;
+                    declared.fetch_at = later.map(|pause| Instant::now() + pause);
+                    if !is_waited {
+                        declared.asked = Wish::Glimpse;
+                    }
                 }
                 Err(_) if resident => {}
                 Err(failure) => {
@@ -224,6 +275,10 @@ impl Owner {
                 }
             }
         });
+        // Its files may be here now for all of its names.
+        if let Some(key) = self.lenses.get(name).and_then(DeclaredLens::key) {
+            self.lenses.mark_key(&key);
+        }
         // It may be other files now, which are in memory under another name already.
         self.follow_names();
         self.retain_folders();
@@ -236,7 +291,7 @@ impl Owner {
             return;
         }
         let bases = self.bases.values().filter_map(|b| Some(b.stage.ready()?.files.folder.clone()));
-        let lenses = self.lenses.iter().filter_map(|(_, l)| Some(l.stage.ready()?.files.folder.clone()));
+        let lenses = self.lenses.iter().filter_map(|(_, l)| Some(l.files_here()?.folder.clone()));
         let folders: BTreeSet<PathBuf> = bases.chain(lenses).collect();
         self.start.resolver.fetcher.cache().retain(&folders);
     }
