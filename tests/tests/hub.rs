@@ -11,81 +11,23 @@ use sha2::{Digest, Sha256};
 use turret_crds::condition::FailureReason;
 use turret_crds::report::{ArtifactState, WorkerReport};
 use turret_tests::cluster::family::{self as demo, digest_of};
-use turret_tests::worker::document::{Family, uri};
+use turret_tests::worker::document::Family;
+use turret_tests::worker::family_hub::{REPO, failure, fixture, hf, hub, is_ready, one_lens, options, sky};
 use turret_tests::worker::https::Https;
 use turret_tests::worker::hub::{COMMIT, Fault, HubServer, Lie};
 use turret_tests::worker::process::{Options, PATIENCE, Worker};
 
-const REPO: &str = "demo-org/family.v1";
 const WEIGHTS: &str = "pirate/adapter_model.safetensors";
-
-fn fixture(path: &str) -> PathBuf {
-    demo::Family::folder().join(path)
-}
-
-/// The sky question and what a lens of the base answers to it.
-fn sky(lens: Option<&str>) -> (Value, String) {
-    let family = demo::Family::read().unwrap();
-    let case = &family.cases("base", lens)[0];
-    (case.messages.clone(), case.text.clone())
-}
-
-/// A folder of the family's repository.
-fn hf(path: &str) -> Value {
-    json!({"uri": format!("hf://{REPO}/{path}"), "revision": COMMIT})
-}
 
 fn with_secret(mut source: Value, name: &str) -> Value {
     source["secretRef"] = json!({"name": name});
     source
 }
 
-/// The whole family in one repository, with files beside it that nobody reads.
-async fn hub() -> HubServer {
-    let hub = HubServer::start().await;
-    for folder in ["base", "lenses/pirate", "lenses/terse", "lenses/shout"] {
-        hub.add(REPO, &format!("{folder}/"), &fixture(folder));
-        hub.put(REPO, &format!("{folder}/README.md"), b"read me".to_vec());
-        hub.put(REPO, &format!("{folder}/pytorch_model.bin"), vec![0; 1 << 20]);
-    }
-    hub
-}
-
-/// A worker that asks this hub, with a cache folder of Hugging Face's tools and a folder of Secrets of its own.
-fn options(hub: &HubServer, scratch: &Path) -> Options {
-    let path = |name: &str| scratch.join(name).to_str().unwrap().to_owned();
-    Options {
-        args: vec![format!("--secrets-dir={}", path("secrets"))],
-        env: vec![
-            ("HF_ENDPOINT".into(), hub.endpoint.clone()),
-            ("HF_HOME".into(), path("huggingface")),
-            ("HF_TOKEN".into(), String::new()),
-            ("NO_PROXY".into(), "*".into()),
-        ],
-        ..Options::default()
-    }
-}
-
 fn write_token(scratch: &Path, secret: &str, token: &str) {
     let folder = scratch.join("secrets").join(secret);
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("token"), format!("{token}\n")).unwrap();
-}
-
-fn failure(report: &WorkerReport, lens: &str) -> Option<(FailureReason, String)> {
-    match &report.lens("a", lens)?.state {
-        ArtifactState::Failed { reason, message, .. } => Some((*reason, message.clone())),
-        _ => None,
-    }
-}
-
-fn is_ready(report: &WorkerReport, lens: &str) -> bool {
-    report.lens("a", lens).is_some_and(|l| l.state.is_ready())
-}
-
-/// A base on this machine and one lens.
-fn one_lens(source: Value) -> Family {
-    Family::default().group("a", &uri(&fixture("base"))).lens_of("a", "pirate", source)
 }
 
 /// Every file below a folder, with the digest of its content.
@@ -112,6 +54,7 @@ async fn a_private_repository_is_served_its_commit_reported_and_its_token_stays_
     for (name, folder) in [("pirate", "pirate"), ("terse", "terse"), ("again", "terse")] {
         family = family.lens_of("a", name, with_secret(hf(&format!("lenses/{folder}")), "hub"));
     }
+    let mut family = family.cached();
     family.placement["sourceSecrets"] = json!([{"name": "hub"}]);
     let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
     let report = worker.settled().await;
@@ -197,8 +140,8 @@ async fn a_download_that_is_cut_anywhere_goes_on_where_it_was() {
             let offsets = scattered(seed * 8 + number as u64).map(|n| 1000 + n as usize % (part - 1000));
             hub.next(file, offsets.take(3).map(Fault::Cut));
         }
-        let mut family =
-            Family::default().group_of("a", hf("base")).lens_of("a", "pirate", hf("lenses/pirate"));
+        let family = Family::default().group_of("a", hf("base"));
+        let mut family = family.lens_of("a", "pirate", hf("lenses/pirate")).cached();
         let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
         let (messages, answer) = sky(Some("pirate"));
         assert_eq!(worker.chat("a:pirate", &messages).await, Ok(answer), "seed {seed}");
@@ -234,11 +177,8 @@ async fn what_arrives_damaged_is_refused_and_not_kept() {
     hub.lie("terse/adapter_config.json", Some(Lie::Content));
     let long = std::fs::metadata(fixture("lenses/shout/adapter_model.safetensors")).unwrap().len() as usize;
     hub.lie("shout/adapter_model.safetensors", Some(Lie::Size(long + 1)));
-    let mut family = one_lens(hf("lenses/pirate")).lens_of("a", "terse", hf("lenses/terse")).lens_of(
-        "a",
-        "shout",
-        hf("lenses/shout"),
-    );
+    let family = one_lens(hf("lenses/pirate")).lens_of("a", "terse", hf("lenses/terse"));
+    let mut family = family.lens_of("a", "shout", hf("lenses/shout")).cached();
     let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
     let report = worker.settled().await;
     for (lens, file) in [("pirate", WEIGHTS), ("terse", "terse/adapter_config.json")] {
@@ -386,7 +326,8 @@ async fn a_hub_that_is_busy_broken_or_forgetful_is_asked_again() {
     hub.next("pirate/adapter_config.json", [Fault::Status(500, None), Fault::Status(502, None)]);
     // Cut, and what is asked for then is not there any more.
     hub.next(WEIGHTS, [Fault::Cut(50_000), Fault::Status(416, None), Fault::Status(429, Some(1))]);
-    let worker = Worker::start_with(&one_lens(hf("lenses/pirate")).document(), options(&hub, scratch.path()));
+    let mut family = one_lens(hf("lenses/pirate")).cached();
+    let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
     let report = worker.settled().await;
     assert!(is_ready(&report, "pirate"), "{:?}", failure(&report, "pirate"));
     assert_eq!(
@@ -465,7 +406,7 @@ async fn offline_nothing_is_asked_and_what_was_fetched_before_is_served() {
         }
         Worker::start_with(&family.document(), options)
     };
-    let mut family = one_lens(hf("lenses/pirate"));
+    let mut family = one_lens(hf("lenses/pirate")).cached();
     {
         let worker = start(&mut family, false);
         assert!(is_ready(&worker.settled().await, "pirate"));
@@ -532,39 +473,39 @@ async fn private_addresses_are_refused_also_behind_names_and_redirects() {
 
 #[tokio::test]
 async fn what_one_token_opened_stays_closed_to_others() {
-    let scratch = tempfile::tempdir().unwrap();
-    let hub = hub().await;
-    hub.gate(&["hf_one", "hf_two"]);
-    write_token(scratch.path(), "one", "hf_one");
-    write_token(scratch.path(), "two", "hf_two");
-    let disk = scratch.path().join("disk");
-    let start = |family: &mut Family| {
-        let options = Options { cache: Some(disk.clone()), ..options(&hub, scratch.path()) };
-        Worker::start_with(&family.document(), options)
-    };
-    let mut family = one_lens(with_secret(hf("lenses/pirate"), "one"));
-    family.placement["sourceSecrets"] = json!([{"name": "one"}, {"name": "two"}]);
-    let worker = start(&mut family);
-    assert!(is_ready(&worker.settled().await, "pirate"));
-    // The names of files are for everybody; that they are on this disk opens them to nobody.
-    let mut family = family.lens_of("a", "bare", hf("lenses/pirate")).lens_of(
-        "a",
-        "two",
-        with_secret(hf("lenses/pirate"), "two"),
-    );
-    worker.push(&family.document()).await;
-    let report = worker.settled().await;
-    assert_eq!(failure(&report, "bare").unwrap().0, FailureReason::Unauthorized);
-    assert!(is_ready(&report, "pirate") && is_ready(&report, "two"), "{report:#?}");
-    assert_eq!(hub.served(WEIGHTS).len(), 1, "whoever may have it has the one that is here");
-    drop(worker);
+    for how in ["fetched", "only looked at"] {
+        let kept = |family: Family| if how == "fetched" { family.cached() } else { family };
+        let scratch = tempfile::tempdir().unwrap();
+        let hub = hub().await;
+        hub.gate(&["hf_one", "hf_two"]);
+        write_token(scratch.path(), "one", "hf_one");
+        write_token(scratch.path(), "two", "hf_two");
+        let disk = scratch.path().join("disk");
+        let start = |family: &mut Family| {
+            let options = Options { cache: Some(disk.clone()), ..options(&hub, scratch.path()) };
+            Worker::start_with(&family.document(), options)
+        };
+        let mut family = kept(one_lens(with_secret(hf("lenses/pirate"), "one")));
+        family.placement["sourceSecrets"] = json!([{"name": "one"}, {"name": "two"}]);
+        let worker = start(&mut family);
+        assert!(is_ready(&worker.settled().await, "pirate"));
+        // The names of files are for everybody; that they are on this disk opens them to nobody.
+        let family = family.lens_of("a", "bare", hf("lenses/pirate"));
+        let mut family = kept(family.lens_of("a", "two", with_secret(hf("lenses/pirate"), "two")));
+        worker.push(&family.document()).await;
+        let report = worker.settled().await;
+        assert_eq!(failure(&report, "bare").unwrap().0, FailureReason::Unauthorized, "{how}");
+        assert!(is_ready(&report, "pirate") && is_ready(&report, "two"), "{how}: {report:#?}");
+        assert_eq!(hub.served(WEIGHTS).len(), 1, "{how}: whoever may have it has what is here");
+        drop(worker);
 
-    // Nor does it when the hub cannot be asked.
-    hub.switch_off();
-    let worker = start(&mut family);
-    let report = worker.settled().await;
-    assert!(is_ready(&report, "pirate") && is_ready(&report, "two"), "{report:#?}");
-    assert_eq!(failure(&report, "bare").unwrap().0, FailureReason::SourceUnavailable);
+        // Nor does it when the hub cannot be asked.
+        hub.switch_off();
+        let worker = start(&mut family);
+        let report = worker.settled().await;
+        assert!(is_ready(&report, "pirate") && is_ready(&report, "two"), "{how}: {report:#?}");
+        assert_eq!(failure(&report, "bare").unwrap().0, FailureReason::SourceUnavailable, "{how}");
+    }
 }
 
 #[tokio::test]
@@ -576,7 +517,8 @@ async fn workers_that_share_a_disk_fetch_once_and_take_nothing_from_each_other()
         let options = Options { cache: Some(disk.clone()), ..options(&hub, scratch.path()) };
         Worker::start_with(&family.document(), options)
     };
-    let mut family = Family::default().group_of("a", hf("base")).lens_of("a", "pirate", hf("lenses/pirate"));
+    let family = Family::default().group_of("a", hf("base"));
+    let mut family = family.lens_of("a", "pirate", hf("lenses/pirate")).cached();
     let (one, other) = (start(&mut family), start(&mut family));
     for worker in [&one, &other] {
         assert!(is_ready(&worker.settled().await, "pirate"));
@@ -600,7 +542,7 @@ async fn workers_that_share_a_disk_fetch_once_and_take_nothing_from_each_other()
 async fn a_file_that_is_damaged_on_the_disk_is_fetched_again() {
     let scratch = tempfile::tempdir().unwrap();
     let hub = hub().await;
-    let mut family = one_lens(hf("lenses/pirate")).lens_of("a", "terse", hf("lenses/terse"));
+    let mut family = one_lens(hf("lenses/pirate")).lens_of("a", "terse", hf("lenses/terse")).cached();
     let worker = Worker::start_with(&family.document(), options(&hub, scratch.path()));
     let report = worker.settled().await;
     let blob = |lens: &str| {

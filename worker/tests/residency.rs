@@ -107,7 +107,7 @@ enum Step {
 }
 
 const POLICIES: [&str; 6] = ["LRU", "LFU", "Priority", "Specialization", "Hybrid", "ALRFU"];
-const RESIDENCIES: [&str; 4] = ["OnDemand", "Preloaded", "Pinned", "gone"];
+const RESIDENCIES: [&str; 5] = ["OnDemand", "Cached", "Preloaded", "Pinned", "gone"];
 
 fn step() -> impl Strategy<Value = Step> {
     let group = 0..GROUPS.len();

@@ -44,6 +44,14 @@ impl Group {
         self
     }
 
+    /// With all of its lenses kept on the disk.
+    pub fn cached(mut self) -> Self {
+        for lens in &mut self.lenses {
+            lens["residency"] = json!("Cached");
+        }
+        self
+    }
+
     /// Without a lens.
     pub fn without(mut self, name: &str) -> Self {
         self.lenses.retain(|lens| lens["name"] != name);

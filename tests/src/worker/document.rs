@@ -86,6 +86,16 @@ impl Family {
         self.groups.get_mut(group).unwrap()["lenses"].as_array_mut().unwrap().push(lens);
     }
 
+    /// Has every lens that is declared so far kept on the disk.
+    pub fn cached(mut self) -> Self {
+        for group in self.groups.values_mut() {
+            for lens in group["lenses"].as_array_mut().unwrap() {
+                lens["residency"] = "Cached".into();
+            }
+        }
+        self
+    }
+
     /// Removes a lens.
     pub fn remove_lens(&mut self, group: &str, name: &str) {
         let lenses = self.groups.get_mut(group).unwrap()["lenses"].as_array_mut().unwrap();

@@ -12,6 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
+use super::hub::range_of;
+
 /// The server. Ends with the runtime.
 pub struct Https {
     /// `https://localhost:PORT`.
@@ -140,18 +142,18 @@ async fn answer(
             if header("if-none-match").as_deref() == Some(&tag) {
                 status(304)
             } else {
-                let start = range
-                    .filter(|_| header("if-range").as_deref() == Some(&tag))
-                    .and_then(|r| r.strip_prefix("bytes=")?.trim_end_matches('-').parse::<usize>().ok());
-                let (code, from) = start.map_or((200, 0), |s| (206, s));
+                let part = range
+                    .filter(|_| header("if-range").is_none_or(|known| known == tag))
+                    .and_then(|range| range_of(&range));
+                let whole = content.len();
+                let (code, from, to) = part.map_or((200, 0, whole), |(from, to)| (206, from, to.min(whole)));
                 let mut head = format!("HTTP/1.1 {code} OK\r\nETag: {tag}\r\nConnection: close\r\n");
-                if start.is_some() {
-                    head +=
-                        &format!("Content-Range: bytes {from}-{}/{}\r\n", content.len() - 1, content.len());
+                if part.is_some() {
+                    head += &format!("Content-Range: bytes {from}-{}/{whole}\r\n", to - 1);
                 }
-                head += &format!("Content-Length: {}\r\n\r\n", content.len() - from);
+                head += &format!("Content-Length: {}\r\n\r\n", to - from);
                 let mut reply = head.into_bytes();
-                let mut body = &content[from..];
+                let mut body = &content[from..to];
                 let mut breaks = state.breaks.lock().unwrap();
                 if let Some((after, times)) = breaks.get_mut(&path)
                     && *times > 0

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -63,6 +64,8 @@ pub enum Fault {
 pub enum Lie {
     /// The first byte is another.
     Content,
+    /// The last byte is another.
+    End,
     /// The hub says so many bytes.
     Size(usize),
     /// It is stored elsewhere.
@@ -80,6 +83,8 @@ struct World {
     /// By the end of a path: what happens next.
     faults: Mutex<BTreeMap<String, VecDeque<Fault>>>,
     lies: Mutex<BTreeMap<String, Lie>>,
+    /// Whether every file is sent whole, whatever part of it was asked for.
+    whole_only: AtomicBool,
     seen: Mutex<Vec<Seen>>,
 }
 
@@ -148,6 +153,11 @@ impl HubServer {
         };
     }
 
+    /// Sends every file whole from now on, whatever part of it is asked for.
+    pub fn send_whole(&self) {
+        self.world.whole_only.store(true, Ordering::Relaxed);
+    }
+
     /// Requests for paths that end so.
     pub fn seen(&self, end: &str) -> Vec<Seen> {
         lock(&self.world.seen).iter().filter(|s| s.path.ends_with(end)).cloned().collect()
@@ -205,17 +215,21 @@ impl World {
         cut: Option<usize>,
     ) -> Response {
         let mut content = content.to_vec();
-        if let Some(Lie::Content) = self.lie_of(path) {
-            content[0] ^= 1;
+        match self.lie_of(path) {
+            Some(Lie::Content) => content[0] ^= 1,
+            Some(Lie::End) => *content.last_mut().unwrap() ^= 1,
+            _ => {}
         }
-        let range = lock(&self.seen)[number].range.clone();
-        let start = range.and_then(|r| r.strip_prefix("bytes=")?.trim_end_matches('-').parse::<usize>().ok());
-        let (whole, from) = (content.len(), start.unwrap_or(0));
+        let asked = lock(&self.seen)[number].range.clone();
+        let asked = asked.filter(|_| !self.whole_only.load(Ordering::Relaxed));
+        let part = asked.and_then(|range| range_of(&range));
+        let whole = content.len();
+        let (from, to) = part.map_or((0, whole), |(from, to)| (from, to.min(whole)));
         if from >= whole {
             let headers = [(header::CONTENT_RANGE, format!("bytes */{whole}"))];
             return (StatusCode::RANGE_NOT_SATISFIABLE, headers).into_response();
         }
-        let rest = Bytes::from(content).slice(from..);
+        let rest = Bytes::from(content).slice(from..to);
         let length = rest.len();
         let end = cut.unwrap_or(length).min(length);
         let world = self.clone();
@@ -236,13 +250,20 @@ impl World {
             .header(header::CONTENT_LENGTH, length)
             .header(header::ACCEPT_RANGES, "bytes")
             .header("x-repo-commit", COMMIT);
-        if start.is_some() {
+        if part.is_some() {
             answer = answer
                 .status(StatusCode::PARTIAL_CONTENT)
-                .header(header::CONTENT_RANGE, format!("bytes {from}-{}/{whole}", whole - 1));
+                .header(header::CONTENT_RANGE, format!("bytes {from}-{}/{whole}", to - 1));
         }
         answer.body(Body::from_stream(body)).unwrap()
     }
+}
+
+/// The first byte that is asked for, and the one behind the last.
+pub(super) fn range_of(range: &str) -> Option<(usize, usize)> {
+    let (from, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+    let behind = if last.is_empty() { usize::MAX } else { last.parse::<usize>().ok()? + 1 };
+    Some((from.parse().ok()?, behind))
 }
 
 /// A refusal as the hub words it.

@@ -22,8 +22,8 @@ use crate::worker::hub::{COMMIT, HubServer};
 /// The hub's repository with the lenses of the demo family.
 const REPO: &str = "demo-org/family";
 
-/// A disk budget that holds one of two fetched lenses: the other one is named with the numbers while the first one is served. A
-/// larger disk is another pod, and holds both.
+/// A disk budget that holds one of two lenses that are to be kept on the disk: the other one is named with the numbers while the
+/// first one is served. A larger disk is another pod, and holds both.
 pub async fn a_full_disk_is_told_and_what_is_there_is_served(release: &Release) -> Result<()> {
     let family = Family::read()?;
     let hub = hub(release).await?;
@@ -31,14 +31,14 @@ pub async fn a_full_disk_is_told_and_what_is_there_is_served(release: &Release) 
     let budget = bytes_of("lenses/pirate")? + bytes_of("lenses/shout")? / 2;
     let workers =
         placement("shared", &[QWEN]).asking_hub(&hub.endpoint).with_disk_budget(&budget.to_string());
-    let declared = group(QWEN, "base").lens_of("pirate", on_hub("lenses/pirate"));
+    let declared = group(QWEN, "base").lens_of("pirate", on_hub("lenses/pirate")).cached();
     space.apply(&[declared.manifest(), workers.manifest()]).await?;
     space.serves("shared", &[QWEN]).await?;
     let lives = space.lives("shared").await?;
     let load = Load::start(&space.gateway(), questions_to(&family, &[("pirate", "pirate")]), 2);
 
     // Declared later: which of the two finds room is not left to chance.
-    space.apply(&[declared.lens_of("shout", on_hub("lenses/shout")).manifest()]).await?;
+    space.apply(&[declared.lens_of("shout", on_hub("lenses/shout")).cached().manifest()]).await?;
     // It would fit alone, so it is tried again: the other one may leave.
     let message = lens_fails(&space, "shout", FailureReason::DiskFull).await?;
     for word in ["disk budget", budget.to_string().as_str(), REPO] {
