@@ -380,6 +380,14 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_first_bytes_tell_where_the_tensors_begin() {
+        let told = |header: u64, size| head_bytes(&header.to_le_bytes(), size);
+        assert_eq!((told(100, 1000), told(100, 50), told(0, 1000)), (108, 50, 8));
+        assert_eq!((told(MAX_HEADER_BYTES + 1, 1 << 40), told(u64::MAX, 4)), (8, 4), "it is not read");
+        assert_eq!((head_bytes(&[1; 7], 1000), head_bytes(&[], 3)), (8, 3), "not told yet");
+    }
+
+    #[test]
     fn damaged_files_are_named_errors() {
         let (_dir, path) = file_with(&[1.0; 64]);
         let good = std::fs::read(&path).unwrap();

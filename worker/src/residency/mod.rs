@@ -2,8 +2,8 @@
 //!
 //! One task ([`owner`]) owns the [`table`]. Requests ask it for a [`Permit`] and hold it while their row runs; jobs
 //! ([`resolve`], [`loader`]) report back to it as events. What it decides is pure and beside it: [`plan`] (what leaves
-//! so that something fits), [`switch`] (when the active base changes), [`failure`] (when to try again). On disk, [`cache`] has
-//! the files that were fetched, and [`prepared`] weights as they lie in memory.
+//! so that something fits), [`switch`] (when the active base changes), [`failure`] (when to try again), [`spare`] (which files
+//! leave the disk). On disk, [`cache`] has the files that were fetched, and [`prepared`] weights as they lie in memory.
 //!
 //! - A document is taken at once: what is no longer declared gets no new rows, what is new is resolved in the background.
 //! - A lens is found by name, held by content. A row keeps the content it began with, whatever the name means later.
