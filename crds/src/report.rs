@@ -197,7 +197,7 @@ pub enum ArtifactState {
         /// 0 to 100.
         percent: u8,
     },
-    /// It can be served at once, or be loaded when a request asks for it.
+    /// It can be served at once, or be loaded when a request asks for it, perhaps after its files were fetched.
     Ready,
     /// It cannot be served.
     Failed {

@@ -246,8 +246,6 @@ enum Message {
     Release { number: u64, outcome: Outcome, measured: Measured },
     Leave { refuse: bool },
     Idle { reply: oneshot::Sender<()> },
-    /// Files are on their way that the disk has no room for: others may leave, so many bytes at least. Answered with how many
-    /// do.
     MakeWay { bytes: u64, reply: oneshot::Sender<u64> },
     Order { order: Order, reply: oneshot::Sender<Result<Obeyed, OrderError>> },
     Event(work::Event),

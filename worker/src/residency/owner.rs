@@ -368,6 +368,7 @@ impl Owner {
                 self.refusing |= refuse;
             }
             Message::Idle { reply } => self.idlers.push(reply),
+            // Files are on their way that the disk lacks so much room for.
             Message::MakeWay { bytes, reply } => {
                 let _ = reply.send(self.make_way(bytes));
             }
