@@ -84,7 +84,8 @@ async fn who_waits_for_a_stream_is_told_for_what() {
     };
     server.pace(4);
     let worker = Worker::start_with(&family.document(), options);
-    let case = &demo::Family::read().unwrap().cases("base-b", None)[0];
+    let trained = demo::Family::read().unwrap();
+    let case = &trained.cases("base-b", None)[0];
     let asked = |progress: bool| {
         json!({"model": "b", "messages": case.messages, "temperature": 0, "max_tokens": 64, "stream": true,
                "stream_options": {"include_progress": progress}})
