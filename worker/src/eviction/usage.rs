@@ -140,7 +140,7 @@ mod tests {
         assert_eq!(rating_milli(0, 0), UNRATED_MILLI);
         assert_eq!([rating_milli(1, 0), rating_milli(1, 1000)], [800, 1200]);
         assert_eq!(rating_milli(9, 500), UNRATED_MILLI);
-        assert_eq!([rating_milli(1 << 40, 0), rating_milli(u64::MAX, 1000)], [0, 1999]);
+        assert_eq!([rating_milli(1 << 40, 0), rating_milli(u64::MAX, 1000)], [0, 2000]);
     }
 
     #[test]
