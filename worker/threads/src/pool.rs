@@ -5,14 +5,9 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 
-use parking_lot::{Condvar, Mutex};
-
-/// Spins before a waiting thread sleeps; some tens of microseconds.
-const SPINS: u32 = 4000;
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Condvar, Mutex, SPINS, spin_loop, thread};
 
 /// How many threads a process may use: `TURRET_THREADS`, or else what affinity and the container's CPU
 /// quota allow.
@@ -59,7 +54,7 @@ struct Shared {
 /// The pool. One loop runs at a time.
 pub struct Pool {
     shared: Arc<Shared>,
-    helpers: Vec<JoinHandle<()>>,
+    helpers: Vec<thread::JoinHandle<()>>,
     running: Mutex<()>,
 }
 
@@ -71,7 +66,7 @@ impl Pool {
             .map_while(|index| {
                 let shared = shared.clone();
                 // A container that refuses another thread still computes, with fewer.
-                std::thread::Builder::new().name(format!("compute-{index}")).spawn(move || help(&shared)).ok()
+                thread::Builder::new().name(format!("compute-{index}")).spawn(move || help(&shared)).ok()
             })
             .collect();
         Self { shared, helpers, running: Mutex::new(()) }
@@ -128,7 +123,7 @@ impl Drop for TakeBack<'_> {
         let mut spins = 0;
         while self.0.active.load(Ordering::Acquire) != 0 {
             spins += 1;
-            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if spins < SPINS { spin_loop() } else { thread::yield_now() }
         }
     }
 }
@@ -168,7 +163,7 @@ fn help(shared: &Shared) {
         let mut spins = 0;
         while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
             spins += 1;
-            std::hint::spin_loop();
+            spin_loop();
         }
         let job = {
             let mut state = shared.state.lock();
@@ -195,7 +190,7 @@ fn help(shared: &Shared) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
