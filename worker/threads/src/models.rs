@@ -2,12 +2,15 @@
 #![allow(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 
 use loom::cell::UnsafeCell;
 use loom::thread;
 
 use crate::Pool;
+use crate::events::{self, Receiver, Sender};
 use crate::sync::{Condvar, Mutex};
 
 /// Tries every order, or those in which threads are held up at most so many times where nothing makes them wait: all orders
@@ -193,4 +196,67 @@ fn a_panic_is_its_job_s_and_no_other_s() {
             assert!(lent.was_left_alone() && next.was_left_alone());
         });
     }
+}
+
+struct Unpark(thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// The next event. A reader that nobody wakes makes a deadlock.
+fn next(receiver: &mut Receiver<u32>) -> Option<u32> {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    loop {
+        match receiver.poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(event) => return event,
+            Poll::Pending => thread::park(),
+        }
+    }
+}
+
+/// A thread that sends these and is gone.
+fn sending(sender: Sender<u32>, events: &'static [u32]) -> thread::JoinHandle<()> {
+    thread::spawn(move || events.iter().for_each(|event| sender.send(*event)))
+}
+
+#[test]
+fn a_reader_gets_every_event_in_order_and_then_the_end() {
+    in_every_order(None, || {
+        let (sender, mut receiver) = events::channel(3);
+        let sending = sending(sender, &[1, 2, 3]);
+        let read: Vec<_> = std::iter::from_fn(|| next(&mut receiver)).collect();
+        assert_eq!(read, [1, 2, 3]);
+        sending.join().unwrap();
+    });
+}
+
+#[test]
+fn the_task_that_looked_last_is_woken() {
+    in_every_order(None, || {
+        let (sender, mut receiver) = events::channel(1);
+        let sending = sending(sender, &[1]);
+        let before = receiver.poll(&mut Context::from_waker(Waker::noop()));
+        let read = if let Poll::Ready(event) = before { event } else { next(&mut receiver) };
+        assert_eq!(read, Some(1));
+        assert_eq!(next(&mut receiver), None);
+        sending.join().unwrap();
+    });
+}
+
+#[test]
+fn a_reader_that_goes_is_noticed_and_what_it_left_is_freed() {
+    in_every_order(None, || {
+        let (sender, mut receiver) = events::channel(2);
+        let reader = thread::spawn(move || {
+            let _ = receiver.poll(&mut Context::from_waker(Waker::noop()));
+        });
+        // The event counts itself among loom's, which sees whether it is ever dropped.
+        sender.send(loom::sync::Arc::new(()));
+        reader.join().unwrap();
+        assert!(sender.is_abandoned());
+        sender.send(loom::sync::Arc::new(()));
+    });
 }
