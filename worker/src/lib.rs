@@ -2,7 +2,7 @@
 //!
 //! - [`engine`]: the thread that owns the device; rows go in, tokens come out. Start at [`engine::handle`].
 //! - [`model`]: what a base is and how it computes.
-//! - [`turret_kernels`]: the hot loops.
+//! - [`turret_kernels`]: the hot loops. [`turret_threads`]: where threads wait for each other.
 //! - [`lens`]: what a lens is, one file per kind.
 //! - [`residency`]: which bases and lenses are in memory, and who may use them.
 //! - [`api`]: HTTP. [`serve`]: puts it all together. [`control`]: asks the control port, by hand.

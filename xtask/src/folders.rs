@@ -8,6 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 
+/// The folder of [`loom_target`] in [`cargo_target`], which a clone owns as a whole.
+const LOOM: &str = "loom";
+
 /// The root of this repository.
 pub fn repository() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -49,6 +52,11 @@ pub fn cargo_target() -> Result<PathBuf> {
         Some(folder) => std::path::absolute(folder).context("CARGO_TARGET_DIR is no usable path"),
         None => Ok(cache()?.join("target")),
     }
+}
+
+/// Where what has loom's types in place of the real ones is built, so that cargo keeps both.
+pub fn loom_target() -> Result<PathBuf> {
+    Ok(cargo_target()?.join(LOOM))
 }
 
 /// `cargo`, in the repository and with [`cargo_target`], for building and running the product.
@@ -116,8 +124,11 @@ fn share(target: &Path, clone: &[u8]) -> std::io::Result<File> {
 }
 
 fn forget_our_crates(target: &Path) -> std::io::Result<()> {
-    let fingerprints = target.join("debug/.fingerprint");
-    if fingerprints.is_dir() {
+    for built in [target.join("debug"), target.join(LOOM).join("release")] {
+        let fingerprints = built.join(".fingerprint");
+        if !fingerprints.is_dir() {
+            continue;
+        }
         for entry in std::fs::read_dir(&fingerprints)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -137,11 +148,13 @@ mod tests {
     #[test]
     fn a_clone_waits_for_another_one_s_commands_and_then_forgets_what_it_built() {
         let folder = tempfile::tempdir().unwrap();
-        let fingerprints = folder.path().join("debug/.fingerprint");
-        let known = |name: &str| fingerprints.join(name).is_dir();
+        let builds = ["debug", "loom/release"].map(|build| folder.path().join(build).join(".fingerprint"));
+        let known = |name: &str| builds.each_ref().map(|build| build.join(name).is_dir());
         let first = [share(folder.path(), b"/one").unwrap(), share(folder.path(), b"/one").unwrap()];
         for name in ["turret-worker-1", "xtask-2", "serde-3"] {
-            std::fs::create_dir_all(fingerprints.join(name)).unwrap();
+            for build in &builds {
+                std::fs::create_dir_all(build.join(name)).unwrap();
+            }
         }
 
         let (path, (sender, receiver)) = (folder.path().to_owned(), std::sync::mpsc::channel());
@@ -154,10 +167,10 @@ mod tests {
         drop(one);
         let patience = std::time::Duration::from_millis(50);
         assert!(receiver.recv_timeout(patience).is_err(), "one command of the first clone still runs");
-        assert!(known("turret-worker-1"));
+        assert_eq!(known("turret-worker-1"), [true; 2]);
         drop(other);
         let held = second.join().unwrap();
-        assert!(!known("turret-worker-1") && !known("xtask-2") && known("serde-3"));
+        assert_eq!(["turret-worker-1", "xtask-2", "serde-3"].map(known), [[false; 2], [false; 2], [true; 2]]);
         assert_eq!(std::fs::read(folder.path().join("turret-clone")).unwrap(), b"/two");
         drop(held);
     }

@@ -26,8 +26,8 @@ use half::{bf16, f16};
 
 use super::rows::cap_lanes;
 use super::simd::{Element, Kernel, LANES, Simd, exp, launch, load_part};
-use super::threads::Pool;
 use crate::number::Dtype;
+use turret_threads::Pool;
 
 /// Positions in a block.
 pub const BLOCK_TOKENS: usize = 16;

@@ -207,8 +207,8 @@ impl<'a> Settle<'a> {
 #[cfg(test)]
 mod tests {
     use super::super::matmul::{Format, Linear, Packed, PackedShape, RowsDelta, Scratch, Weight, linear};
-    use super::super::threads::Pool;
     use crate::number::Dtype;
+    use turret_threads::Pool;
 
     use super::*;
 

@@ -9,12 +9,13 @@
 //! # Where what is
 //! - [`simd`]: sixteen lanes, per instruction set; [`simd::launch`] is the one place that chooses.
 //! - [`number`]: kinds of numbers, and what is done to each.
-//! - [`threads`]: a small pool that runs a loop on all threads without allocating.
 //! - [`matmul`] and [`finish`], [`rows`], [`attention`], [`vocabulary`]: the loops, over plain slices.
 //! - [`ops`]: the same as candle's in-place operations, which is how the decoder calls them on [`buffer`]s.
 //!
-//! This crate (and the worker's arena) is the only place with `unsafe`: vector loads, and several threads writing disjoint
-//! parts of one slice.
+//! Each runs on all threads of a [`turret_threads::Pool`].
+//!
+//! This crate, the pool and the worker's arena are the only places with `unsafe`: here vector loads, and several threads writing
+//! disjoint parts of one slice.
 
 pub mod attention;
 pub mod buffer;
@@ -24,5 +25,4 @@ pub mod number;
 pub mod ops;
 pub mod rows;
 pub mod simd;
-pub mod threads;
 pub mod vocabulary;

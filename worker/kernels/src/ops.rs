@@ -11,8 +11,8 @@ use super::matmul::{Deltas, Linear, Packed, Scratch, Weight, linear};
 use super::rows::{
     activate_mul, add_rms_norm, each_row, rms_norm, rms_norm_in_place, rotate, soft_cap, widen,
 };
-use super::threads::Pool;
 use crate::number::Activation;
+use turret_threads::Pool;
 
 fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {

@@ -3,8 +3,8 @@
 
 use super::matmul::Weight;
 use super::simd::{Kernel, LANES, Simd, exp, launch, load_part};
-use super::threads::Pool;
 use crate::number::Activation;
+use turret_threads::Pool;
 
 /// Numbers below which a loop is not worth waking other threads.
 const WORTH_SHARING: usize = 1 << 14;

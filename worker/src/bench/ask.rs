@@ -12,7 +12,7 @@ use super::takes::Take;
 use super::{BenchArgs, BenchError};
 use crate::telemetry::chain;
 use turret_kernels::simd::InstructionSet;
-use turret_kernels::threads::{Pool, allowed_threads};
+use turret_threads::{Pool, allowed_threads};
 
 /// The take of which everybody needs the answer: memory as large as a step's weights, read once.
 const READ: &str = "read";

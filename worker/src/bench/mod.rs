@@ -28,7 +28,7 @@ use report::median;
 pub use report::{Measure, Report};
 use takes::{Found, Take};
 use turret_kernels::simd::InstructionSet;
-use turret_kernels::threads::{Pool, allowed_threads};
+use turret_threads::{Pool, allowed_threads};
 
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]

@@ -1,7 +1,7 @@
 //! How fast this machine reads memory: the limit of a decode step, measured in the same process and with the same threads.
 
 use crate::engine::arena::{Arena, ArenaError, Part, Region};
-use turret_kernels::threads::Pool;
+use turret_threads::Pool;
 
 /// Numbers read at a time by one thread between two looks at what is left.
 const CHUNK: usize = 1 << 17;

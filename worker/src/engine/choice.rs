@@ -5,7 +5,7 @@ use parking_lot::Mutex;
 use super::row::{Sampling, TokenLogprobs};
 use super::sampler::{NotFinite, Sampler};
 use crate::model::decoder::Logits;
-use turret_kernels::threads::Pool;
+use turret_threads::Pool;
 
 /// What a row asks of the logits at one of its positions. The answer depends on nothing else of the row.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

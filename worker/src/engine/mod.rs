@@ -45,7 +45,7 @@ use crate::lens::{Effects, FilledLens};
 use crate::model::block_pool::{LensContent, Seed};
 use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseLayout, FilledBase};
-use turret_kernels::threads::{Pool, allowed_threads};
+use turret_threads::{Pool, allowed_threads};
 
 /// Why the engine does not start.
 #[derive(Debug, thiserror::Error)]

@@ -1,21 +1,18 @@
 //! What a caller asks of the engine for one row, and the stream of what comes back.
 //!
 //! A row is one sequence of a batch: its prompt, the lenses applied to it (and to nothing else in the
-//! batch), how its tokens are chosen and when it ends. Events travel over a ring that is allocated once,
-//! when the row is submitted, so that emitting a token allocates nothing. It is bounded by the row's own
+//! batch), how its tokens are chosen and when it ends. Events travel over a ring ([`events`]) that is allocated
+//! once, when the row is submitted, so that emitting a token allocates nothing. It is bounded by the row's own
 //! length: the engine never waits for a slow reader.
 
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
-
-use futures::task::AtomicWaker;
-use parking_lot::Mutex;
 
 use super::handle::{BaseId, LensId};
 use crate::lens::tap::{Activations, Tapped};
+use turret_threads::events;
 
 /// One row to compute.
 #[derive(Debug, Clone, PartialEq)]
@@ -167,63 +164,43 @@ pub struct Usage {
     pub generated_tokens: u32,
 }
 
-struct Ring {
-    events: VecDeque<RowEvent>,
-    closed: bool,
+/// The engine's end of a row's events. Dropping it without a last event says that the engine stopped.
+pub(crate) struct RowSender {
+    events: events::Sender<RowEvent>,
+    cached_tokens: Arc<AtomicU32>,
 }
-
-struct Shared {
-    ring: Mutex<Ring>,
-    waker: AtomicWaker,
-    cancelled: AtomicBool,
-    cached_tokens: AtomicU32,
-}
-
-/// The engine's end of a row's events.
-pub(crate) struct RowSender(Arc<Shared>);
 
 /// The caller's end: a stream that ends after `Finished` or `Failed`. Dropping it cancels the row, which leaves the
 /// batch before the next step.
 pub struct RowStream {
     id: RowId,
-    shared: Arc<Shared>,
+    events: events::Receiver<RowEvent>,
+    cached_tokens: Arc<AtomicU32>,
     done: bool,
 }
 
 /// The two ends of a row's events, with room for `max_new_tokens`.
 pub(crate) fn row_channel(id: RowId, max_new_tokens: u32) -> (RowSender, RowStream) {
-    let events = VecDeque::with_capacity(max_new_tokens as usize + 3);
-    let shared = Arc::new(Shared {
-        ring: Mutex::new(Ring { events, closed: false }),
-        waker: AtomicWaker::new(),
-        cancelled: AtomicBool::new(false),
-        cached_tokens: AtomicU32::new(0),
-    });
-    (RowSender(shared.clone()), RowStream { id, shared, done: false })
+    let (sender, receiver) = events::channel(max_new_tokens as usize + 3);
+    let cached_tokens = Arc::new(AtomicU32::new(0));
+    let stream = RowStream { id, events: receiver, cached_tokens: cached_tokens.clone(), done: false };
+    (RowSender { events: sender, cached_tokens }, stream)
 }
 
 impl RowSender {
     /// Hands an event to the reader; never waits.
     pub(crate) fn send(&self, event: RowEvent) {
-        self.0.ring.lock().events.push_back(event);
-        self.0.waker.wake();
+        self.events.send(event);
     }
 
     /// Notes how many tokens of the prompt need not be computed.
     pub(crate) fn note_cached(&self, tokens: u32) {
-        self.0.cached_tokens.store(tokens, Ordering::Release);
+        self.cached_tokens.store(tokens, Ordering::Release);
     }
 
     /// Whether the reader went away.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.0.cancelled.load(Ordering::Acquire)
-    }
-}
-
-impl Drop for RowSender {
-    fn drop(&mut self) {
-        self.0.ring.lock().closed = true;
-        self.0.waker.wake();
+        self.events.is_abandoned()
     }
 }
 
@@ -235,7 +212,7 @@ impl RowStream {
 
     /// Tokens of the prompt that needed not be computed; certain once there was an event.
     pub fn cached_tokens(&self) -> u32 {
-        self.shared.cached_tokens.load(Ordering::Acquire)
+        self.cached_tokens.load(Ordering::Acquire)
     }
 
     /// The next event; `None` after the last one.
@@ -243,30 +220,15 @@ impl RowStream {
         std::future::poll_fn(|cx| self.poll(cx)).await
     }
 
-    fn take(&mut self) -> Poll<Option<RowEvent>> {
-        let mut ring = self.shared.ring.lock();
-        match ring.events.pop_front() {
-            Some(event) => {
-                self.done = matches!(event, RowEvent::Finished { .. } | RowEvent::Failed(_));
-                Poll::Ready(Some(event))
-            }
-            None if ring.closed => {
-                self.done = true;
-                Poll::Ready(Some(RowEvent::Failed(RowFailure::EngineStopped)))
-            }
-            None => Poll::Pending,
-        }
-    }
-
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<RowEvent>> {
         if self.done {
             return Poll::Ready(None);
         }
-        if let ready @ Poll::Ready(_) = self.take() {
-            return ready;
-        }
-        self.shared.waker.register(cx.waker());
-        self.take()
+        self.events.poll(cx).map(|event| {
+            let event = event.unwrap_or(RowEvent::Failed(RowFailure::EngineStopped));
+            self.done = matches!(event, RowEvent::Finished { .. } | RowEvent::Failed(_));
+            Some(event)
+        })
     }
 }
 
@@ -275,12 +237,6 @@ impl futures::Stream for RowStream {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<RowEvent>> {
         self.poll(cx)
-    }
-}
-
-impl Drop for RowStream {
-    fn drop(&mut self) {
-        self.shared.cancelled.store(true, Ordering::Release);
     }
 }
 

@@ -21,7 +21,7 @@ use crate::model::config::ModelConfig;
 use crate::model::decoder::{Batch, Chunk, Decoder, Workspace};
 use crate::model::kv_cache::{KvCache, blocks_for, cache_shape};
 use crate::model::weights::FilledBase;
-use turret_kernels::threads::Pool;
+use turret_threads::Pool;
 
 /// The active base: what computing with it needs beside its weights.
 pub(super) struct Active {

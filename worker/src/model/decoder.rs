@@ -25,7 +25,7 @@ use turret_kernels::matmul::{Deltas, Linear, Scratch};
 use turret_kernels::ops::{
     ActivateMul, Attend, Embed, Project, RmsNorm, Rotary, RotateAndStore, RowEmbeddings, RowNorms, SoftCap,
 };
-use turret_kernels::threads::Pool;
+use turret_threads::Pool;
 
 /// Tokens of one row to compute in a step.
 #[derive(Debug, Clone, Copy)]

@@ -14,7 +14,7 @@ use crate::engine::arena::{Arena, ArenaError, Part};
 use crate::lens::lora::LoraFolder;
 use crate::lens::tap::Activations;
 use crate::lens::{FilledLens, LensError};
-use turret_kernels::threads::{Pool, allowed_threads};
+use turret_threads::{Pool, allowed_threads};
 
 /// Why a sequence cannot be computed.
 #[derive(Debug, thiserror::Error)]

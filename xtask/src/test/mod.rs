@@ -1,8 +1,9 @@
 //! `cargo xtask test`: every suite, each with its time, and one closing line that counts them all.
 //!
 //! Everything is built first, in one profile and one folder outside the clone ([`program`]); the
-//! suites then run the finished programs and build nothing. What cannot run here is skipped
-//! aloud, and with `CI=true` that is a failure.
+//! suites then run the finished programs and build nothing but the few things of `unit` that only
+//! builds of their own can. What cannot run here is skipped aloud, and with `CI=true` that is a
+//! failure.
 
 mod on_cluster;
 mod program;
@@ -41,7 +42,7 @@ pub struct TestArguments {
 enum Suite {
     /// Format, clippy, and that generated files are fresh
     Lint,
-    /// The tests of every crate, and its documentation's examples
+    /// The tests of every crate, its documentation's examples, and threads in every order
     Unit,
     /// Every architecture and lens against recorded numbers
     Parity,
@@ -139,8 +140,9 @@ fn carry_out(suite: Suite, built: &Built, arguments: &TestArguments) -> Result<T
         Suite::Lint => lint(),
         Suite::Unit => {
             let tests = each(suite, built, &manner)?;
+            let models = each(suite, &program::build_models()?, &manner)?;
             let examples = if arguments.only.is_none() { examples()? } else { Tally::default() };
-            Ok([tests, examples].into_iter().sum())
+            Ok([tests, models, examples].into_iter().sum())
         }
         Suite::Parity => {
             if let Some(cases) = &arguments.cases {
@@ -262,6 +264,7 @@ mod tests {
         assert_eq!(suite(TESTS, "lib", "turret_tests"), Suite::Unit);
         assert_eq!(suite("turret-worker", "test", "cluster"), Suite::Unit);
         assert_eq!(suite("turret-crds", "test", "crd"), Suite::Unit);
+        assert_eq!(suite("turret-threads", "loom", "turret_threads"), Suite::Unit);
     }
 
     #[test]

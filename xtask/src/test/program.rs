@@ -18,7 +18,7 @@ use crate::{folders, privilege, stage};
 pub struct TestProgram {
     /// The crate it belongs to.
     pub package: String,
-    /// What it is there: `lib`, `bin`, `test`.
+    /// What it is there: `lib`, `bin`, `test`; or `loom`, a library's models.
     pub kind: String,
     /// Its name.
     pub name: String,
@@ -45,15 +45,38 @@ pub fn build() -> Result<Built> {
     let programs = ["build", "--workspace", "--bin", "turret-operator", "--bin", "turret-worker"];
     let tests = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-run"];
     for (name, arguments) in [("building the programs", programs), ("building the tests", tests)] {
-        stage::run(name, |stage| cargo(&arguments, &mut built, &mut |line| stage.note(line)))?;
+        let mut command = folders::cargo()?;
+        command.args(arguments);
+        stage::run(name, |stage| cargo(command, &mut built, &mut |line| stage.note(line)))?;
     }
     Ok(built)
 }
 
-fn cargo(arguments: &[&str], built: &mut Built, note: &mut dyn FnMut(String)) -> Result<()> {
+/// Builds the tests that try every order in which threads can take turns. They have loom's threads, locks and atomics in place
+/// of the real ones, so their crate is built a second time.
+pub fn build_models() -> Result<Built> {
     let mut command = folders::cargo()?;
-    command.args(arguments).arg("--message-format=json-render-diagnostics");
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    command
+        .args(["test", "--package", "turret-threads", "--lib", "--release", "--no-run"])
+        .env("RUSTFLAGS", format!("{flags} --cfg loom"))
+        // It would take the place of the other.
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env("CARGO_TARGET_DIR", folders::loom_target()?);
+    let mut built = Built::default();
+    stage::run("building the models of threads", |stage| {
+        cargo(command, &mut built, &mut |line| stage.note(line))
+    })?;
+    for program in &mut built.tests {
+        program.kind = "loom".into();
+    }
+    Ok(built)
+}
+
+fn cargo(mut command: Command, built: &mut Built, note: &mut dyn FnMut(String)) -> Result<()> {
+    let arguments: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
     let mut child = command
+        .arg("--message-format=json-render-diagnostics")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         // Warnings and progress are cargo's; errors come with them.

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 
 use super::{DeltaOutputs, Deltas, Linear, Range, RowsDelta, Shared, WORTH_SHARING, Weight};
 use crate::simd::{Element, Kernel, LANES, Simd, launch, load_part, unroll};
-use crate::threads::Pool;
+use turret_threads::Pool;
 
 /// `A x` of every delta into the scratch, scaled.
 pub(super) fn down(pool: &Pool, linear: &Linear<'_>, deltas: &dyn Deltas, x: &[f32], scratch: &mut [f32]) {

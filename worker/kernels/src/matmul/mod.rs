@@ -28,9 +28,9 @@ pub use packed::{Format, PANEL, Packed, PackedShape};
 
 use super::finish::{Gain, finish};
 use super::simd::{LANES, launch};
-use super::threads::Pool;
 pub(super) use delta::{up, up_part};
 use tile::PackInputs;
+use turret_threads::Pool;
 
 /// A matrix `[outputs, inputs]`, row-major: what is looked up by row, and deltas.
 #[derive(Debug, Clone, Copy)]

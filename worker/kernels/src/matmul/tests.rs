@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::number::Dtype;
-use crate::threads::Pool;
+use turret_threads::Pool;
 
 /// Numbers that differ from place to place, between -1 and 1.
 fn numbers(count: usize, seed: u32) -> Vec<f32> {

@@ -5,14 +5,10 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::Ordering;
 
-use parking_lot::{Condvar, Mutex};
-
-/// Spins before a waiting thread sleeps; some tens of microseconds.
-const SPINS: u32 = 4000;
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Condvar, Mutex, SPINS, spin_loop, thread};
 
 /// How many threads a process may use: `TURRET_THREADS`, or else what affinity and the container's CPU
 /// quota allow.
@@ -48,18 +44,22 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
-    /// Copies of `state` for spinning on.
+    /// A copy of the one in `state`, to spin on. Only a hint: what it announces is read under the lock.
     epoch: AtomicUsize,
+    /// A copy of the one in `state`, to spin on. Written with `Release` by who lets go of a job and read with `Acquire` by the
+    /// caller, which so sees what all tasks wrote: who let go before did so under the same lock.
     active: AtomicUsize,
-    /// Next task of the job.
+    /// Next task of the job. Relaxed, since it orders nothing but itself: it is set back under the lock under which helpers take
+    /// the job, when all have let go of the one before.
     next: AtomicUsize,
+    /// A helper's share of the job panicked. Ordered by `active`.
     panicked: AtomicBool,
 }
 
 /// The pool. One loop runs at a time.
 pub struct Pool {
     shared: Arc<Shared>,
-    helpers: Vec<JoinHandle<()>>,
+    helpers: Vec<thread::JoinHandle<()>>,
     running: Mutex<()>,
 }
 
@@ -71,7 +71,7 @@ impl Pool {
             .map_while(|index| {
                 let shared = shared.clone();
                 // A container that refuses another thread still computes, with fewer.
-                std::thread::Builder::new().name(format!("compute-{index}")).spawn(move || help(&shared)).ok()
+                thread::Builder::new().name(format!("compute-{index}")).spawn(move || help(&shared)).ok()
             })
             .collect();
         Self { shared, helpers, running: Mutex::new(()) }
@@ -83,6 +83,8 @@ impl Pool {
     }
 
     /// Calls `call(0)`, …, `call(tasks - 1)`, each once, on all threads, and returns when all are done.
+    ///
+    /// Panics when one of them does, once no thread uses `call` any more. Which of the others ran is open then.
     pub fn run(&self, tasks: usize, call: &(dyn Fn(usize) + Sync)) {
         self.start(tasks, true, &|range| range.for_each(call));
     }
@@ -100,8 +102,8 @@ impl Pool {
             }
             return;
         }
-        let _one_at_a_time = self.running.lock();
-        // SAFETY: only the lifetime is erased. The job is taken back below, and no helper holds it once `active` is 0.
+        let one_at_a_time = self.running.lock();
+        // SAFETY: only the lifetime is erased. The job is taken back below, and nothing before that unwinds.
         let call: &'static (dyn Fn(Range<usize>) + Sync) = unsafe { std::mem::transmute(call) };
         let job = Job { call, tasks, single, threads: self.threads() };
         {
@@ -109,26 +111,31 @@ impl Pool {
             state.job = Some(job);
             state.epoch += 1;
             self.shared.next.store(0, Ordering::Relaxed);
-            self.shared.epoch.store(state.epoch, Ordering::Release);
+            // What panicked before was another job.
+            self.shared.panicked.store(false, Ordering::Relaxed);
+            self.shared.epoch.store(state.epoch, Ordering::Relaxed);
         }
         self.shared.wake.notify_all();
         // The job must be taken back even when the caller's share panics.
-        let take_back = TakeBack(&self.shared);
-        work(&self.shared, job);
-        drop(take_back);
-        assert!(!self.shared.panicked.load(Ordering::Relaxed), "a compute thread panicked");
+        let own = catch_unwind(AssertUnwindSafe(|| work(&self.shared, job)));
+        self.shared.take_back();
+        let helper_panicked = self.shared.panicked.load(Ordering::Relaxed);
+        drop(one_at_a_time);
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        assert!(!helper_panicked, "a compute thread panicked");
     }
 }
 
-struct TakeBack<'a>(&'a Shared);
-
-impl Drop for TakeBack<'_> {
-    fn drop(&mut self) {
-        self.0.state.lock().job = None;
+impl Shared {
+    /// Gives the job to no further helper, and waits for those that hold it.
+    fn take_back(&self) {
+        self.state.lock().job = None;
         let mut spins = 0;
-        while self.0.active.load(Ordering::Acquire) != 0 {
+        while self.active.load(Ordering::Acquire) != 0 {
             spins += 1;
-            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if spins < SPINS { spin_loop() } else { thread::yield_now() }
         }
     }
 }
@@ -136,10 +143,10 @@ impl Drop for TakeBack<'_> {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.state.lock().stop = true;
-        self.shared.epoch.fetch_add(1, Ordering::Release);
+        self.shared.epoch.fetch_add(1, Ordering::Relaxed);
         self.shared.wake.notify_all();
         for helper in self.helpers.drain(..) {
-            // A helper that panicked has been reported by `run`.
+            // What panicked in a helper was its job's, and the helper went on.
             let _ = helper.join();
         }
     }
@@ -166,9 +173,9 @@ fn help(shared: &Shared) {
     let mut seen = 0;
     loop {
         let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
+        while shared.epoch.load(Ordering::Relaxed) == seen && spins < SPINS {
             spins += 1;
-            std::hint::spin_loop();
+            spin_loop();
         }
         let job = {
             let mut state = shared.state.lock();
@@ -186,7 +193,7 @@ fn help(shared: &Shared) {
             state.job
         };
         let Some(job) = job else { continue };
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(shared, job))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| work(shared, job))).is_err() {
             shared.panicked.store(true, Ordering::Relaxed);
         }
         let mut state = shared.state.lock();
@@ -195,7 +202,7 @@ fn help(shared: &Shared) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
