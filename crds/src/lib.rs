@@ -4,11 +4,13 @@
 //! [`ModelPlacement`] says where groups run, on how many workers and under which budgets.
 //! [`compile`](document::compile) turns one placement and its groups into a
 //! [`WorkerDocument`], the only thing a worker is told; the worker answers with a
-//! [`WorkerReport`], the only thing anybody believes about what it holds.
+//! [`WorkerReport`], the only thing anybody believes about what it holds. [`assign`](assign::assign) says which
+//! workers should hold what, so that operator and gateways pull in one direction.
 //!
 //! Start with [`group`] and [`placement`] (what `kubectl explain` shows), then
 //! [`document`] and [`report`] (what travels between operator, worker and gateway).
 
+pub mod assign;
 pub mod condition;
 pub mod document;
 pub mod group;
@@ -22,6 +24,7 @@ mod schema;
 pub mod source;
 pub mod token;
 
+pub use assign::{Assignment, assign};
 pub use document::{Compiled, WorkerDocument, compile};
 pub use group::{ModelGroup, ModelGroupSpec, ModelGroupStatus};
 pub use model_name::ModelName;
