@@ -6,6 +6,8 @@
 //! [`WorkerDocument`], the only thing a worker is told; the worker answers with a
 //! [`WorkerReport`], the only thing anybody believes about what it holds.
 //!
+//! [`validate`] says what the API server would say of an object, without an API server.
+//!
 //! Start with [`group`] and [`placement`] (what `kubectl explain` shows), then
 //! [`document`] and [`report`] (what travels between operator, worker and gateway).
 
@@ -21,6 +23,7 @@ pub mod report;
 mod schema;
 pub mod source;
 pub mod token;
+pub mod validate;
 
 pub use document::{Compiled, WorkerDocument, compile};
 pub use group::{ModelGroup, ModelGroupSpec, ModelGroupStatus};
