@@ -28,7 +28,8 @@ fn invalid_examples_are_refused_with_their_message_and_nothing_else() {
             let said = refusals(&kind, &object);
             let [refusal] = said.as_slice() else { panic!("«{message}», {}: {said:?}", object["spec"]) };
             let beginning = refusal.message.strip_suffix(&message).unwrap_or_default();
-            assert!(beginning.starts_with("Invalid value: "), "«{message}», {}: {refusal}", object["spec"]);
+            let judged = beginning.starts_with("Invalid value: ") && !beginning.contains("evaluating rule");
+            assert!(judged, "«{message}», {}: {refusal}", object["spec"]);
             // Only what a name may be is a rule about the whole object.
             assert_eq!(refusal.path.is_empty(), message.starts_with("the name of a "), "{refusal}");
         }
