@@ -172,15 +172,15 @@ pub enum LensKind {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelGroupStatus {
-    /// Generation of the spec that this status speaks of; -1 before the operator has seen the
-    /// group, so that a new object is never taken for a finished one.
-    #[serde(default = "never_observed")]
-    pub observed_generation: i64,
     /// `Ready`, `Available`, `Reconciling`, `Stalled`, `Accepted`, `Resolved`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+    /// Generation of the spec that this status speaks of; -1 before the operator has seen the
+    /// group, so that a new object is never taken for a finished one.
+    #[serde(default = "never_observed")]
+    pub observed_generation: i64,
     /// Lenses ready / declared, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lens_summary: Option<String>,

@@ -7,6 +7,8 @@
 //! [`WorkerReport`], the only thing anybody believes about what it holds. [`assign`](assign::assign) says which
 //! workers should hold what, so that operator and gateways pull in one direction.
 //!
+//! [`validate`] says what the API server would say of an object, without an API server.
+//!
 //! Start with [`group`] and [`placement`] (what `kubectl explain` shows), then
 //! [`document`] and [`report`] (what travels between operator, worker and gateway).
 
@@ -23,6 +25,7 @@ pub mod report;
 mod schema;
 pub mod source;
 pub mod token;
+pub mod validate;
 
 pub use assign::{Assignment, assign};
 pub use document::{Compiled, WorkerDocument, compile};

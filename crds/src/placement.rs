@@ -468,14 +468,14 @@ impl From<Env> for EnvVar {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelPlacementStatus {
-    /// Generation of the spec that this status speaks of; -1 before the operator has seen it.
-    #[serde(default = "never_observed")]
-    pub observed_generation: i64,
     /// `Ready`, `Available`, `Reconciling`, `Stalled`, `Accepted`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+    /// Generation of the spec that this status speaks of; -1 before the operator has seen it.
+    #[serde(default = "never_observed")]
+    pub observed_generation: i64,
     /// Worker pods that exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<i32>,

@@ -1,7 +1,8 @@
 //! Last touches on the generated CRDs that no attribute expresses.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSON, JSONSchemaProps,
+    CustomResourceDefinition, JSON, JSONSchemaProps, JSONSchemaPropsOrArray as Items,
+    JSONSchemaPropsOrBool as Additional,
 };
 
 /// Finishes a generated CRD: `status.observedGeneration` defaults to -1, and uninstalling a Helm
@@ -11,6 +12,7 @@ pub(crate) fn finish(mut crd: CustomResourceDefinition) -> CustomResourceDefinit
     for version in &mut crd.spec.versions {
         if let Some(root) = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()) {
             tidy(root);
+            bound_texts(root);
             default_status(root);
         }
     }
@@ -36,9 +38,6 @@ fn tidy(schema: &mut JSONSchemaProps) {
     for child in schema.properties.iter_mut().flat_map(|p| p.values_mut()) {
         tidy(child);
     }
-    use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-        JSONSchemaPropsOrArray as Items, JSONSchemaPropsOrBool as Additional,
-    };
     match schema.items.as_mut() {
         Some(Items::Schema(item)) => {
             tidy(item);
@@ -59,4 +58,39 @@ fn bound_quantity(schema: &mut JSONSchemaProps) {
     schema.pattern = Some(r"^[0-9]+(\.[0-9]{1,9})?(m|[kMGTPE]|[KMGTPE]i)?$".into());
     schema.max_length = Some(32);
     schema.minimum = Some(0.0);
+}
+
+/// Most characters of texts whose types are not ours, or which are the values of a map (`*`): what Kubernetes takes
+/// for a label, and for all annotations of a Pod divided by how many there may be.
+const LONGEST: [(&str, i64); 7] = [
+    ("spec.worker.nodeSelector.*", 63),
+    ("spec.worker.podLabels.*", 63),
+    ("spec.worker.podAnnotations.*", 4096),
+    ("spec.worker.tolerations.[].key", 317),
+    ("spec.worker.tolerations.[].operator", 63),
+    ("spec.worker.tolerations.[].value", 63),
+    ("spec.worker.tolerations.[].effect", 63),
+];
+
+fn bound_texts(root: &mut JSONSchemaProps) {
+    for (path, longest) in LONGEST {
+        if let Some(text) = find(root, path) {
+            text.max_length = Some(longest);
+        }
+    }
+}
+
+/// The schema at a path, where `[]` stands for the items of a list and `*` for the values of a map.
+fn find<'a>(root: &'a mut JSONSchemaProps, path: &str) -> Option<&'a mut JSONSchemaProps> {
+    path.split('.').try_fold(root, |schema, step| match step {
+        "[]" => match schema.items.as_mut()? {
+            Items::Schema(item) => Some(&mut **item),
+            Items::Schemas(_) => None,
+        },
+        "*" => match schema.additional_properties.as_mut()? {
+            Additional::Schema(value) => Some(&mut **value),
+            Additional::Bool(_) => None,
+        },
+        field => schema.properties.as_mut()?.get_mut(field),
+    })
 }

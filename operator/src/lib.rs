@@ -8,6 +8,7 @@
 //! - [`keys`] signs the short-lived tokens that workers ask for.
 //! - [`gateway`] is `turret-operator gateway`.
 //! - [`rbac`] lists exactly the permissions both use; the chart's roles are generated from it.
+//! - [`validate`] is `turret-operator validate`: files are judged without a cluster.
 
 pub mod controllers;
 pub mod fleet;
@@ -21,3 +22,4 @@ pub mod rbac;
 pub mod run;
 pub mod secrets;
 pub mod telemetry;
+pub mod validate;

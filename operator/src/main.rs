@@ -1,7 +1,9 @@
 //! `turret-operator`: the controllers, the gateway, and what the chart is generated from.
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
-use turret_operator::{gateway, print, run, telemetry};
+use turret_operator::{gateway, print, run, telemetry, validate};
 
 /// One base, many lenses: serves ModelGroups and ModelPlacements on Kubernetes.
 #[derive(Parser)]
@@ -17,6 +19,9 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Run the gateway: the data path from clients to workers.
     Gateway(Box<gateway::GatewayArgs>),
+    /// Validate files of ModelGroups and ModelPlacements as a cluster would, without one. The exit code is 0 when all is
+    /// fine, 1 when an object is invalid, 2 when a file cannot be read.
+    Validate(validate::command::ValidateArgs),
     /// Print both CustomResourceDefinitions as YAML.
     Crds,
     /// Print the RBAC rules that the operator and the gateway use, as YAML.
@@ -28,19 +33,21 @@ enum Command {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     match cli.command {
         Command::Run(args) => {
             telemetry::start();
-            run::run(*args).await
+            run::run(*args).await?;
         }
         Command::Gateway(args) => {
             telemetry::start();
-            gateway::run(*args).await
+            gateway::run(*args).await?;
         }
-        Command::Crds => print::crds(std::io::stdout().lock()),
-        Command::Rbac => print::rbac(std::io::stdout().lock()),
-        Command::Metrics => print::metrics(std::io::stdout().lock()),
+        Command::Validate(args) => return validate::command::run(&args),
+        Command::Crds => print::crds(std::io::stdout().lock())?,
+        Command::Rbac => print::rbac(std::io::stdout().lock())?,
+        Command::Metrics => print::metrics(std::io::stdout().lock())?,
     }
+    Ok(ExitCode::SUCCESS)
 }

@@ -13,31 +13,6 @@ fn each_crd_is_smaller_than_64_kilobytes() {
 }
 
 #[test]
-fn every_property_is_described() {
-    for kind in kinds() {
-        walk(&kind.schema(), "", &mut |path, schema| {
-            for (name, property) in schema["properties"].as_object().into_iter().flatten() {
-                // Kubernetes itself describes these at the top.
-                let standard =
-                    path.is_empty() && ["apiVersion", "kind", "metadata", "status"].contains(&name.as_str());
-                let described = property["description"].as_str().is_some_and(|d| !d.trim().is_empty());
-                assert!(described || standard, "{} {path}.{name}", kind.name());
-            }
-        });
-    }
-}
-
-#[test]
-fn nothing_inside_a_list_has_a_default() {
-    for kind in kinds() {
-        walk(&kind.schema(), "", &mut |path, schema| {
-            let inside_a_list = path.contains("[0]");
-            assert!(!inside_a_list || schema.get("default").is_none(), "{} {path}", kind.name());
-        });
-    }
-}
-
-#[test]
 fn lists_of_objects_are_merged_by_key() {
     for kind in kinds() {
         walk(&kind.schema(), "", &mut |path, schema| {

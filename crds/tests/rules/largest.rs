@@ -69,7 +69,7 @@ fn placement() -> Value {
         .collect();
     let env: Vec<_> =
         (0..64).map(|n| json!({"name": padded(&format!("N{n}_"), 128), "value": "a".repeat(4096)})).collect();
-    let toleration = json!({"key": "a".repeat(63), "operator": "Equal", "value": "a".repeat(63), "effect": "NoExecute", "tolerationSeconds": 30});
+    let toleration = json!({"key": "a".repeat(317), "operator": "Equal", "value": "a".repeat(63), "effect": "NoExecute", "tolerationSeconds": 30});
     json!({
         "apiVersion": "turret.dev/v1alpha1",
         "kind": "ModelPlacement",
@@ -98,7 +98,7 @@ fn placement() -> Value {
                 "runtimeClassName": "a".repeat(253),
                 "env": env,
                 "podLabels": map(32, |_| json!("a".repeat(63))),
-                "podAnnotations": map(64, |_| json!("a".repeat(1024))),
+                "podAnnotations": map(64, |_| json!("a".repeat(4096))),
             },
         },
     })

@@ -1,7 +1,7 @@
 //! Examples for every rule and every bound of the CRDs.
 //!
-//! Read by two tests: `crds/tests/crd/cel.rs` tries the rules with kube's CEL, without a
-//! cluster; the cluster suite tries rules and bounds on a real API server.
+//! Read by two tests: `crds/tests/crd/cel.rs` tries rules and bounds without a cluster; the cluster
+//! suite tries them on a real API server.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde::Deserialize;
