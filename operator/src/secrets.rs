@@ -18,6 +18,7 @@ use turret_crds::token::{PublicKey, Scope};
 use crate::{
     controllers::status_write::FIELD_MANAGER,
     keys::{SECRET_FIELD, Signer, SigningKey},
+    relisting::relisting,
     telemetry::chain,
 };
 
@@ -25,8 +26,9 @@ use crate::{
 const RETRY: Duration = Duration::from_secs(2);
 
 fn observe(api: Api<Secret>, name: &str) -> impl Stream<Item = Option<Secret>> + Send + use<> {
-    let name = name.to_owned();
-    watcher::watch_object(api, &name).default_backoff().filter_map(move |seen| {
+    let (name, watched) = (name.to_owned(), name.to_owned());
+    let seen = relisting(move || watcher::watch_object(api.clone(), &watched).default_backoff());
+    seen.filter_map(move |seen| {
         let seen = seen
             .inspect_err(|error| {
                 tracing::warn!(
