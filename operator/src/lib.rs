@@ -19,6 +19,7 @@ pub mod leader;
 pub mod metrics;
 pub mod print;
 pub mod rbac;
+pub mod relisting;
 pub mod run;
 pub mod secrets;
 pub mod telemetry;

@@ -3,31 +3,32 @@
 //! The chart renders both Secrets empty, so that the operator needs no right to make Secrets of any
 //! name. Emptying one replaces its key.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, ResourceExt,
-    api::{Patch, PatchParams},
+    api::{Patch, PatchParams, PostParams},
     runtime::{WatchStreamExt, watcher},
 };
-use serde_json::json;
 use tokio::sync::watch;
 use turret_crds::token::{PublicKey, Scope};
 
 use crate::{
     controllers::status_write::FIELD_MANAGER,
     keys::{SECRET_FIELD, Signer, SigningKey},
+    relisting::relisting,
     telemetry::chain,
 };
 
-/// A Secret that could not be written is tried again after this long.
+/// A Secret that is still empty is filled again after this long.
 const RETRY: Duration = Duration::from_secs(2);
 
 fn observe(api: Api<Secret>, name: &str) -> impl Stream<Item = Option<Secret>> + Send + use<> {
-    let name = name.to_owned();
-    watcher::watch_object(api, &name).default_backoff().filter_map(move |seen| {
+    let (name, watched) = (name.to_owned(), name.to_owned());
+    let seen = relisting(move || watcher::watch_object(api.clone(), &watched).default_backoff());
+    seen.filter_map(move |seen| {
         let seen = seen
             .inspect_err(|error| {
                 tracing::warn!(
@@ -59,50 +60,70 @@ fn key_of(secret: &Secret) -> Found {
     }
 }
 
-/// Follows a Secret and fills it when it is empty or absent. The leader's task.
+/// Follows a Secret and fills it for as long as it is empty or absent. The leader's task.
 async fn follow_and_fill(api: Api<Secret>, name: String, keys: watch::Sender<Option<SigningKey>>) {
     let mut secrets = std::pin::pin!(observe(api.clone(), &name));
-    while let Some(secret) = secrets.next().await {
-        match secret.as_ref().map(key_of) {
+    // What was seen last, while it has no key.
+    let mut empty: Option<Option<Secret>> = None;
+    loop {
+        if let Some(seen) = &empty {
+            let filled = fill(&api, &name, seen.as_ref()).await;
+            match filled {
+                Ok(key) => {
+                    tracing::info!(secret = name, key, "made a signing key");
+                    empty = None;
+                }
+                // Somebody was faster, and the watch shows what they wrote; or it was refused for now.
+                Err(error) => tracing::warn!(
+                    secret = name,
+                    error = %chain(&error),
+                    "failed to write a signing key, looking again"
+                ),
+            }
+        }
+        let next = secrets.next();
+        let seen = match &empty {
+            None => next.await,
+            Some(_) => match tokio::time::timeout(RETRY, next).await {
+                Ok(seen) => seen,
+                Err(_) => continue,
+            },
+        };
+        let Some(secret) = seen else { return };
+        empty = match secret.as_ref().map(key_of) {
             Some(Found::Key(key)) => {
                 keys.send_if_modified(|old| {
                     let is_new = old.as_ref() != Some(&*key);
                     *old = Some(*key);
                     is_new
                 });
+                None
             }
-            // Filled on what was seen: if somebody was faster, the watch shows what they wrote.
-            Some(Found::Empty) | None => fill(&api, &name, secret.as_ref()).await,
-            Some(Found::Broken) => {}
-        }
+            Some(Found::Empty) | None => Some(secret),
+            Some(Found::Broken) => None,
+        };
     }
 }
 
-async fn fill(api: &Api<Secret>, name: &str, seen: Option<&Secret>) {
+/// Writes a new key on what was seen, and fails if that is not so any more: an old view must not replace a key that is in
+/// use, nor one that a person brought. Answers the key's id.
+async fn fill(api: &Api<Secret>, name: &str, seen: Option<&Secret>) -> kube::Result<String> {
     let key = SigningKey::generate();
-    let mut secret = json!({
-        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
-        "data": {SECRET_FIELD: k8s_openapi::ByteString(key.to_pem().into_bytes())},
-    });
-    if let Some(version) = seen.and_then(ResourceExt::resource_version) {
-        secret["metadata"]["resourceVersion"] = version.into();
-    }
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    loop {
-        match api.patch(name, &params, &Patch::Apply(&secret)).await {
-            Ok(_) => return tracing::info!(secret = name, key = key.id(), "made a signing key"),
-            // Somebody was faster; the watch shows what they wrote.
-            Err(kube::Error::Api(status)) if status.is_conflict() => return,
-            Err(error) => {
-                tracing::warn!(
-                    secret = name,
-                    error = %chain(&error),
-                    "failed to write a signing key, trying again"
-                );
-                tokio::time::sleep(RETRY).await;
-            }
+    let data = BTreeMap::from([(SECRET_FIELD.to_owned(), ByteString(key.to_pem().into_bytes()))]);
+    let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+    match seen {
+        Some(seen) => {
+            let metadata = ObjectMeta { resource_version: seen.resource_version(), ..metadata };
+            let secret = Secret { metadata, data: Some(data), ..Secret::default() };
+            let params = PatchParams::apply(FIELD_MANAGER).force();
+            api.patch(name, &params, &Patch::Apply(&secret)).await?;
+        }
+        None => {
+            let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
+            api.create(&params, &Secret { metadata, data: Some(data), ..Secret::default() }).await?;
         }
     }
+    Ok(key.id().to_owned())
 }
 
 /// Both keys, followed and filled: the operator's, to sign with, and the public halves of both.
@@ -159,6 +180,8 @@ pub async fn start(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn secret(data: serde_json::Value) -> Secret {
@@ -170,7 +193,7 @@ mod tests {
         assert!(matches!(key_of(&secret(json!({}))), Found::Empty));
         assert!(matches!(key_of(&secret(json!({SECRET_FIELD: ""}))), Found::Empty));
         assert!(matches!(key_of(&secret(json!({SECRET_FIELD: "bm9uc2Vuc2U="}))), Found::Broken));
-        let pem = k8s_openapi::ByteString(SigningKey::generate().to_pem().into_bytes());
+        let pem = ByteString(SigningKey::generate().to_pem().into_bytes());
         assert!(matches!(key_of(&secret(json!({SECRET_FIELD: pem}))), Found::Key(_)));
     }
 }

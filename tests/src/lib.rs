@@ -1,5 +1,6 @@
 //! Suites that need more than one crate.
 
 pub mod cluster;
+pub mod faults;
 pub mod parity;
 pub mod worker;

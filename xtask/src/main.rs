@@ -26,7 +26,7 @@ struct Arguments {
 enum Command {
     /// The whole way on a real Kubernetes: build, install, apply the samples, ask every lens
     Demo(demo::Args),
-    /// Run the tests: lint, unit, parity, api, cluster
+    /// Run the tests: lint, unit, parity, api, cluster, faults
     Test(test::TestArguments),
     /// Measure: engine (beside peers), residency
     #[command(subcommand)]

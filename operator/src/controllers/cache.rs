@@ -19,7 +19,7 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
-use crate::telemetry::chain;
+use crate::{relisting::relisting, telemetry::chain};
 
 /// Objects that a cache can hold.
 pub trait Cached:
@@ -57,7 +57,8 @@ pub fn start<K: Cached>(
 ) -> Store<K> {
     let (reader, writer) = store::<K>();
     let keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink };
-    tasks.spawn(keep(watcher(api, config).default_backoff(), keeper, touched));
+    let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
+    tasks.spawn(keep(events, keeper, touched));
     reader
 }
 

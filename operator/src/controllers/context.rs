@@ -28,7 +28,7 @@ use super::{
     assess::ObservedWorker,
     placement::push::{self, PushError, Pushes, Recipient},
     pod::PodFacts,
-    retry::Failures,
+    retry::Retries,
     wakes::{Key, Wakes},
 };
 use crate::{
@@ -56,10 +56,10 @@ pub struct Context {
     pub recorder: Recorder,
     /// Metrics.
     pub metrics: Metrics,
-    /// Failures in a row of each placement.
-    pub placement_failures: Failures,
-    /// Failures in a row of each group.
-    pub group_failures: Failures,
+    /// When placements that could not be carried out are looked at again.
+    pub placement_retries: Retries,
+    /// When groups that could not be carried out are looked at again.
+    pub group_retries: Retries,
     /// To write to workers.
     pub http: reqwest::Client,
     /// What was given to workers a moment ago.

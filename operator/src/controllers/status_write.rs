@@ -76,8 +76,12 @@ impl Gist {
 
 /// Whether a status that differs from the written one may wait, and how long: one that says only
 /// in other words that work is under way.
+///
+/// When it was written is by the API server's clock. One that is further ahead than what a status may wait says nothing:
+/// waiting for it would be to go on saying what is not so.
 pub fn may_wait(old: Gist, new: Gist, last_written: Option<Timestamp>, now: Timestamp) -> Option<Duration> {
-    let due = last_written?.checked_add(PASSING).ok()?;
+    let last = last_written.filter(|last| last.duration_since(now) <= PASSING)?;
+    let due = last.checked_add(PASSING).ok()?;
     let passing = old == new && new.is_reconciling();
     (passing && due > now).then(|| due.duration_since(now).unsigned_abs())
 }
@@ -109,8 +113,14 @@ mod tests {
         let (busy, busier, ready) =
             (gist(1, &["Reconciling"]), gist(2, &["Reconciling"]), gist(1, &["Ready"]));
         assert_eq!(may_wait(busy, busy, Some(at(10)), at(12)), Some(Duration::from_secs(3)));
+        assert_eq!(
+            may_wait(busy, busy, Some(at(10)), at(8)),
+            Some(Duration::from_secs(7)),
+            "clocks differ a bit"
+        );
         for (old, new, written, now) in [
             (busy, busy, Some(at(10)), at(15)),
+            (busy, busy, Some(at(3600)), at(12)),
             (busy, busy, None, at(12)),
             (busy, busier, Some(at(10)), at(12)),
             (busy, ready, Some(at(10)), at(12)),

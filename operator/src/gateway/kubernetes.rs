@@ -24,6 +24,7 @@ use super::{
 use crate::{
     fleet::{Endpoint, WorkerId},
     keys::{GATEWAY_ISSUER, KeyError, SECRET_FIELD, Signer, SigningKey, TokenSource},
+    relisting::relisting,
 };
 
 /// What is watched.
@@ -184,7 +185,8 @@ fn watch<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher:
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    watcher(api, config).default_backoff().filter_map(|event| async move {
+    let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
+    events.filter_map(|event| async move {
         event
             .inspect_err(
                 |error| tracing::warn!(kind = %K::kind(&()), %error, "a watch failed and is opened again"),

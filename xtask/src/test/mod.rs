@@ -50,10 +50,13 @@ enum Suite {
     Api,
     /// The installed chart on a real Kubernetes, and that Kubernetes itself
     Cluster,
+    /// Faults between the operator and a real API server, and crashes behind every write
+    Faults,
 }
 
 impl Suite {
-    const ALL: [Suite; 5] = [Suite::Lint, Suite::Unit, Suite::Parity, Suite::Api, Suite::Cluster];
+    const ALL: [Suite; 6] =
+        [Suite::Lint, Suite::Unit, Suite::Parity, Suite::Api, Suite::Cluster, Suite::Faults];
 
     fn name(self) -> &'static str {
         match self {
@@ -62,6 +65,7 @@ impl Suite {
             Suite::Parity => "parity",
             Suite::Api => "api",
             Suite::Cluster => "cluster",
+            Suite::Faults => "faults",
         }
     }
 
@@ -69,6 +73,7 @@ impl Suite {
     fn of(program: &TestProgram) -> Suite {
         match (program.kind.as_str(), program.name.as_str()) {
             ("test", "cluster") if program.package == TESTS => Suite::Cluster,
+            ("test", "faults") if program.package == TESTS => Suite::Faults,
             ("test", "parity") => Suite::Parity,
             ("test", _) if program.package == TESTS => Suite::Api,
             _ => Suite::Unit,
@@ -152,9 +157,9 @@ fn carry_out(suite: Suite, built: &Built, arguments: &TestArguments) -> Result<T
             each(suite, built, &Manner { shown: arguments.cases.is_some(), ..manner })
         }
         Suite::Api => each(suite, built, &manner),
-        Suite::Cluster => {
+        Suite::Cluster | Suite::Faults => {
             let program = built.tests.iter().find(|program| Suite::of(program) == suite);
-            let program = program.context("cargo built no test `cluster`")?;
+            let program = program.with_context(|| format!("cargo built no test `{}`", suite.name()))?;
             on_cluster::run(program, built, manner, &arguments.cluster)
         }
     }
@@ -259,6 +264,7 @@ mod tests {
     fn a_program_s_suite_follows_from_what_it_is() {
         let suite = |package, kind, name| Suite::of(&program(package, kind, name));
         assert_eq!(suite(TESTS, "test", "cluster"), Suite::Cluster);
+        assert_eq!(suite(TESTS, "test", "faults"), Suite::Faults);
         assert_eq!(suite(TESTS, "test", "worker_api"), Suite::Api);
         assert_eq!(suite(TESTS, "test", "parity"), Suite::Parity);
         assert_eq!(suite(TESTS, "lib", "turret_tests"), Suite::Unit);

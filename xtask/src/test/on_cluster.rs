@@ -1,4 +1,4 @@
-//! The suite `cluster`: a cluster of its own, the images of what was just built, the scenarios.
+//! The suites `cluster` and `faults`: each on a cluster of its own, with the images of what was just built.
 
 use std::time::Duration;
 
@@ -11,14 +11,14 @@ use crate::cluster::{self, Options};
 use crate::privilege::{self, Privilege};
 use crate::{folders, image, packages, stage};
 
-/// The cluster of the suite.
+/// The cluster of a suite.
 #[derive(clap::Args)]
 pub struct ClusterArguments {
-    /// Name of the cluster of the suite `cluster`: not the one a person may be using. With another one, two runs do
-    /// not disturb each other
+    /// Name of the cluster of the suites `cluster` and `faults`: not the one a person may be using. With another one, two
+    /// runs do not disturb each other
     #[arg(long = "cluster", value_name = "NAME", default_value = "test", value_parser = cluster::check_name)]
     name: String,
-    /// Leave the cluster of the suite `cluster` running
+    /// Leave the cluster of the suite running; with two suites, that of the last
     #[arg(long)]
     keep: bool,
 }
@@ -28,7 +28,7 @@ const ZIPF_SECONDS: &str = "TURRET_ZIPF_SECONDS";
 /// Enough for every scenario that asks for some at the same time.
 const ACCELERATORS: u32 = 8;
 
-/// Proves the cluster itself, then runs the scenarios on a fresh one.
+/// Runs the scenarios of a suite on a fresh cluster. The suite `cluster` proves the cluster itself before.
 pub fn run(
     scenarios: &TestProgram,
     built: &Built,
@@ -37,12 +37,13 @@ pub fn run(
 ) -> Result<Tally> {
     if privilege::of_this_process() == Privilege::None {
         println!(
-            "SKIPPED: the suite cluster needs root for the node of its cluster; run it as root, or install sudo"
+            "SKIPPED: the suite {} needs root for the node of its cluster; run it as root, or install sudo",
+            scenarios.name
         );
         return Ok(Tally::one_skipped());
     }
     let mut tallies = Vec::new();
-    if manner.arguments.is_empty() {
+    if manner.arguments.is_empty() && scenarios.name == "cluster" {
         let proved =
             stage::run("proving the local cluster", |_| cluster::command::run(ClusterCommand::SelfTest));
         if let Err(error) = &proved {

@@ -1,7 +1,7 @@
 //! Wiring: takes groups that are to be looked at, one visit at a time each, and says when a
 //! failed one is looked at again.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc};
 
 use futures::{FutureExt, StreamExt};
 use kube::{
@@ -15,8 +15,6 @@ use crate::{controllers::context::Context, telemetry::chain};
 
 /// Groups that are looked at at the same time.
 const AT_ONCE: u16 = 16;
-/// A stale view is looked at again after this long: the caches are behind by less.
-const STALE: Duration = Duration::from_millis(50);
 
 /// Runs until `stop`, then finishes what it has begun.
 pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'static) {
@@ -27,7 +25,7 @@ pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'sta
         async move {
             let key = (group.namespace().unwrap_or_default(), group.name_any());
             let action = reconcile(group, ctx.clone()).await?;
-            ctx.group_failures.succeeded(&key);
+            ctx.group_retries.succeeded(&key);
             Ok::<Action, ReconcileError>(action)
         }
         .boxed()
@@ -36,12 +34,12 @@ pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'sta
 }
 
 fn again(group: Arc<ModelGroup>, error: &ReconcileError, ctx: Arc<Context>) -> Action {
+    let (namespace, name) = (group.namespace().unwrap_or_default(), group.name_any());
     if error.is_conflict() {
-        tracing::debug!(kind = KIND, name = %group.name_any(), error = %chain(error), "view was stale");
-        return Action::requeue(STALE);
+        tracing::debug!(kind = KIND, namespace, name, error = %chain(error), "view was stale");
+        return Action::requeue(ctx.group_retries.was_stale((namespace, name)));
     }
     ctx.metrics.reconcile_failed(KIND);
-    let (namespace, name) = (group.namespace().unwrap_or_default(), group.name_any());
     tracing::warn!(kind = KIND, namespace, name, error = %chain(error), "reconcile failed");
-    Action::requeue(ctx.group_failures.failed((namespace, name)))
+    Action::requeue(ctx.group_retries.failed((namespace, name)))
 }

@@ -243,7 +243,8 @@ fn rollout(observed: &Observed<'_>, now: Timestamp) -> (Rollout, Option<Duration
     match new.filter_map(|w| w.pod.unschedulable_since).min() {
         None => (Rollout::Surge, None),
         Some(since) => {
-            let waited = now.duration_since(since);
+            // The scheduler's clock may be ahead of ours.
+            let waited = now.duration_since(since).max(SignedDuration::ZERO);
             if waited >= SURGE_PATIENCE {
                 (Rollout::InPlace, None)
             } else {

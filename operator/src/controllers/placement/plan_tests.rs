@@ -274,6 +274,8 @@ fn a_rollout_that_finds_no_room_goes_on_in_place_after_30_s_and_returns_to_surge
     let early = world.plan_at(110);
     assert_eq!(early.writes, []);
     assert_eq!(early.look_again, Some(std::time::Duration::from_secs(20)));
+    let by_a_clock_far_behind = world.plan_at(10).look_again;
+    assert_eq!(by_a_clock_far_behind, Some(std::time::Duration::from_secs(30)));
 
     let late = world.plan_at(130);
     assert_eq!(late.writes.len(), 1);

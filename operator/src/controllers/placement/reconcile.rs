@@ -86,10 +86,12 @@ impl ReconcileError {
     }
 
     /// What the API server says against an owned object: something in the spec that the CRD's
-    /// rules let through.
+    /// rules let through, a quota, or a policy of the cluster.
     fn refused(&self) -> Option<String> {
         match self {
-            Self::Apply { kind, name, source: kube::Error::Api(status) } if is_refused(status) => {
+            Self::Apply { kind, name, source: kube::Error::Api(status) }
+                if is_refused(status) || is_forbidden(status) =>
+            {
                 Some(format!("{} `{name}` is refused: {}", kind.name(), status.message))
             }
             _ => None,
@@ -100,6 +102,12 @@ impl ReconcileError {
 /// Whether the API server refuses an object as it is: trying again does not help.
 fn is_refused(status: &kube::core::Status) -> bool {
     status.is_invalid() || status.code == 400
+}
+
+/// Whether somebody must allow an object first. A namespace that is leaving forbids it too, and nobody is to be told.
+fn is_forbidden(status: &kube::core::Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    status.is_forbidden() && !causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
 }
 
 /// Whether an answer of the API server means that the object moved on, or is gone.
@@ -132,15 +140,23 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let writes = std::mem::take(&mut plan.writes).into_iter();
     let mut writes = writes.map(|w| Write { exists: w.exists || ours.contains(&w.kind), ..w }).peekable();
     // The durable way first; then the workers are told at once, whatever becomes of the rest.
-    if let Some(document) = writes.next_if(|w| w.kind == OwnedKind::ConfigMap) {
-        apply(&key, document, &ctx).await?;
-    }
-    let failures = push_document(&key, &plan, &ctx).await;
-    tell_conflicts(&placement, &failures, &ctx).await;
     let mut failed = None;
-    for write in writes {
-        if let Err(error) = apply(&key, write, &ctx).await {
-            failed.get_or_insert(error);
+    if let Some(document) = writes.next_if(|w| w.kind == OwnedKind::ConfigMap) {
+        match apply(&key, document, &ctx).await {
+            // The status says why; else this passes.
+            Err(error) if error.refused().is_none() => return Err(error),
+            stored => failed = stored.err(),
+        }
+    }
+    let mut failures = Vec::new();
+    // Nobody is told of a document that is not stored, and no pod is made that would wait for it.
+    if failed.is_none() {
+        failures = push_document(&key, &plan, &ctx).await;
+        tell_conflicts(&placement, &failures, &ctx).await;
+        for write in writes {
+            if let Err(error) = apply(&key, write, &ctx).await {
+                failed.get_or_insert(error);
+            }
         }
     }
     let refused = failed.as_ref().and_then(ReconcileError::refused);
@@ -346,4 +362,32 @@ async fn write_status(
     ctx.count_status_write(KIND);
     ctx.tell_ready(placement, &old.conditions, &new.conditions).await;
     Ok(look_again)
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+    use serde_json::json;
+
+    use super::*;
+
+    fn refusal(code: u16, reason: &str, cause: &str) -> Option<String> {
+        let status: Status = serde_json::from_value(json!({
+            "code": code, "reason": reason, "message": "no",
+            "details": {"causes": [{"reason": cause, "message": "", "field": ""}]},
+        }))
+        .expect("a status");
+        let source = kube::Error::Api(status.boxed());
+        ReconcileError::Apply { kind: OwnedKind::Service, name: "s".into(), source }.refused()
+    }
+
+    #[test]
+    fn what_somebody_must_change_or_allow_is_told_and_nothing_else() {
+        let told = Some("Service `s` is refused: no".to_owned());
+        assert_eq!(refusal(422, "Invalid", ""), told);
+        assert_eq!(refusal(403, "Forbidden", ""), told, "a quota, or a policy");
+        assert_eq!(refusal(403, "Forbidden", "NamespaceTerminating"), None);
+        assert_eq!(refusal(409, "Conflict", ""), None);
+        assert_eq!(refusal(500, "InternalError", ""), None);
+    }
 }

@@ -201,7 +201,9 @@ fn summarize(
     if fresh == (old.active_summary.clone(), old.device_memory_summary.clone()) {
         return None;
     }
-    let due = old.summarized_at.as_ref().and_then(|at| at.0.checked_add(SUMMARY_EVERY).ok());
+    // A time beyond the next refresh was written before the clock was set back.
+    let refreshed = old.summarized_at.as_ref().filter(|at| at.0.duration_since(now) <= SUMMARY_EVERY);
+    let due = refreshed.and_then(|at| at.0.checked_add(SUMMARY_EVERY).ok());
     let is_written_anyway = {
         // `merge` keeps what did not change, so the rest is equal unless something else moved.
         let rest = |s: &ModelPlacementStatus| ModelPlacementStatus { summarized_at: None, ..s.clone() };

@@ -270,6 +270,7 @@ fn what_moves_with_traffic_is_written_once_a_minute_or_with_something_else() {
     assert_eq!(Some(early), world.placement.status);
     assert_eq!(look_again, Some(std::time::Duration::from_secs(30)));
     assert_eq!(status_at(&world, 160).0.active_summary.as_deref(), Some("b×1"));
+    assert_eq!(status_at(&world, 10).0.active_summary.as_deref(), Some("b×1"), "the clock was set back");
     world.workers[0].pod.ready = false;
     assert_eq!(status_at(&world, 130).0.active_summary.as_deref(), Some("b×1"), "written anyway");
 }
