@@ -189,11 +189,11 @@ fn reduce(kind: &str, object: &Value, words: &Words) -> Value {
         "Secret" => json!({"fields": object["data"].as_object().map(|data| data.keys().collect::<Vec<_>>())}),
         "Service" => json!({"metadata": metadata, "spec": without(spec, &["clusterIP", "clusterIPs"])}),
         "PodDisruptionBudget" => json!({"metadata": metadata, "spec": spec}),
-        "Deployment" => json!({
-            "metadata": metadata,
-            "spec": spec,
-            "replicas": ["replicas", "updatedReplicas", "readyReplicas", "availableReplicas"].map(|of| &status[of]),
-        }),
+        "Deployment" => {
+            let of = ["replicas", "updatedReplicas", "readyReplicas", "availableReplicas"];
+            let replicas = of.map(|of| &status[of]);
+            json!({"metadata": metadata, "spec": spec, "replicas": replicas})
+        }
         "ReplicaSet" => json!({"metadata": metadata, "replicas": spec["replicas"]}),
         "Pod" => {
             let conditions = status["conditions"].as_array().into_iter().flatten();

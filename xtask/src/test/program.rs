@@ -233,7 +233,7 @@ mod tests {
 
     /// Runs a script. Another test may have begun a process while the script was open for writing, and the kernel runs no
     /// program that somebody can still write; that passes with the other's `exec`.
-    fn tally(script: &Program, manner: &Manner) -> Tally {
+    fn tally(script: &TestProgram, manner: &Manner) -> Tally {
         let busy = |error: &anyhow::Error| {
             let cause = error.root_cause().downcast_ref::<std::io::Error>();
             cause.is_some_and(|e| e.kind() == std::io::ErrorKind::ExecutableFileBusy)
