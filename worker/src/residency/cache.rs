@@ -14,7 +14,7 @@
 //! ```
 //!
 //! Blobs of folders that are in use are never removed; of the others the least recently used go first when the budget
-//! is short. Everything is written under another name, synced and renamed, so a crash leaves nothing half.
+//! is short. Notes of files that have left go when nobody asked for long. Everything is written under another name, synced and renamed, so a crash leaves nothing half.
 //!
 //! Everything here may wait for a disk, and most of it for another process: not for async threads.
 
@@ -24,11 +24,13 @@ mod glimpse;
 mod place;
 mod readers;
 mod room;
+mod tidy;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -45,8 +47,10 @@ pub use room::{NoRoom, Partial};
 
 const BLOBS: &str = "blobs";
 const GLIMPSES: &str = "glimpses";
+const LISTINGS: &str = "listings";
 const PARTIAL: &str = "partial";
 const PREPARED: &str = "prepared";
+const URLS: &str = "urls";
 const USED: &str = "used";
 
 /// The disk tier.
@@ -127,7 +131,7 @@ impl Cache {
 
     /// What is known of a URL, if its blob is still there.
     pub fn known(&self, url: &str) -> Option<UrlRecord> {
-        let text = fs::read(self.root.join("urls").join(name_of(url) + ".json")).ok()?;
+        let text = fs::read(self.root.join(URLS).join(name_of(url) + ".json")).ok()?;
         let record: UrlRecord = serde_json::from_slice(&text).ok()?;
         let blob = fs::metadata(self.blob(&record.sha256)).ok()?;
         (record.url == url && blob.len() == record.size).then_some(record)
@@ -170,36 +174,48 @@ impl Cache {
 
     /// Writes down what a URL is.
     pub fn note(&self, record: &UrlRecord) -> io::Result<()> {
-        self.write("urls", &record.url, record)
+        self.write(URLS, &record.url, record)
     }
 
     /// Names of the files of a folder, if they were written down, for whoever has been told before.
     pub fn listing(&self, folder: &str, token: &Token) -> Option<BTreeSet<String>> {
-        self.read_listing(folder).filter(|listing| listing.readers.has(token)).map(|listing| listing.names)
+        let listing = self.read_listing(folder).filter(|listing| listing.readers.has(token))?;
+        // Somebody else's folder serves as well.
+        let _ = self.touch_listing(folder);
+        Some(listing.names)
     }
 
     /// Writes down the names of the files of a folder, and who was told.
     pub fn note_listing(&self, folder: &str, names: &BTreeSet<String>, token: &Token) -> io::Result<()> {
         let known = self.read_listing(folder);
         if known.as_ref().is_some_and(|known| known.names == *names && known.readers.has(token)) {
-            return Ok(());
+            return self.touch_listing(folder);
         }
         let mut readers = known.map(|known| known.readers).unwrap_or_default();
         readers.admit(token);
         let listing = Listing { folder: folder.to_owned(), names: names.clone(), readers };
-        self.write("listings", folder, &listing)
+        self.write(LISTINGS, folder, &listing)
     }
 
     /// Tells a folder's names no more to somebody whom its hub refuses.
     pub fn close_listing(&self, folder: &str, token: &Token) -> io::Result<()> {
         let Some(mut listing) = self.read_listing(folder) else { return Ok(()) };
-        if listing.readers.expel(token) { self.write("listings", folder, &listing) } else { Ok(()) }
+        if listing.readers.expel(token) { self.write(LISTINGS, folder, &listing) } else { Ok(()) }
     }
 
     fn read_listing(&self, folder: &str) -> Option<Listing> {
-        let text = fs::read(self.root.join("listings").join(name_of(folder) + ".json")).ok()?;
+        let text = fs::read(self.listing_at(folder)).ok()?;
         let listing: Listing = serde_json::from_slice(&text).ok()?;
         (listing.folder == folder).then_some(listing)
+    }
+
+    fn listing_at(&self, folder: &str) -> PathBuf {
+        self.root.join(LISTINGS).join(name_of(folder) + ".json")
+    }
+
+    /// It is as old as its last use, see [`Self::tidy`].
+    fn touch_listing(&self, folder: &str) -> io::Result<()> {
+        fs::File::open(self.listing_at(folder))?.set_modified(SystemTime::now())
     }
 
     fn write(&self, folder: &str, name: &str, value: &impl Serialize) -> io::Result<()> {

@@ -45,7 +45,7 @@ mod work;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use turret_crds::document::{BaseKey, Verdict, WorkerDocument};
@@ -271,6 +271,13 @@ impl Residency {
     /// Starts the owner's task.
     pub fn start(engine: EngineHandle, start: Start) -> Self {
         let (messages, inbox) = mpsc::unbounded_channel();
+        let cache = start.resolver.fetcher.cache().clone();
+        // Nobody waits for it.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = cache.tidy(SystemTime::now()) {
+                tracing::debug!(%error, "failed to tidy the cache folder");
+            }
+        });
         let owner = owner::Owner::new(engine, start, messages.clone());
         let view = owner.subscribe();
         tokio::spawn(owner.run(inbox));

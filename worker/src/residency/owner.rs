@@ -21,6 +21,7 @@ use super::orders::{Obeyed, OrderError, epoch_seconds};
 use super::plan::Budgets;
 use super::publish::Published;
 use super::resolve::{ResolvedBase, Wish};
+use super::resolving::Checks;
 use super::source::Listed;
 use super::table::{LensKey, Table};
 use super::work::Event;
@@ -191,7 +192,7 @@ pub(super) struct Owner {
 
     pub(super) bases: BTreeMap<BaseKey, DeclaredBase>,
     pub(super) lenses: Lenses,
-    pub(super) resolving: usize,
+    pub(super) checks: Checks,
     /// When a resolution may start that could not before.
     pub(super) resolve_at: Option<Instant>,
     pub(super) next_token: u64,
@@ -276,7 +277,7 @@ impl Owner {
             cannot_fit: None,
             bases: BTreeMap::new(),
             lenses: Lenses::default(),
-            resolving: 0,
+            checks: Checks::default(),
             resolve_at: None,
             next_token: 0,
             recheck_at: now + RECHECK,

@@ -1,12 +1,13 @@
 //! What is declared on its way to something that can be loaded: files found, fetched, checked, and looked at again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use turret_crds::document::BaseKey;
+use turret_crds::source::{Source, SourceLocation};
 
 use super::declared::{DeclaredLens, LensName};
 use super::failure::{Failure, backoff};
@@ -15,8 +16,10 @@ use super::resolve::{ResolvedBase, ResolvedLens, Wish};
 use super::source::Listed;
 use super::work::Event;
 
-/// Sources that are checked at a time. One place more is for files that a request waits for.
-const RESOLVE_AT_ONCE: usize = 3;
+/// Sources of one supplier that are checked at a time. One more is for files that a request waits for.
+const OF_ONE_SUPPLIER: usize = 3;
+/// The same of all suppliers together.
+const OF_ALL_SUPPLIERS: usize = 12;
 /// How soon is looked again whether the disk has room for files that a request waits for.
 const ROOM_RETRY: Duration = Duration::from_secs(1);
 
@@ -29,6 +32,49 @@ enum Urgency {
     Open,
     /// Its files are to be here before anybody waits for them.
     Ahead,
+}
+
+/// Whose answer a check waits for: a server that does not answer, or a volume that hangs, holds up no others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Supplier {
+    /// The worker's own file system.
+    Files,
+    /// A mounted volume.
+    Volume(String),
+    /// A server of `https://` sources, or the hub.
+    Server(String),
+}
+
+impl Supplier {
+    fn of(source: &Source) -> Self {
+        match source.location() {
+            Ok(SourceLocation::Volume { volume, .. }) => Self::Volume(volume.to_owned()),
+            Ok(SourceLocation::Https { url }) => {
+                Self::Server(url.split('/').nth(2).unwrap_or_default().to_owned())
+            }
+            Ok(SourceLocation::Hub { .. }) => Self::Server(String::new()),
+            // What is nowhere is refused at once.
+            Ok(SourceLocation::File { .. }) | Err(_) => Self::Files,
+        }
+    }
+}
+
+/// The checks that run, by the token of what was declared.
+#[derive(Debug, Default)]
+pub(super) struct Checks(BTreeMap<u64, Supplier>);
+
+impl Checks {
+    /// Whether one more may begin there.
+    fn has_room_for(&self, supplier: &Supplier, urgency: Urgency) -> bool {
+        let more = usize::from(urgency == Urgency::Waited);
+        let there = self.0.values().filter(|other| *other == supplier).count();
+        there < OF_ONE_SUPPLIER + more && self.0.len() < OF_ALL_SUPPLIERS + more
+    }
+
+    /// Whether a file may just have been fetched of which nobody knows yet.
+    fn may_have_fetched(&self) -> bool {
+        self.0.values().any(|supplier| matches!(supplier, Supplier::Server(_)))
+    }
 }
 
 impl Owner {
@@ -54,11 +100,12 @@ impl Owner {
             .collect();
         bases.sort_by_key(|key| (Some(key) != default.as_ref(), key.clone()));
         for key in bases {
-            if self.resolving >= RESOLVE_AT_ONCE {
-                break;
-            }
-            self.resolving += 1;
             let declared = self.bases.get_mut(&key).expect("it was just listed");
+            let supplier = Supplier::of(&declared.base.source);
+            if !self.checks.has_room_for(&supplier, Urgency::Open) {
+                continue;
+            }
+            self.checks.0.insert(declared.token, supplier);
             declared.in_flight = true;
             let (base, token, resolver, listed) =
                 (declared.base.clone(), declared.token, self.start.resolver.clone(), listed.clone());
@@ -79,10 +126,12 @@ impl Owner {
             .collect();
         lenses.sort();
         for (urgency, _, _, name) in lenses {
-            if self.resolving >= RESOLVE_AT_ONCE + usize::from(urgency == Urgency::Waited) {
-                return;
+            let Some(supplier) = self.lenses.get(&name).map(|lens| Supplier::of(&lens.lens.source)) else {
+                continue;
+            };
+            if self.checks.has_room_for(&supplier, urgency) {
+                self.resolve_lens(name, listed.clone());
             }
-            self.resolve_lens(name, listed.clone());
         }
         let bases = self.bases.values().filter(|b| !b.in_flight).filter_map(|b| b.stage.retry_at());
         let lenses = self.lenses.iter().map(|(_, l)| l).filter(|l| !l.in_flight);
@@ -114,7 +163,7 @@ impl Owner {
         };
         let (token, resolver) = (declared.token, self.start.resolver.clone());
         let lens = (declared.lens.clone(), self.wish(&name, declared));
-        self.resolving += 1;
+        self.checks.0.insert(token, Supplier::of(&lens.0.source));
         self.lenses.update(&name, |declared| declared.in_flight = true);
         let at = name.clone();
         let on_fetch = self.on_fetch(move |fetch| Event::LensFetched { name: at.clone(), token, fetch });
@@ -190,7 +239,7 @@ impl Owner {
         token: u64,
         result: Result<ResolvedBase, Failure>,
     ) {
-        self.resolving -= 1;
+        self.checks.0.remove(&token);
         self.resolve_at = Some(Instant::now());
         let limits = self.coming_limits().clone();
         let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
@@ -222,7 +271,7 @@ impl Owner {
         token: u64,
         result: Result<ResolvedLens, Failure>,
     ) {
-        self.resolving -= 1;
+        self.checks.0.remove(&token);
         self.resolve_at = Some(Instant::now());
         let lens_budget = self.coming_limits().lens_bytes;
         let Some(declared) = self.lenses.get(name).filter(|l| l.token == token) else { return };
@@ -287,12 +336,45 @@ impl Owner {
     /// Lets the disk tier forget folders that nothing declared refers to.
     pub(super) fn retain_folders(&mut self) {
         self.measure_disk();
-        if self.resolving > 0 {
+        if self.checks.may_have_fetched() {
             return;
         }
         let bases = self.bases.values().filter_map(|b| Some(b.stage.ready()?.files.folder.clone()));
         let lenses = self.lenses.iter().filter_map(|(_, l)| Some(l.files_here()?.folder.clone()));
         let folders: BTreeSet<PathBuf> = bases.chain(lenses).collect();
         self.start.resolver.fetcher.cache().retain(&folders);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn supplier(uri: &str) -> Supplier {
+        let revision = uri.starts_with("hf").then(|| "0".repeat(40));
+        Supplier::of(&Source { uri: uri.into(), revision, ..Source::default() })
+    }
+
+    #[test]
+    fn what_hangs_holds_up_its_own_only() {
+        let uris = ["pvc://a/x", "pvc://b/x", "https://h:1/x", "https://i/x", "hf://o/r", "file:///x"];
+        let suppliers = uris.map(supplier);
+        for (n, one) in suppliers.iter().enumerate() {
+            assert!(suppliers[n + 1..].iter().all(|other| other != one), "{one:?}");
+        }
+        assert_eq!(supplier("https://h:1/y/z"), suppliers[2]);
+        let mut checks = Checks::default();
+        let has_room = |checks: &Checks, n: usize| checks.has_room_for(&suppliers[n], Urgency::Open);
+        for token in 0..OF_ONE_SUPPLIER as u64 {
+            assert!(has_room(&checks, 0));
+            checks.0.insert(token, suppliers[0].clone());
+        }
+        assert!(!has_room(&checks, 0) && has_room(&checks, 1));
+        assert!(checks.has_room_for(&suppliers[0], Urgency::Waited), "one more for who waits");
+        assert!(!checks.may_have_fetched());
+        for token in 10..10 + (OF_ALL_SUPPLIERS - OF_ONE_SUPPLIER) as u64 {
+            checks.0.insert(token, Supplier::Server(token.to_string()));
+        }
+        assert!(!has_room(&checks, 1) && checks.may_have_fetched());
     }
 }
