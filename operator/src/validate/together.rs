@@ -249,7 +249,7 @@ spec:
         assert_eq!(
             lines,
             [
-                "f.yaml:2 ModelPlacement/default/p: note: spec.groups[0]: ModelGroup `elsewhere` is not among the files, \
+                "f.yaml:1 ModelPlacement/default/p: note: spec.groups[0]: ModelGroup `elsewhere` is not among the files, \
               so it was not checked with it"
             ]
         );
