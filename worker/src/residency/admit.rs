@@ -75,16 +75,12 @@ impl Owner {
         let wake = self.turn_base(&demand, now);
         self.tidy();
         self.sweep(now);
-        self.answer_idlers();
         self.next_wake(wake)
     }
 
-    fn answer_idlers(&mut self) {
-        if self.permits.is_empty() && self.waiters.is_empty() {
-            for idler in self.idlers.drain(..) {
-                let _ = idler.send(());
-            }
-        }
+    /// Whether nothing runs and nothing waits.
+    pub(super) fn is_idle(&self) -> bool {
+        self.permits.is_empty() && self.waiters.is_empty()
     }
 
     fn next_wake(&self, wake: Option<Instant>) -> Option<Instant> {

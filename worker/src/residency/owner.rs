@@ -19,7 +19,7 @@ use super::lease::Leases;
 use super::loader::Loader;
 use super::orders::{Obeyed, OrderError, epoch_seconds};
 use super::plan::Budgets;
-use super::publish::Published;
+use super::publish::{News, Published};
 use super::resolve::{ResolvedBase, Wish};
 use super::resolving::Checks;
 use super::source::Listed;
@@ -176,6 +176,7 @@ pub(super) struct Owner {
     pub(super) messages: mpsc::UnboundedSender<Message>,
     pub(super) view: watch::Sender<Arc<View>>,
     pub(super) published: Published,
+    pub(super) news: News,
     pub(super) began: Instant,
     pub(super) created: u64,
 
@@ -262,6 +263,7 @@ impl Owner {
         let mut owner = Self {
             view: watch::Sender::new(Arc::new(super::publish::nothing(&start, created))),
             published: Published::default(),
+            news: News::Now,
             loader: Loader::new(engine.clone(), start.resolver.fetcher.cache().clone(), on_prepared),
             engine,
             start,
@@ -327,16 +329,20 @@ impl Owner {
     /// Runs until nobody can send any more.
     pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message>) {
         loop {
-            let wake = self.pump();
+            let mut wake = self.pump();
             // What many messages changed is published once.
             if inbox.is_empty() {
-                self.publish();
+                let later = self.publish_in_time(Instant::now());
+                wake = wake.into_iter().chain(later).min();
             }
             let message = match wake {
                 Some(at) => tokio::select! {
                     biased;
                     message = inbox.recv() => message,
-                    () = tokio::time::sleep_until(at) => continue,
+                    () = tokio::time::sleep_until(at) => {
+                        self.news = News::Now;
+                        continue;
+                    }
                 },
                 None => inbox.recv().await,
             };
@@ -348,6 +354,11 @@ impl Owner {
     }
 
     pub(super) fn handle(&mut self, message: Message) {
+        let counts = matches!(
+            message,
+            Message::Acquire { .. } | Message::AcquireAgain { .. } | Message::Release { .. }
+        );
+        self.news = self.news.max(if counts { News::Soon } else { News::Now });
         match message {
             Message::Offer { document, reply } => {
                 let verdict = self.offer(*document);

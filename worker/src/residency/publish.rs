@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use turret_crds::document::PROTOCOL;
 use turret_crds::report::{
     ArtifactState, BaseReport, LeaseReport, LensReport, SwitchPhase, SwitchReport, Tier, TierReport,
@@ -36,6 +38,20 @@ pub(super) fn nothing(start: &Start, created: u64) -> View {
     }
 }
 
+/// How often numbers that merely count are published. Whoever routes by them looks far less often, and a report is as long as
+/// the list of lenses.
+const COUNTS_EVERY: Duration = Duration::from_millis(10);
+
+/// Whether what others see has changed since it was published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum News {
+    None,
+    /// A request came or went.
+    Soon,
+    /// Anything else.
+    Now,
+}
+
 /// What was published of lenses last: the next view shares what stayed the same.
 #[derive(Debug, Default)]
 pub(super) struct Published {
@@ -43,6 +59,7 @@ pub(super) struct Published {
     spoken: Arc<BTreeMap<LensName, SpokenLens>>,
     pub(super) leases: Arc<Vec<LeaseReport>>,
     pub(super) disk: TierUse,
+    at: Option<Instant>,
 }
 
 /// Bytes of files in the disk tier.
@@ -54,6 +71,24 @@ pub(super) struct TierUse {
 }
 
 impl Owner {
+    /// Publishes what changed, or tells when it will be. Whoever waits for the worker to be idle reads a view that says so.
+    pub(super) fn publish_in_time(&mut self, now: Instant) -> Option<Instant> {
+        let is_awaited = self.is_idle() && !self.idlers.is_empty();
+        let due = self.published.at.map(|at| at + COUNTS_EVERY).filter(|due| *due > now);
+        match (self.news, due) {
+            (News::Soon, Some(due)) if !is_awaited => return Some(due),
+            (News::None, _) => {}
+            (News::Soon | News::Now, _) => {
+                self.publish();
+                (self.news, self.published.at) = (News::None, Some(now));
+            }
+        }
+        if self.is_idle() {
+            self.idlers.drain(..).for_each(|idler| drop(idler.send(())));
+        }
+        None
+    }
+
     /// Publishes what changed, if anything did.
     pub(super) fn publish(&mut self) {
         self.follow_lenses();
