@@ -35,6 +35,8 @@ pub mod reason {
     pub const CROSS_NAMESPACE: &str = "CrossNamespace";
     /// A declared value cannot be used; the message says which.
     pub const INVALID: &str = "Invalid";
+    /// A memory budget is larger than what the container may use; the message has the numbers.
+    pub const BUDGET_EXCEEDS_LIMIT: &str = "BudgetExceedsLimit";
     /// An object with the name the operator needs exists and belongs to somebody else.
     pub const NAME_TAKEN: &str = "NameTaken";
     /// Workers are being started, replaced or removed.

@@ -340,6 +340,13 @@ pub struct Problem {
     pub message: String,
 }
 
+impl Problem {
+    /// Whether nothing is carried out before it is mended. Otherwise the rest of the placement is.
+    pub fn stops_everything(&self) -> bool {
+        matches!(self.reason, reason::INVALID | reason::BUDGET_EXCEEDS_LIMIT)
+    }
+}
+
 /// What compiling gave.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Compiled {
@@ -515,7 +522,28 @@ fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
             ),
         });
     }
+    within_limit(spec, budgets.device_bytes)?;
     Ok(budgets)
+}
+
+/// On a CPU worker memory is the device: a budget that the container's limit does not hold ends with the process being killed
+/// in the middle of an answer.
+fn within_limit(spec: &ModelPlacementSpec, device_bytes: Option<u64>) -> Result<(), Problem> {
+    let resources = spec.worker.as_ref().and_then(|worker| worker.resources.as_ref());
+    let limit = resources.and_then(|resources| resources.limits.get("memory"));
+    // What the API server took as a quantity and is no number of bytes, such as `500m`, limits nothing that could run.
+    let limit = limit.and_then(|limit| ByteQuantity(limit.0.clone()).bytes().ok());
+    match (device_bytes, limit) {
+        (Some(device), Some(limit)) if spec.accelerator.is_none() && device >= limit => Err(Problem {
+            reason: reason::BUDGET_EXCEEDS_LIMIT,
+            message: format!(
+                "spec.memory.deviceBudget ({device} bytes) must be smaller than worker.resources.limits.memory ({limit} \
+                 bytes): a CPU worker's device is its memory, and the process needs some of it beside; without a \
+                 deviceBudget it takes 80 % of the limit"
+            ),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// A CRD integer that its schema keeps from being negative.

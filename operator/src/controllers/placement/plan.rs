@@ -151,7 +151,7 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
         look_again,
     };
     // An unusable value in the spec, or a name that belongs to somebody else: nothing is touched.
-    let invalid = plan.compiled.problems.iter().any(|p| p.reason == reason::INVALID);
+    let invalid = plan.compiled.problems.iter().any(Problem::stops_everything);
     // Pods without a document would wait for it in vain.
     if invalid || !plan.in_the_way.is_empty() || plan.document.is_none() {
         return plan;

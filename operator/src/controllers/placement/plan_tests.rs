@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use k8s_openapi::{
-    api::apps::v1::DeploymentStatus, api::core::v1::ServicePort,
+    api::apps::v1::DeploymentStatus, api::core::v1::ServicePort, apimachinery::pkg::api::resource::Quantity,
     apimachinery::pkg::apis::meta::v1::OwnerReference, apimachinery::pkg::util::intstr::IntOrString,
 };
 use kube::ResourceExt;
 use proptest::prelude::*;
 use turret_crds::{
     condition::reason,
-    placement::{GroupRef, Memory},
+    placement::{Accelerator, GroupRef, Memory, Resources, Worker},
     quantity::ByteQuantity,
 };
 
@@ -215,6 +215,35 @@ fn an_unusable_value_touches_nothing() {
     let plan = world.plan();
     assert_eq!(plan.writes, []);
     assert_eq!(plan.compiled.problems[0].reason, reason::INVALID);
+}
+
+#[test]
+fn a_budget_that_the_container_does_not_hold_touches_nothing() {
+    let mut world = World::new();
+    world.carry_out();
+    world.placement.spec.replicas = 3;
+    let limit = |limit: &str| Worker {
+        resources: Some(Resources {
+            limits: [("memory".to_owned(), Quantity(limit.into()))].into(),
+            ..Resources::default()
+        }),
+        ..Worker::default()
+    };
+    let budget = Some(ByteQuantity("1Gi".into()));
+    world.placement.spec.memory = Some(Memory { device_budget: budget, ..Memory::default() });
+    world.placement.spec.worker = Some(limit("1Gi"));
+    let plan = world.plan();
+    assert_eq!(plan.writes, []);
+    let problem = &plan.compiled.problems[0];
+    assert_eq!(problem.reason, reason::BUDGET_EXCEEDS_LIMIT);
+    assert!(problem.message.contains("(1073741824 bytes) must be smaller"), "{}", problem.message);
+
+    world.placement.spec.worker = Some(limit("1025Mi"));
+    assert!(world.plan().compiled.problems.is_empty());
+    // An accelerator's memory is not the container's.
+    world.placement.spec.worker = Some(limit("512Mi"));
+    world.placement.spec.accelerator = Some(Accelerator { resource_name: "nvidia.com/gpu".into() });
+    assert!(world.plan().compiled.problems.is_empty());
 }
 
 #[test]
