@@ -258,7 +258,10 @@ fn document(object: &Value, words: &Words) -> Value {
     };
     let mut reduced = json!(document);
     reduced["sequence"] = words.sequence(&document.placement.name, Some(document.sequence));
-    reduced["publicKeys"] = document.public_keys.iter().map(|key| json!(key.scope)).collect();
+    // Sorted by keys, which are others in each run.
+    let mut scopes: Vec<Value> = document.public_keys.iter().map(|key| json!(key.scope)).collect();
+    scopes.sort_by_key(Value::to_string);
+    reduced["publicKeys"] = scopes.into();
     reduced["isSealed"] = (document.compute_digest() == document.digest).into();
     reduced
 }

@@ -179,8 +179,11 @@ impl Fault {
             Self::RequestsFail => Deed::Refuse(500),
             Self::ServerIsUnavailable => Deed::Refuse(503),
             Self::ConnectionsAreReset => Deed::Break(side),
-            // The election gives up after three seconds; what then happens is tried where leaders change.
-            Self::RequestsHang if !is_watch && !call.is_of_election() => Deed::Hang(side),
+            // The election gives up after three seconds; what then happens is tried where leaders change. Each costs seconds and
+            // a look as many requests as there are kinds, so fewer are struck.
+            Self::RequestsHang if !is_watch && !call.is_of_election() && roll.below(3) == 0 => {
+                Deed::Hang(side)
+            }
             Self::PlacesAreGone if call.verb == Verb::List => Deed::Refuse(410),
             Self::PlacesAreGone if is_watch => Deed::Gone,
             _ => Deed::Pass,
