@@ -33,7 +33,7 @@ pub fn judge(documents: &[Document], namespace: &str) -> Report {
             };
             let judged = rules.judge(object);
             if judged.refusals.is_empty() {
-                report.problems.extend(declared.add(origin, judged.object).err());
+                report.problems.extend(declared.add(origin, judged.object));
             } else {
                 let refused = judged.refusals.into_iter().map(|r| error(&origin, r.path, r.message));
                 report.problems.extend(refused);

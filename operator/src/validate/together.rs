@@ -27,11 +27,9 @@ pub struct Declared {
 type Groups<'a> = BTreeMap<(String, String), &'a ModelGroup>;
 
 impl Declared {
-    /// Takes an object that the rules of its kind accept.
-    ///
-    /// # Errors
-    /// When the operator could not read it, which would be a fault of the rules.
-    pub fn add(&mut self, origin: Origin, mut object: Value) -> Result<(), Problem> {
+    /// Takes an object that the rules of its kind accept. A problem is one that the operator could not read, which would be a
+    /// fault of the rules.
+    pub fn add(&mut self, origin: Origin, mut object: Value) -> Option<Problem> {
         if let Some(metadata) = object["metadata"].as_object_mut() {
             metadata.insert("namespace".into(), origin.namespace.as_str().into());
         }
@@ -42,7 +40,7 @@ impl Declared {
             _ => serde_json::from_value(object)
                 .map(|placement| self.placements.push((origin.clone(), placement))),
         };
-        read.map_err(|error| problem(&origin, Severity::Error, "", error.to_string()))
+        read.err().map(|error| problem(&origin, Severity::Error, "", error.to_string()))
     }
 
     /// Everything that shows only now.

@@ -320,7 +320,7 @@ impl Inner {
             return text;
         }
         self.record.struck();
-        let ahead = if self.record.step() % 2 == 0 { CLOCK_STEP } else { -CLOCK_STEP };
+        let ahead = if self.record.step().is_multiple_of(2) { CLOCK_STEP } else { -CLOCK_STEP };
         lines::shift_times_in(text, ahead)
     }
 

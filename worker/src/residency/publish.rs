@@ -84,7 +84,9 @@ impl Owner {
             }
         }
         if self.is_idle() {
-            self.idlers.drain(..).for_each(|idler| drop(idler.send(())));
+            for idler in self.idlers.drain(..) {
+                let _ = idler.send(());
+            }
         }
         None
     }
