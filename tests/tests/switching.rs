@@ -82,7 +82,7 @@ async fn who_waits_for_a_stream_is_told_for_what() {
         env: vec![("SSL_CERT_FILE".into(), server.ca.to_str().unwrap().to_owned())],
         ..Options::default()
     };
-    server.pace(4);
+    server.pace(32);
     let worker = Worker::start_with(&family.document(), options);
     let trained = demo::Family::read().unwrap();
     let case = &trained.cases("base-b", None)[0];

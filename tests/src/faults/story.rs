@@ -27,7 +27,7 @@ use super::world::World;
 use crate::cluster::eventually::{PATIENCE, eventually};
 
 /// How long a step may take, faults included.
-const LONGEST_STEP: Duration = Duration::from_secs(75);
+const LONGEST_STEP: Duration = Duration::from_secs(180);
 /// A step is done when nothing was written for so long.
 const QUIET: Duration = Duration::from_millis(500);
 /// How long to wait between two looks at what there is.
