@@ -111,6 +111,12 @@ async fn lenses_are_loaded_kept_and_evicted_by_hand() {
     assert_eq!(json_of(&worker, &["unload", "pirate"]).await, json!({"outcome": "Accepted"}));
     worker.wait("evicted", |r| !is_resident(r, "pirate")).await;
 
+    let both = done(&worker, &["load", "a:pirate", "french"]).await;
+    assert_eq!(both, "`a:pirate`, `french` are in memory\n");
+    worker.wait("both loaded", |r| is_resident(r, "pirate") && is_resident(r, "french")).await;
+    let one_missing = refused(&worker, &["load", "a:french", "a:none"]).await;
+    assert!(one_missing.contains("a:none"), "{one_missing}");
+
     assert!(refused(&worker, &["load", "a:none"]).await.contains("a:none"));
     assert!(refused(&worker, &["pin", "a"]).await.contains("GROUP:LENS"));
     assert!(refused(&worker, &["load", "b:polite"]).await.contains("switch to it first"));

@@ -9,7 +9,7 @@ mod show;
 
 use std::io::{self, Write as _};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use reqwest::{Method, StatusCode, Url};
@@ -77,13 +77,13 @@ enum ControlCommand {
         #[arg(long)]
         watch: bool,
     },
-    /// Bring a lens into memory before a request needs it.
+    /// Bring lenses into memory before a request needs them.
     #[command(visible_alias = "preload")]
     Load {
-        /// The lens.
-        #[arg(value_name = "GROUP:LENS")]
-        lens: String,
-        /// How long to wait until it is there; after that it goes on being loaded, and this ends with 1. 0: not at all.
+        /// The lenses.
+        #[arg(value_name = "GROUP:LENS", required = true)]
+        lenses: Vec<String>,
+        /// How long to wait until all are there; after that they go on being loaded, and this ends with 1. 0: not at all.
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         wait: u32,
     },
@@ -304,7 +304,7 @@ async fn carry_out(args: &ControlArgs) -> Result<(), ControlError> {
             let (report, json) = client.ask::<WorkerReport>(Method::GET, &["state"], None).await?;
             Answer { json, text: show::state(&report, epoch_seconds()) }
         }
-        ControlCommand::Load { lens, wait } => load(&client, lens, *wait).await?,
+        ControlCommand::Load { lenses, wait } => load(&client, lenses, *wait).await?,
         ControlCommand::Evict { lens } => {
             client.order(Method::POST, &["lenses", lens, "evict"]).await?;
             Answer::accepted(format!("`{lens}` leaves memory"))
@@ -347,15 +347,28 @@ fn token(args: &ControlArgs) -> Result<Option<String>, TokenError> {
     }
 }
 
-async fn load(client: &Client, lens: &str, wait: u32) -> Result<Answer, ControlError> {
-    let status = progress::beside(client.load(lens, wait), client, lens).await?;
-    match status {
-        StatusCode::ACCEPTED if wait > 0 => {
-            Err(ControlError::Late { what: format!("`{lens}` is not in memory"), seconds: wait })
+async fn load(client: &Client, lenses: &[String], wait: u32) -> Result<Answer, ControlError> {
+    let deadline = Instant::now() + Duration::from_secs(u64::from(wait));
+    if lenses.len() > 1 {
+        // All are begun before the first is waited for.
+        for lens in lenses {
+            client.load(lens, 0).await?;
         }
-        StatusCode::ACCEPTED => Ok(Answer::accepted(format!("`{lens}` is on its way into memory"))),
-        _ => Ok(Answer::done(format!("`{lens}` is in memory"))),
     }
+    let mut on_their_way = false;
+    for lens in lenses {
+        let rest = deadline.saturating_duration_since(Instant::now()).as_secs_f64().ceil() as u32;
+        let status = progress::beside(client.load(lens, rest), client, lens).await?;
+        if status == StatusCode::ACCEPTED && wait > 0 {
+            return Err(ControlError::Late { what: format!("`{lens}` is not in memory"), seconds: wait });
+        }
+        on_their_way |= status == StatusCode::ACCEPTED;
+    }
+    let (names, are) = (lenses.join("`, `"), if lenses.len() == 1 { "is" } else { "are" });
+    Ok(match on_their_way {
+        true => Answer::accepted(format!("`{names}` {are} on the way into memory")),
+        false => Answer::done(format!("`{names}` {are} in memory")),
+    })
 }
 
 async fn switch(client: &Client, group: &str, wait: u32) -> Result<Answer, ControlError> {
