@@ -343,7 +343,7 @@ pub struct Problem {
 impl Problem {
     /// Whether nothing is carried out before it is mended. Otherwise the rest of the placement is.
     pub fn stops_everything(&self) -> bool {
-        matches!(self.reason, reason::INVALID | reason::BUDGET_EXCEEDS_LIMIT)
+        self.reason == reason::INVALID
     }
 }
 
@@ -402,13 +402,18 @@ pub fn compile(
         }
     }
     served.sort_by(|a, b| a.name.cmp(&b.name));
+    let too_large = beyond_limit(&placement.spec);
+    // What is served already goes on, and with it new keys and lenses: that is worth more than the budget is wrong.
+    let is_new = previous.stored.is_none() && previous.reported == 0;
     let document = match assemble(placement, served, public_keys, previous) {
+        Ok(_) if is_new && too_large.is_some() => None,
         Ok(document) => document,
         Err(problem) => {
             problems.push(problem);
             None
         }
     };
+    problems.extend(too_large);
     Compiled { document, problems }
 }
 
@@ -522,28 +527,26 @@ fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
             ),
         });
     }
-    within_limit(spec, budgets.device_bytes)?;
-    Ok(budgets)
+    let device_bytes = budgets.device_bytes.filter(|_| beyond_limit(spec).is_none());
+    Ok(MemoryBudgets { device_bytes, ..budgets })
 }
 
 /// On a CPU worker memory is the device: a budget that the container's limit does not hold ends with the process being killed
-/// in the middle of an answer.
-fn within_limit(spec: &ModelPlacementSpec, device_bytes: Option<u64>) -> Result<(), Problem> {
-    let resources = spec.worker.as_ref().and_then(|worker| worker.resources.as_ref());
-    let limit = resources.and_then(|resources| resources.limits.get("memory"));
-    // What the API server took as a quantity and is no number of bytes, such as `500m`, limits nothing that could run.
-    let limit = limit.and_then(|limit| ByteQuantity(limit.0.clone()).bytes().ok());
-    match (device_bytes, limit) {
-        (Some(device), Some(limit)) if spec.accelerator.is_none() && device >= limit => Err(Problem {
-            reason: reason::BUDGET_EXCEEDS_LIMIT,
-            message: format!(
-                "spec.memory.deviceBudget ({device} bytes) must be smaller than worker.resources.limits.memory ({limit} \
-                 bytes): a CPU worker's device is its memory, and the process needs some of it beside; without a \
-                 deviceBudget it takes 80 % of the limit"
-            ),
-        }),
-        _ => Ok(()),
-    }
+/// in the middle of an answer. A new placement is not begun with it; workers that run take a part of the limit instead.
+fn beyond_limit(spec: &ModelPlacementSpec) -> Option<Problem> {
+    let device = spec.memory.as_ref()?.device_budget.as_ref()?.bytes().ok()?;
+    let resources = spec.worker.as_ref()?.resources.as_ref()?;
+    // What the API server took as a quantity and is no number of bytes, such as `500m`, limits nothing that could run, and 0
+    // is no limit to the kubelet.
+    let limit = ByteQuantity(resources.limits.get("memory")?.0.clone()).bytes().ok()?;
+    (spec.accelerator.is_none() && limit > 0 && device >= limit).then(|| Problem {
+        reason: reason::BUDGET_EXCEEDS_LIMIT,
+        message: format!(
+            "spec.memory.deviceBudget ({device} bytes) must be smaller than worker.resources.limits.memory ({limit} bytes): a \
+             CPU worker's device is its memory, and the process needs some of it beside; workers that run take 80 % of the \
+             limit, as without a deviceBudget"
+        ),
+    })
 }
 
 /// A CRD integer that its schema keeps from being negative.

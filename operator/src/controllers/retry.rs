@@ -59,8 +59,12 @@ impl Rows {
     /// Returns the pause, which doubles with each.
     fn one_more(&self, key: Key) -> Duration {
         let mut counts = self.counts.lock();
-        if counts.len() >= MOST_ROWS && !counts.contains_key(&key) {
-            counts.clear();
+        if counts.len() >= MOST_ROWS
+            && !counts.contains_key(&key)
+            // One that never came back is as good as any.
+            && let Some(other) = counts.keys().next().cloned()
+        {
+            counts.remove(&other);
         }
         let count = counts.entry(key).or_default();
         *count = count.saturating_add(1);

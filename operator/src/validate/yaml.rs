@@ -5,6 +5,7 @@
 //! calls all of these texts; what it hands out is a piece of the input, and the byte before it tells whether it
 //! stands there in quotes.
 
+use std::cell::Cell;
 use std::fmt;
 
 use serde::de::{
@@ -22,8 +23,9 @@ pub fn documents(text: &str) -> (Vec<Value>, Option<String>) {
         return (documents, None);
     }
     let mut documents = Vec::new();
+    let left = Cell::new(most_of(text));
     for document in serde_yaml::Deserializer::from_str(text) {
-        match (Reader { text }).deserialize(document) {
+        match (Reader { text, left: &left }).deserialize(document) {
             Ok(document) => documents.push(document),
             // Asked again, the parser would fail at the same place without end.
             Err(error) => return (documents, Some(error.to_string())),
@@ -35,19 +37,34 @@ pub fn documents(text: &str) -> (Vec<Value>, Option<String>) {
 fn json(text: &str) -> Result<Vec<Value>, serde_json::Error> {
     let mut input = serde_json::Deserializer::from_str(text);
     let mut documents = Vec::new();
+    let left = Cell::new(most_of(text));
     while input.end().is_err() {
-        documents.push((Reader { text }).deserialize(&mut input)?);
+        documents.push((Reader { text, left: &left }).deserialize(&mut input)?);
     }
     Ok(documents)
+}
+
+/// How much may be read out of a text, in bytes of strings and one for each value: without aliases it is not more than its
+/// length, and aliases must not make much of little.
+fn most_of(text: &str) -> usize {
+    2 * text.len() + (1 << 20)
 }
 
 /// Reads one value of `text`.
 #[derive(Clone, Copy)]
 struct Reader<'de> {
     text: &'de str,
+    /// See [`most_of`].
+    left: &'de Cell<usize>,
 }
 
 impl Reader<'_> {
+    fn take<E: Error>(self, bytes: usize) -> Result<(), E> {
+        let left = self.left.get().checked_sub(bytes);
+        self.left.set(left.ok_or_else(|| E::custom("its aliases expand to far more than is written"))?);
+        Ok(())
+    }
+
     /// Whether a piece of the text stands there without quotes, and is not called a text by its tag.
     fn is_plain(self, piece: &str) -> bool {
         let start = piece.as_ptr().addr().checked_sub(self.text.as_ptr().addr());
@@ -60,6 +77,7 @@ impl<'de> DeserializeSeed<'de> for Reader<'de> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Value, D::Error> {
+        self.take(1)?;
         input.deserialize_any(self)
     }
 }
@@ -104,10 +122,12 @@ impl<'de> Visitor<'de> for Reader<'de> {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Value, E> {
+        self.take(text.len())?;
         Ok(text.into())
     }
 
     fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Value, E> {
+        self.take(text.len())?;
         let plain = self.is_plain(text).then(|| in_yaml_1_1(text)).flatten();
         Ok(plain.unwrap_or_else(|| text.into()))
     }
@@ -212,6 +232,16 @@ mod tests {
         let (documents, error) = documents(text);
         assert_eq!(error, None, "{text}");
         documents
+    }
+
+    #[test]
+    fn aliases_do_not_make_much_of_little() {
+        let listed = |what: &str, times: usize| format!("[{}]", vec![what; times].join(","));
+        let bomb = format!("a: &a {}\nb: {}\n", listed("x", 20_000), listed("*a", 20_000));
+        let (read, error) = documents(&bomb);
+        assert!(read.is_empty() && error.as_deref().is_some_and(|e| e.contains("aliases")), "{error:?}");
+        let (read, error) = documents("a: &a [x, y]\nb: [*a, *a]\n");
+        assert_eq!((read.len(), error), (1, None));
     }
 
     #[test]

@@ -96,7 +96,7 @@ impl Owner {
         let lease = self.leases.next_end().map(|end| self.began + end);
         let sweep = self.eviction_rule().sweep.map(|_| self.sweep_at);
         let times = times.chain(lease).chain(sweep);
-        let next = times.chain((!self.rechecking).then_some(self.recheck_at)).min()?;
+        let next = times.chain([self.recheck_at]).min()?;
         // A time that has passed and changed nothing waits for something else; it must not make a busy loop.
         let now = Instant::now();
         Some(if next > now { next } else { now + OVERDUE })
@@ -216,7 +216,8 @@ impl Owner {
                     Standing::Open => LensNeeds::Resolving,
                     Standing::Ready(_) => {
                         let key = declared.key().expect("it is ready");
-                        match self.table.lenses.contains_key(&key) || self.has_files(&key) {
+                        let is_here = self.table.lenses.contains_key(&key) || self.has_files(&key);
+                        match is_here && !declared.is_claim() {
                             true => LensNeeds::Key(key),
                             false => LensNeeds::Files,
                         }

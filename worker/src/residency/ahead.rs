@@ -43,13 +43,16 @@ impl Owner {
         for (name, instead_of_others) in self.ahead() {
             let Some(lens) = self.lenses.get(&name) else { continue };
             let Some(key) = lens.key() else { continue };
-            if self.table.lenses.contains_key(&key) || !self.table.has_base(&key.base) {
+            let is_claim = lens.is_claim();
+            if !self.table.has_base(&key.base) || (self.table.lenses.contains_key(&key) && !is_claim) {
                 continue;
             }
             let Some(resolved) = self.resolved(&key).cloned() else { continue };
-            if resolved.files.here().is_none() {
-                // Others may be loaded meanwhile; the end of it is an event.
-                self.ask_for_files(&name, now);
+            if is_claim || resolved.files.here().is_none() {
+                // Others may be loaded meanwhile; the end of it is an event. What is to stay here is fetched when that is due.
+                if self.awaited.contains_key(&name) {
+                    self.ask_for_files(&name, now);
+                }
                 continue;
             }
             let wanted = Wanted::Lens { key: key.clone(), bytes: resolved.bytes, instead_of_others };

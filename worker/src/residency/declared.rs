@@ -9,7 +9,7 @@ use turret_crds::report::{Eviction, Feedback, FetchReport};
 
 use super::Measured;
 use super::owner::Stage;
-use super::resolve::{CheckedFiles, ResolvedLens, Wish};
+use super::resolve::{CheckedFiles, LensFiles, ResolvedLens, Wish};
 use super::table::LensKey;
 
 /// A lens as it is declared: group and name.
@@ -93,6 +93,13 @@ impl DeclaredLens {
     /// Its files, if they were found good and are on this machine.
     pub(super) fn files_here(&self) -> Option<&CheckedFiles> {
         self.stage.ready()?.files.here()
+    }
+
+    /// Whether nobody but the declaration says what its files are.
+    pub(super) fn is_claim(&self) -> bool {
+        self.stage
+            .ready()
+            .is_some_and(|ready| matches!(ready.files, LensFiles::Remote { is_claim: true, .. }))
     }
 
     /// Whether it was found good by a look at its files, which are not here.

@@ -362,8 +362,16 @@ impl Owner {
             Standing::Failed { failure, .. } => {
                 Some(Err(OrderError::Failed { lens: written(name), failure: failure.clone() }))
             }
-            Standing::Open => None,
-            Standing::Ready(_) if lens.key().is_some_and(|key| self.table.has_lens(&key)) => {
+            // Nobody looks at a lens whose base has failed.
+            Standing::Open => match self.bases.get(&lens.base).map(|base| base.stage.standing()) {
+                Some(Standing::Failed { failure, .. }) => {
+                    Some(Err(OrderError::Failed { lens: written(name), failure: failure.clone() }))
+                }
+                _ => None,
+            },
+            Standing::Ready(_)
+                if !lens.is_claim() && lens.key().is_some_and(|key| self.table.has_lens(&key)) =>
+            {
                 Some(Ok(Obeyed::Done))
             }
             Standing::Ready(_) => match self.table.has_base(&lens.base) {

@@ -21,7 +21,7 @@ use super::orders::{Obeyed, OrderError, epoch_seconds};
 use super::plan::Budgets;
 use super::publish::{News, Published};
 use super::resolve::{ResolvedBase, Wish};
-use super::resolving::Checks;
+use super::resolving::{Checks, Supplier};
 use super::source::Listed;
 use super::table::{LensKey, Table};
 use super::work::Event;
@@ -198,7 +198,7 @@ pub(super) struct Owner {
     pub(super) resolve_at: Option<Instant>,
     pub(super) next_token: u64,
     pub(super) recheck_at: Instant,
-    pub(super) rechecking: bool,
+    pub(super) rechecking: Vec<Supplier>,
     pub(super) counting_prepared: Counting,
 
     pub(super) table: Table,
@@ -283,7 +283,7 @@ impl Owner {
             resolve_at: None,
             next_token: 0,
             recheck_at: now + RECHECK,
-            rechecking: false,
+            rechecking: Vec::new(),
             counting_prepared: Counting::Idle,
             table: Table::default(),
             untidy: false,

@@ -270,7 +270,7 @@ impl Owner {
 
     fn lens_report(&self, name: &LensName, lens: &DeclaredLens) -> LensReport {
         let resolved = lens.stage.ready();
-        let held = lens.key().and_then(|key| self.table.lenses.get(&key));
+        let held = lens.key().filter(|_| !lens.is_claim()).and_then(|key| self.table.lenses.get(&key));
         let percent = held.filter(|h| h.phase == Phase::Loading).map(|h| h.percent);
         let state = state_of(&lens.stage, percent);
         // The same files may be here under another name.

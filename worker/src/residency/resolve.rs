@@ -110,6 +110,9 @@ pub enum LensFiles {
         digest: String,
         /// Bytes of the files.
         bytes: u64,
+        /// Whether only the declaration says what they are. Whoever declares somebody else's digest must not be given that
+        /// one's files: these are not taken for any others before they were fetched.
+        is_claim: bool,
     },
 }
 
@@ -230,10 +233,11 @@ impl Resolver {
             Some(draft) => {
                 let (digest, bytes) = self.hash_sketches(folder, &names, &draft.sketches())?;
                 // Where nobody names a file, what is declared is compared with it when it is here.
+                let is_claim = digest.is_none();
                 let digest = digest.or_else(|| lens.source.digest.clone());
                 let digest = digest.expect("a file that nobody names is fetched where no digest is declared");
                 check_digest(&digest, &lens.source, &declared)?;
-                LensFiles::Remote { digest, bytes }
+                LensFiles::Remote { digest, bytes, is_claim }
             }
         };
         let layout = serde_json::to_string(opened.layout()).expect("a layout is JSON");

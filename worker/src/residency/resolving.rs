@@ -12,7 +12,7 @@ use turret_crds::source::{Source, SourceLocation};
 use super::declared::{DeclaredLens, LensName};
 use super::failure::{Failure, backoff};
 use super::owner::{Owner, RECHECK, Stage, base_too_large, lens_too_large};
-use super::resolve::{ResolvedBase, ResolvedLens, Wish};
+use super::resolve::{CheckedFiles, ResolvedBase, ResolvedLens, Wish};
 use super::source::Listed;
 use super::work::Event;
 
@@ -177,7 +177,11 @@ impl Owner {
     pub(super) fn resolve_again(&mut self, name: &LensName) {
         let Some(document) = &self.document else { return };
         let listed = Arc::new(Listed::of(document));
-        if self.lenses.get(name).is_some_and(|l| !l.in_flight && l.files_here().is_some()) {
+        let Some(lens) = self.lenses.get(name).filter(|l| !l.in_flight && l.files_here().is_some()) else {
+            return;
+        };
+        // Those for which there is no room now are found again by the next look.
+        if self.checks.has_room_for(&Supplier::of(&lens.lens.source), Urgency::Ahead) {
             self.resolve_lens(name.clone(), listed);
         }
     }
@@ -213,24 +217,35 @@ impl Owner {
         });
     }
 
-    /// Every now and then looks whether files that were found good are still the same.
+    /// Every now and then looks whether files that were found good are still the same. Those of a volume that hangs are not
+    /// looked at again before that is over; others are.
     pub(super) fn recheck(&mut self, now: Instant) {
-        if self.rechecking || now < self.recheck_at {
+        if now < self.recheck_at {
             return;
         }
-        self.rechecking = true;
         self.recheck_at = now + RECHECK;
-        let checked: Vec<_> = self
-            .lenses
-            .iter()
-            .filter_map(|(name, l)| Some((name.clone(), l.files_here()?.clone())))
-            .collect();
-        self.spawn(async move {
-            let changed = move || {
-                checked.into_iter().filter(|(_, f)| !f.are_unchanged()).map(|(name, _)| name).collect()
-            };
-            Event::Rechecked { lenses: tokio::task::spawn_blocking(changed).await.unwrap_or_default() }
-        });
+        let mut by_supplier: Vec<(Supplier, Vec<(LensName, CheckedFiles)>)> = Vec::new();
+        for (name, lens) in self.lenses.iter() {
+            let Some(files) = lens.files_here() else { continue };
+            let (supplier, one) = (Supplier::of(&lens.lens.source), (name.clone(), files.clone()));
+            match by_supplier.iter_mut().find(|(other, _)| *other == supplier) {
+                Some((_, checked)) => checked.push(one),
+                None => by_supplier.push((supplier, vec![one])),
+            }
+        }
+        for (supplier, checked) in by_supplier {
+            if self.rechecking.contains(&supplier) {
+                continue;
+            }
+            self.rechecking.push(supplier.clone());
+            self.spawn(async move {
+                let changed = move || {
+                    checked.into_iter().filter(|(_, f)| !f.are_unchanged()).map(|(name, _)| name).collect()
+                };
+                let lenses = tokio::task::spawn_blocking(changed).await.unwrap_or_default();
+                Event::Rechecked { supplier, lenses }
+            });
+        }
     }
 
     pub(super) fn on_base_resolved(
@@ -242,7 +257,10 @@ impl Owner {
         self.checks.0.remove(&token);
         self.resolve_at = Some(Instant::now());
         let limits = self.coming_limits().clone();
-        let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else { return };
+        let Some(declared) = self.bases.get_mut(key).filter(|b| b.token == token) else {
+            // What it found has a folder that nobody needs.
+            return self.retain_folders();
+        };
         (declared.in_flight, declared.fetch) = (false, None);
         let result = result.and_then(|base| base_too_large(&base.layout, &limits).map_or(Ok(base), Err));
         declared.stage = match result {
@@ -274,7 +292,9 @@ impl Owner {
         self.checks.0.remove(&token);
         self.resolve_at = Some(Instant::now());
         let lens_budget = self.coming_limits().lens_bytes;
-        let Some(declared) = self.lenses.get(name).filter(|l| l.token == token) else { return };
+        let Some(declared) = self.lenses.get(name).filter(|l| l.token == token) else {
+            return self.retain_folders();
+        };
         let result = result.and_then(|lens| lens_too_large(lens.bytes, lens_budget).map_or(Ok(lens), Err));
         let known = declared.stage.ready().map(|r| r.files.digest().to_owned());
         let resident = declared.key().is_some_and(|key| self.table.has_lens(&key));

@@ -115,7 +115,8 @@ impl Owner {
                 self.lenses.update(name, |lens| {
                     lens.asked = Wish::Glimpse;
                     if let Stage::Ready(ready) = &mut lens.stage {
-                        ready.files = LensFiles::Remote { digest: ready.files.digest().to_owned(), bytes };
+                        let digest = ready.files.digest().to_owned();
+                        ready.files = LensFiles::Remote { digest, bytes, is_claim: false };
                     }
                 });
                 if let Some(key) = self.lenses.get(name).and_then(DeclaredLens::key) {
@@ -144,7 +145,7 @@ impl Owner {
         let in_flight = self.lenses.iter().filter(|(_, lens)| lens.in_flight);
         let checked: BTreeSet<&str> = in_flight.map(|(_, lens)| lens.lens.source.uri.as_str()).collect();
         let is_passing = |key: &LensKey, lens: &DeclaredLens| {
-            waited.contains(key)
+            (waited.contains(key) && !self.table.has_lens(key))
                 || self.table.lenses.get(key).is_some_and(|held| held.phase == Phase::Loading)
                 || checked.contains(lens.lens.source.uri.as_str())
         };

@@ -17,6 +17,7 @@ use super::orders::epoch_seconds;
 use super::owner::{Counting, Owner, Stage};
 use super::plan::Leaving;
 use super::resolve::{ResolvedBase, ResolvedLens};
+use super::resolving::Supplier;
 use super::table::{HeldLens, LensKey, Phase};
 use crate::engine::handle::{BaseId, ChangeError, EngineConfig, LensId};
 
@@ -42,6 +43,7 @@ pub(super) enum Event {
     Measured(Vec<(LensName, u64, u64)>),
     /// Artifacts whose files are no longer those that were checked.
     Rechecked {
+        supplier: Supplier,
         lenses: Vec<LensName>,
     },
     LensLoaded {
@@ -126,8 +128,8 @@ impl Owner {
                     }
                 }
             }
-            Event::Rechecked { lenses } => {
-                self.rechecking = false;
+            Event::Rechecked { supplier, lenses } => {
+                self.rechecking.retain(|other| *other != supplier);
                 for name in lenses {
                     self.resolve_again(&name);
                 }

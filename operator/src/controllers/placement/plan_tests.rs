@@ -218,10 +218,7 @@ fn an_unusable_value_touches_nothing() {
 }
 
 #[test]
-fn a_budget_that_the_container_does_not_hold_touches_nothing() {
-    let mut world = World::new();
-    world.carry_out();
-    world.placement.spec.replicas = 3;
+fn a_budget_that_the_container_does_not_hold_begins_nothing_and_ends_nothing() {
     let limit = |limit: &str| Worker {
         resources: Some(Resources {
             limits: [("memory".to_owned(), Quantity(limit.into()))].into(),
@@ -230,17 +227,27 @@ fn a_budget_that_the_container_does_not_hold_touches_nothing() {
         ..Worker::default()
     };
     let budget = Some(ByteQuantity("1Gi".into()));
+    let mut world = World::new();
     world.placement.spec.memory = Some(Memory { device_budget: budget, ..Memory::default() });
     world.placement.spec.worker = Some(limit("1Gi"));
     let plan = world.plan();
-    assert_eq!(plan.writes, []);
+    assert_eq!((plan.writes, plan.compiled.document), (vec![], None));
     let problem = &plan.compiled.problems[0];
     assert_eq!(problem.reason, reason::BUDGET_EXCEEDS_LIMIT);
     assert!(problem.message.contains("(1073741824 bytes) must be smaller"), "{}", problem.message);
 
     world.placement.spec.worker = Some(limit("1025Mi"));
+    let device_bytes = |world: &World| world.plan().compiled.document.unwrap().memory.device_bytes;
     assert!(world.plan().compiled.problems.is_empty());
-    // An accelerator's memory is not the container's.
+    assert_eq!(device_bytes(&world), Some(1 << 30));
+    // What runs is told of new lenses as before, and of a budget that its container holds.
+    world.carry_out();
+    world.placement.spec.worker = Some(limit("1Gi"));
+    assert_eq!(world.plan().compiled.problems[0].reason, reason::BUDGET_EXCEEDS_LIMIT);
+    assert_eq!(device_bytes(&world), None);
+    // An accelerator's memory is not the container's, and 0 is no limit.
+    world.placement.spec.worker = Some(limit("0"));
+    assert!(world.plan().compiled.problems.is_empty());
     world.placement.spec.worker = Some(limit("512Mi"));
     world.placement.spec.accelerator = Some(Accelerator { resource_name: "nvidia.com/gpu".into() });
     assert!(world.plan().compiled.problems.is_empty());

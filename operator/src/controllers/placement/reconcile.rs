@@ -24,6 +24,7 @@ use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus, condition::r
 use super::{
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
+    resources,
     status::{self, Facts},
 };
 use crate::{
@@ -147,6 +148,10 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
             Err(error) if error.refused().is_none() => return Err(error),
             stored => failed = stored.err(),
         }
+    }
+    // What is not stored is not told: the next look would take its number for used, and count on for ever.
+    if failed.is_some() || !plan.in_the_way.is_empty() {
+        plan.document = observed.live.config_map.as_deref().and_then(resources::document_ref);
     }
     let mut failures = Vec::new();
     // Nobody is told of a document that is not stored, and no pod is made that would wait for it.

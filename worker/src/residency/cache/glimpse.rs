@@ -64,6 +64,8 @@ impl Cache {
         let mut turn = self.claims.turn()?;
         let taken = charge(&self.stored(), &turn.all()?);
         if taken.saturating_add(bytes.len() as u64) > self.budget() {
+            // What is there may name somebody who may not be told any more.
+            let _ = fs::remove_file(self.glimpse_at(&glimpse.url));
             return Ok(());
         }
         fs::create_dir_all(self.root.join(GLIMPSES))?;
