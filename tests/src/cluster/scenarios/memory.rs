@@ -7,7 +7,7 @@ use turret_crds::ModelGroup;
 use turret_crds::condition::{AVAILABLE, FailureReason, READY, STALLED};
 use turret_crds::report::Tier;
 
-use super::{QWEN, case, is_refused, lens_fails, model, questions_to, synthesise};
+use super::{QWEN, case, is_answered_again, is_refused, lens_fails, model, questions_to, synthesise};
 use crate::cluster::eventually::when;
 use crate::cluster::family::Family;
 use crate::cluster::gateway::Mode;
@@ -89,7 +89,7 @@ pub async fn a_lens_larger_than_its_budget_is_told_and_what_the_message_asks_for
     space.patch("mpl/shared", &json!({"spec": {"memory": {"lensBudget": large.to_string()}}})).await?;
     space.serves("shared", &[QWEN]).await?;
     let answer = case(&family, QWEN, Some("terse"));
-    space.gateway().verify(&model(QWEN, Some("terse")), answer, Mode::Whole).await?;
+    is_answered_again(&space, &model(QWEN, Some("terse")), answer).await?;
     let answered = load.stop().await?;
     println!("    {answered} requests meanwhile, all right");
     changed(&lives, &space.lives("shared").await?)?;

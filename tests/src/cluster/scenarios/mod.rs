@@ -19,6 +19,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use turret_crds::condition::{FailureReason, READY, RECONCILING, STALLED};
 
+use super::eventually::when;
 use super::family::{Case, Family, copy_readable};
 use super::gateway::Mode;
 use super::load::Question;
@@ -95,6 +96,19 @@ fn questions_to(family: &Family, lenses: &[(&str, &str)]) -> Vec<Question> {
         mode,
     });
     std::iter::once(base).chain(lenses).collect()
+}
+
+/// Waits until the gateway answers for a model that could not be served before, and answers right. It hears of what workers hold
+/// at about the same time as the operator, not before.
+async fn is_answered_again(space: &Space<'_>, model: &str, case: &Case) -> Result<()> {
+    let gateway = space.gateway();
+    space
+        .eventually("the gateway has heard of it", async || {
+            let asked = gateway.ask(model, &case.messages, Mode::Whole).await;
+            Ok(when(asked.is_ok(), || format!("{:?}", asked.err())))
+        })
+        .await?;
+    gateway.verify(model, case, Mode::Whole).await.map(drop)
 }
 
 /// Waits until one lens keeps the Qwen group from being ready, for this reason. The list of failed

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use turret_crds::condition::{FailureReason, READY};
 use turret_crds::report::Tier;
 
-use super::{QWEN, case, is_refused, lens_fails, model, questions_to};
+use super::{QWEN, case, is_answered_again, is_refused, lens_fails, model, questions_to};
 use crate::cluster::eventually::when;
 use crate::cluster::family::{Family, copy_readable};
 use crate::cluster::gateway::Mode;
@@ -54,7 +54,7 @@ pub async fn a_full_disk_is_told_and_what_is_there_is_served(release: &Release) 
     space.serves("shared", &[QWEN]).await?;
     for lens in ["shout", "pirate"] {
         let answer = case(&family, QWEN, Some(lens));
-        space.gateway().verify(&model(QWEN, Some(lens)), answer, Mode::Whole).await?;
+        is_answered_again(&space, &model(QWEN, Some(lens)), answer).await?;
     }
     space.remove().await
 }
@@ -91,7 +91,7 @@ pub async fn a_source_that_disappears_is_told_once_it_is_missed_and_heals(releas
     let began = Instant::now();
     space.serves("shared", &[QWEN]).await?;
     println!("    healed by itself after {:.1} s", began.elapsed().as_secs_f64());
-    gateway.verify(&terse, answer, Mode::Whole).await?;
+    is_answered_again(&space, &terse, answer).await?;
     let answered = load.stop().await?;
     println!("    {answered} requests meanwhile, all right");
     changed(&lives, &space.lives("shared").await?)?;
@@ -153,7 +153,7 @@ pub async fn a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart(
         .await?;
     space.serves("shared", &[QWEN]).await?;
     println!("    healed by itself after {:.1} s", began.elapsed().as_secs_f64());
-    gateway.verify(&new, case(&family, QWEN, Some("shout")), Mode::Whole).await?;
+    is_answered_again(&space, &new, case(&family, QWEN, Some("shout"))).await?;
     let answered = load.stop().await?;
     println!("    {answered} requests meanwhile, all right");
     changed(&lives, &space.lives("shared").await?)?;

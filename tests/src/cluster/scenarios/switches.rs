@@ -19,8 +19,10 @@ pub async fn rows_are_preempted_when_the_drain_is_over(release: &Release) -> Res
     let family = Family::read()?;
     let space = Space::create(release, "drain").await?;
     synthesise(release, &space.files().join("slow"), "64Mi")?;
-    let workers =
-        placement("one", &["slow", QWEN]).switching_eagerly().draining_bases_for(1).with_device_budget("1Gi");
+    let workers = placement("one", &["slow", QWEN])
+        .switching_eagerly()
+        .draining_bases_for(1)
+        .with_device_budget("448Mi");
     space
         .apply(&[group("slow", "slow/base").manifest(), group(QWEN, "base").manifest(), workers.manifest()])
         .await?;
