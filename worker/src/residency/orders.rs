@@ -13,7 +13,7 @@ use super::failure::Failure;
 use super::lease::{Lease, LeaseError};
 use super::owner::{Owner, Stage, Standing};
 use super::plan::Leaving;
-use super::table::LensKey;
+use super::table::{LensKey, Phase};
 
 /// What somebody asks.
 #[derive(Clone, Debug)]
@@ -164,8 +164,11 @@ impl Owner {
         if held.kept {
             return conflict("is pinned or leased; unpin it, or release its leases, first");
         }
+        if held.phase == Phase::Leaving {
+            return Ok(Obeyed::Done);
+        }
         if !held.is_idle() {
-            return conflict("is in use, or on its way in or out; ask again when its rows have ended");
+            return conflict("is in use, or on its way in; ask again when its rows have ended");
         }
         let message = "asked for over the control port".into();
         self.evict_lens(Leaving { key, reason: EvictionReason::Request, message }, "");
