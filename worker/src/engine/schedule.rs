@@ -66,8 +66,12 @@ pub struct Plan {
 }
 
 /// Plans the next step. Both lists are in order of age; of those who wait only as many are looked at as may join.
+///
+/// `freed_by` tells how many blocks come free when a running row steps back, once all younger ones have: fewer than it holds
+/// where an older one holds some of them too. It is asked from the youngest on, and only when blocks run out.
 pub fn schedule(
     running: &[RowState],
+    freed_by: impl Fn(usize) -> u32,
     waiting: impl IntoIterator<Item = RowState>,
     budget: StepBudget,
     plan: &mut Plan,
@@ -85,7 +89,7 @@ pub fn schedule(
         if tokens > 0 {
             while row.blocks_lacking_for(row.computed + tokens) > free && plan.keep_running > index + 1 {
                 plan.keep_running -= 1;
-                free += running[plan.keep_running].blocks;
+                free += freed_by(plan.keep_running);
             }
             let room = (row.blocks + free) * BLOCK_TOKENS as u32 - row.computed;
             tokens = tokens.min(room);
@@ -144,8 +148,17 @@ mod tests {
     use proptest::prelude::*;
 
     fn plan(running: &[RowState], waiting: &[RowState], budget: StepBudget) -> Plan {
+        plan_with_shared(running, |row| running[row].blocks, waiting, budget)
+    }
+
+    fn plan_with_shared(
+        running: &[RowState],
+        freed_by: impl Fn(usize) -> u32,
+        waiting: &[RowState],
+        budget: StepBudget,
+    ) -> Plan {
         let mut plan = Plan::default();
-        schedule(running, waiting.iter().copied(), budget, &mut plan);
+        schedule(running, freed_by, waiting.iter().copied(), budget, &mut plan);
         plan
     }
 
@@ -182,6 +195,17 @@ mod tests {
         assert_eq!(plan.keep_running, 1);
         assert_eq!(plan.shares, [Share { row: 0, tokens: 1, new_blocks: 1 }]);
         assert_eq!(plan.admit, 0, "who stepped back comes before who is new");
+    }
+
+    #[test]
+    fn who_steps_back_frees_only_what_no_older_row_holds() {
+        let full = BLOCK_TOKENS as u32;
+        // All begin with the same two blocks, and the youngest holds nothing else.
+        let running = [row(3 * full + 1, 3 * full), row(3 * full + 1, 3 * full), row(2 * full + 1, 2 * full)];
+        let budget = StepBudget { free_blocks: 0, ..BUDGET };
+        let plan = plan_with_shared(&running, |row| [3, 1, 0][row], &[], budget);
+        assert_eq!(plan.keep_running, 1, "the youngest alone would free nothing");
+        assert_eq!(plan.shares, [Share { row: 0, tokens: 1, new_blocks: 1 }]);
     }
 
     #[test]

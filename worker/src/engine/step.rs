@@ -17,6 +17,7 @@ use super::schedule::{Plan, RowState, StepBudget, schedule};
 use super::sequence::{Life, Sequence};
 use super::{MAX_ROW_LENSES, Totals};
 use crate::lens::Effects;
+use crate::model::block_pool::BlockPool;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Batch, Chunk, Decoder, Workspace};
 use crate::model::kv_cache::{KvCache, blocks_for, cache_shape};
@@ -124,7 +125,8 @@ impl Active {
             free_blocks: pool.free(),
         };
         let waiting_states = waiting.iter().map(|row| row.state_with_found(pool));
-        schedule(&self.running_states, waiting_states, budget, &mut self.plan);
+        let freed_by = |row: usize| freed_by(&running[row..], pool);
+        schedule(&self.running_states, freed_by, waiting_states, budget, &mut self.plan);
 
         // Who steps back is younger than who runs, and older than who waits.
         for mut row in running.drain(self.plan.keep_running..).rev() {
@@ -273,6 +275,18 @@ impl Active {
         }
         Ok(counts)
     }
+}
+
+/// Blocks that nobody holds any more when the first of these rows steps back after the others: all of the batch from it on.
+fn freed_by(rows: &[Sequence], pool: &BlockPool) -> u32 {
+    let (first, younger) = rows.split_first().expect("a row steps back");
+    let is_freed = |(index, block): (usize, &u32)| {
+        let holders = pool.holders(*block);
+        // What rows share is the start of both, so it stands at the same place in both.
+        let held_by = |row: &&Sequence| row.blocks.get(index) == Some(block);
+        holders == 1 || holders as usize == 1 + younger.iter().filter(held_by).count()
+    };
+    first.blocks.iter().enumerate().filter(|&held| is_freed(held)).count() as u32
 }
 
 #[derive(Default)]

@@ -154,6 +154,11 @@ impl BlockPool {
         self.slots[block as usize].holders == 0
     }
 
+    /// How many rows hold a block.
+    pub fn holders(&self, block: u32) -> u32 {
+        self.slots[block as usize].holders
+    }
+
     /// Holds a block that was found.
     pub fn hold(&mut self, block: u32) {
         if self.is_idle(block) {

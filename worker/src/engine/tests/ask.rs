@@ -128,7 +128,7 @@ pub(super) fn ask() -> impl Strategy<Value = Ask> {
 
 /// Tries whether something holds for whatever is asked: less often than usual, since each case starts engines.
 pub(super) fn check<S: Strategy>(strategy: &S, holds: impl Fn(S::Value) -> Result<(), TestCaseError>) {
-    let config = ProptestConfig { cases: 24, ..Default::default() };
+    let config = ProptestConfig { cases: 64, ..Default::default() };
     proptest::test_runner::TestRunner::new(config).run(strategy, holds).unwrap();
 }
 

@@ -98,3 +98,22 @@ fn a_row_that_outgrows_the_original_context_is_rotated_anew() {
         engine.shutdown().await;
     });
 }
+
+#[test]
+fn rows_that_share_a_prompt_step_back_until_there_is_room() {
+    let layout = BaseLayout::of(&config("LlamaForCausalLM"), Dtype::F32);
+    let mut preemptions = 0;
+    // Who steps back frees only what no other row holds, which is the lesser part of these.
+    let prompt = some_ask(1, vec![], 0).prompt.repeat(3);
+    let ask =
+        |seed| Ask { prompt: prompt.clone(), temperature: 0.9, scores: false, ..some_ask(seed, vec![], 50) };
+    let asks: Vec<Ask> = (0..8).map(ask).collect();
+    let asks: Vec<&Ask> = asks.iter().collect();
+    let (alone, _) = answers(&layout, limits(&layout, 128, 1, 0), &asks, false);
+    for (rows, spare) in (3..9).flat_map(|rows| (0..9).map(move |spare| (rows, spare))) {
+        let (together, end) = answers(&layout, limits(&layout, 40, rows, spare), &asks, true);
+        assert_eq!(together, alone, "{rows} rows, {spare} blocks to spare");
+        preemptions += end.preemptions_total;
+    }
+    assert!(preemptions > 0, "no row stepped back");
+}
