@@ -25,14 +25,14 @@ pub mod reason {
     pub const SERVING: &str = "Serving";
     /// The placement wants no worker.
     pub const SCALED_TO_ZERO: &str = "ScaledToZero";
-    /// No placement names the group.
+    /// No placement that the group allows names it.
     pub const NOT_PLACED: &str = "NotPlaced";
     /// The declaration can be carried out.
     pub const VALID: &str = "Valid";
     /// A named group does not exist.
     pub const GROUP_NOT_FOUND: &str = "GroupNotFound";
-    /// A group of another namespace is named, which this version does not serve.
-    pub const CROSS_NAMESPACE: &str = "CrossNamespace";
+    /// A named group of another namespace does not exist, or does not allow the placement.
+    pub const NOT_PERMITTED: &str = "NotPermitted";
     /// A declared value cannot be used; the message says which.
     pub const INVALID: &str = "Invalid";
     /// A memory budget is larger than what the container may use; the message has the numbers.

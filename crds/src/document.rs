@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
+    allowed_placements::not_permitted,
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
     placement::{
@@ -359,8 +360,9 @@ pub struct Compiled {
 
 /// Makes the worker document of a placement.
 ///
-/// `groups` holds what exists, by namespace and name. A group that is missing, being deleted or
-/// lives in another namespace is left out and named in `problems`; the others are served. When none is left,
+/// `groups` holds what exists, by namespace and name; `namespace_labels` are those of the placement's namespace. A
+/// group that is missing or being deleted, or is of another namespace and does not allow the placement's, is left out
+/// and named in `problems`; the others are served. When none is left,
 /// workers that have a document are given an empty one, since nothing undeclared is to be served; a placement
 /// that never had a document gets none, so that no worker is started for nothing. An unusable
 /// value in the placement itself gives no document, so that workers go on with the one they have.
@@ -370,6 +372,7 @@ pub struct Compiled {
 pub fn compile(
     placement: &ModelPlacement,
     groups: &BTreeMap<(String, String), &ModelGroup>,
+    namespace_labels: &BTreeMap<String, String>,
     public_keys: &[PublicKey],
     previous: &Previous,
 ) -> Compiled {
@@ -378,21 +381,12 @@ pub fn compile(
     let mut served = Vec::new();
     for placed in &placement.spec.groups {
         let (group_namespace, name) = placed.target(namespace);
-        if group_namespace != namespace {
-            problems.push(Problem {
-                reason: reason::CROSS_NAMESPACE,
-                message: format!(
-                    "group `{}` refers to namespace `{group_namespace}`; groups of other namespaces are not served yet: \
-                     create the ModelGroup in `{namespace}`",
-                    placed.name
-                ),
-            });
-            continue;
-        }
-        match groups.get(&(group_namespace.to_owned(), name.to_owned())) {
-            Some(group) if group.metadata.deletion_timestamp.is_none() => {
+        let group = groups.get(&(group_namespace.to_owned(), name.to_owned())).copied();
+        match group.filter(|group| group.metadata.deletion_timestamp.is_none()) {
+            Some(group) if group.may_be_placed_in(namespace, namespace_labels) => {
                 served.push(document_group(placed, group));
             }
+            _ if group_namespace != namespace => problems.push(not_permitted(placed, namespace)),
             _ => problems.push(Problem {
                 reason: reason::GROUP_NOT_FOUND,
                 message: format!(

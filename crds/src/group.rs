@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{condition::FailureReason, source::Source};
+use crate::{allowed_placements::AllowedPlacements, condition::FailureReason, source::Source};
 
 /// Most lenses a group may have. CRD rules are checked at this size; beyond it, make several
 /// groups over one base: groups with an equal base share it on a worker.
@@ -17,8 +17,8 @@ pub const MAX_FAILED_IN_STATUS: usize = 16;
 /// A base model and the lenses over it.
 ///
 /// One team owns a group: the base it uses and the small checkpoints (lenses) it trained over it.
-/// A `ModelPlacement` of the same namespace serves it. Adding, changing or removing a lens never
-/// restarts a pod.
+/// A `ModelPlacement` of the same namespace serves it, or one of another namespace that
+/// `allowedPlacements` lets it be served in. Adding, changing or removing a lens never restarts a pod.
 #[derive(Clone, Debug, PartialEq, CustomResource, Serialize, Deserialize, KubeSchema)]
 #[kube(
     group = "turret.dev",
@@ -50,6 +50,9 @@ pub struct ModelGroupSpec {
     #[schemars(length(max = 256))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub lenses: Vec<Lens>,
+    /// Which placements may serve the group. Absent: those of its own namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_placements: Option<AllowedPlacements>,
 }
 
 /// The full model of a group.
@@ -201,7 +204,7 @@ pub struct ModelGroupStatus {
     /// Size of the base in device memory, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_size: Option<String>,
-    /// Placements of this namespace that serve the group.
+    /// Placements that the group allows and that name it: `NAME`, or `NAMESPACE/NAME` of another namespace.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     #[x_kube(merge_strategy = ListMerge::Set)]

@@ -10,6 +10,9 @@ pub const DOCUMENT_SEQUENCE: &str = "turret.dev/document-sequence";
 /// Annotation on the ConfigMap that carries the worker document: its digest.
 pub const DOCUMENT_DIGEST: &str = "turret.dev/document-digest";
 
+/// Label that the API server gives every namespace: its name.
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+
 /// Standard label: which application.
 pub const APP_NAME: &str = "app.kubernetes.io/name";
 /// Standard label: which component of it.

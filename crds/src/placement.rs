@@ -76,13 +76,15 @@ pub struct ModelPlacementSpec {
     /// How many requests may wait, and how long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admission: Option<Admission>,
-    /// Volumes that `pvc://NAME/path` sources read. Mounted read-only into every worker.
+    /// Volumes that `pvc://NAME/path` sources read, also those of groups of other namespaces: claims are the placement's
+    /// own. Mounted read-only into every worker.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub source_volumes: Vec<SourceVolume>,
-    /// Secrets that `source.secretRef` of the groups' sources may name. Their key `token` is mounted read-only into
-    /// every worker; one that does not exist (yet) keeps no worker from starting.
+    /// Secrets of the placement's namespace that `source.secretRef` of the groups' sources may name, whatever namespace a
+    /// group is of. Their key `token` is mounted read-only into every worker; one that does not exist (yet) keeps no worker
+    /// from starting.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
@@ -104,7 +106,7 @@ pub struct PlacedGroup {
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("a group name is a DNS label: lower-case letters, digits and `-`"))]
     pub name: String,
-    /// The ModelGroup, when it is called otherwise than `name`.
+    /// The ModelGroup, when it is called otherwise than `name` or lives in another namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group_ref: Option<GroupRef>,
     /// When its base comes to a worker's device. `OnDemand`, the default: when a request needs it. `Preloaded`: ahead of
@@ -141,8 +143,8 @@ pub struct GroupRef {
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("groupRef.name is the name of a ModelGroup: lower-case letters, digits and `-`"))]
     pub name: String,
-    /// Its namespace. Absent: the placement's own, which is the only one that is served so far;
-    /// another one is refused with `Accepted=False`, reason `CrossNamespace`.
+    /// Its namespace. Absent: the placement's own. A group of another one is served as long as its
+    /// `spec.allowedPlacements` allows it; else `Accepted=False`, reason `NotPermitted`, and the others are served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("groupRef.namespace is the name of a namespace: lower-case letters, digits and `-`"))]

@@ -62,7 +62,8 @@ fn bound_quantity(schema: &mut JSONSchemaProps) {
 
 /// Most characters of texts whose types are not ours, or which are the values of a map (`*`): what Kubernetes takes
 /// for a label, and for all annotations of a Pod divided by how many there may be.
-const LONGEST: [(&str, i64); 7] = [
+const LONGEST: [(&str, i64); 8] = [
+    ("spec.allowedPlacements.selector.matchLabels.*", 63),
     ("spec.worker.nodeSelector.*", 63),
     ("spec.worker.podLabels.*", 63),
     ("spec.worker.podAnnotations.*", 4096),

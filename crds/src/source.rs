@@ -41,8 +41,8 @@ pub struct Source {
         validation = Rule::new("self.matches('^[0-9a-f]{40}$')").message("revision must be a commit: 40 lower-case hex digits; the repository's page shows it, and `git ls-remote URL` prints it"),
     )]
     pub revision: Option<String>,
-    /// The Secret whose key `token` the server of an `hf://` or `https://` source asks for. The placement
-    /// must list it in `sourceSecrets`. Read whenever it is needed, so a new token takes effect without a restart.
+    /// The Secret whose key `token` the server of an `hf://` or `https://` source asks for: one of the placement's
+    /// namespace, never of the group's where that is another. The placement must list it in `sourceSecrets`. Read whenever it is needed, so a new token takes effect without a restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
 }

@@ -54,7 +54,7 @@ fn compiled() -> WorkerDocument {
         .map(|g| ((g.metadata.namespace.clone().unwrap(), g.metadata.name.clone().unwrap()), g))
         .collect();
     let previous = Previous { stored: Some((6, "sha256:of the document before".into())), reported: 6 };
-    let compiled = compile(&placements[0], &by_name, &keys(), &previous);
+    let compiled = compile(&placements[0], &by_name, &BTreeMap::new(), &keys(), &previous);
     assert_eq!(compiled.problems, []);
     compiled.document.unwrap()
 }

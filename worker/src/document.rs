@@ -166,7 +166,10 @@ fn compile_objects(
         }
     }
     let reported = previous.as_ref().map_or(0, |p| p.0);
-    let compiled = compile(&placement, &by_name, &[], &Previous { stored: previous, reported });
+    // Without a cluster nobody has labelled the namespace; its name is the label that each has.
+    let namespace = placement.metadata.namespace.clone().unwrap_or_default();
+    let labels = BTreeMap::from([(label::NAMESPACE_NAME.to_owned(), namespace)]);
+    let compiled = compile(&placement, &by_name, &labels, &[], &Previous { stored: previous, reported });
     let problems: Vec<String> = compiled.problems.iter().map(|p| p.message.clone()).collect();
     match compiled.document {
         Some(document) if problems.is_empty() => Ok(document),

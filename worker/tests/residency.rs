@@ -478,7 +478,7 @@ fn document(folder: &Path, declared: &Declared, sequence: u64) -> WorkerDocument
     let by_name: BTreeMap<_, _> =
         groups.iter().map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g)).collect();
     let previous = Previous { stored: None, reported: sequence };
-    let compiled = compile(&placement, &by_name, &[], &previous);
+    let compiled = compile(&placement, &by_name, &BTreeMap::new(), &[], &previous);
     assert_eq!(compiled.problems, []);
     compiled.document.unwrap()
 }

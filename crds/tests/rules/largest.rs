@@ -53,6 +53,7 @@ fn group() -> Value {
         "spec": {
             "base": {"source": source("hf://example-org/"), "dtype": "BF16", "quantization": "Q8_0"},
             "lenses": (0..256).map(lens).collect::<Vec<_>>(),
+            "allowedPlacements": {"namespaces": "Selector", "selector": {"matchLabels": map(16, |_| json!("a".repeat(63)))}},
         },
     })
 }

@@ -141,7 +141,7 @@ impl Family {
             .map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g))
             .collect::<BTreeMap<_, _>>();
         let previous = Previous { stored: None, reported: self.sequence };
-        let compiled = compile(&placement, &by_name, &self.public_keys, &previous);
+        let compiled = compile(&placement, &by_name, &BTreeMap::new(), &self.public_keys, &previous);
         assert_eq!(compiled.problems, []);
         let document = compiled.document.unwrap();
         self.sequence = document.sequence;

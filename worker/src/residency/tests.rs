@@ -93,7 +93,7 @@ fn document(folder: &Path, limits: &EngineConfig) -> WorkerDocument {
     let placement: ModelPlacement = serde_json::from_value(object("ModelPlacement", "p", spec)).unwrap();
     let by_name: BTreeMap<_, _> =
         groups.iter().map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g)).collect();
-    let compiled = compile(&placement, &by_name, &[], &Previous::default());
+    let compiled = compile(&placement, &by_name, &BTreeMap::new(), &[], &Previous::default());
     assert_eq!(compiled.problems, []);
     compiled.document.unwrap()
 }
