@@ -19,10 +19,14 @@ pub const GATEWAY_KEYS: &str = "turret-gateway-keys";
 pub struct Rules {
     /// The operator's, in every namespace it watches: a ClusterRole, or with `--namespace` a Role there.
     pub operator: Vec<PolicyRule>,
+    /// The operator's, for what lies in no namespace: in that ClusterRole, and not needed with `--namespace`.
+    pub operator_of_cluster: Vec<PolicyRule>,
     /// The operator's, in its own namespace: a Role.
     pub operator_own_namespace: Vec<PolicyRule>,
     /// The gateway's, in every namespace it watches.
     pub gateway: Vec<PolicyRule>,
+    /// The gateway's, for what lies in no namespace.
+    pub gateway_of_cluster: Vec<PolicyRule>,
     /// The gateway's, in its own namespace: a Role.
     pub gateway_own_namespace: Vec<PolicyRule>,
 }
@@ -49,8 +53,10 @@ fn named(group: &str, resource: &str, names: &[&str], verbs: &[&str]) -> PolicyR
 /// Owned objects are made and changed by server-side apply: the API server asks for `patch`, and
 /// for `create` when the object did not exist (in the audit log that is a `patch` answered 201).
 /// `get` asks, before an object is first made, whether its name is taken.
+/// Labels of namespaces say which of them may place a group of another (`allowedPlacements`).
 pub fn rules() -> Rules {
     let owned = ["get", "list", "watch", "create", "patch"];
+    let of_cluster = vec![rule("", &["namespaces"], &["list", "watch"])];
     Rules {
         operator: vec![
             rule("turret.dev", &["modelgroups", "modelplacements"], &["list", "watch"]),
@@ -61,6 +67,7 @@ pub fn rules() -> Rules {
             rule("", &["pods"], &["list", "watch"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
         ],
+        operator_of_cluster: of_cluster.clone(),
         operator_own_namespace: vec![
             rule("coordination.k8s.io", &["leases"], &["create"]),
             named("coordination.k8s.io", "leases", &[LEASE], &["get", "update"]),
@@ -70,6 +77,7 @@ pub fn rules() -> Rules {
             rule("turret.dev", &["modelgroups", "modelplacements"], &["list", "watch"]),
             rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
         ],
+        gateway_of_cluster: of_cluster,
         gateway_own_namespace: vec![named("", "secrets", &[GATEWAY_KEYS], &["list", "watch"])],
     }
 }

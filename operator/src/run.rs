@@ -195,6 +195,14 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
         cache::start(tasks, api(client, namespace), everything.clone(), cache::shrink_metadata, move |t| {
             wake.placement_changed(&t);
         });
+    // A Role says nothing of namespaces, and where one namespace is served no group of another is seen.
+    let (wake, all_placements) = (waker.clone(), placements.clone());
+    let namespaces = namespace.is_none().then(|| {
+        let all = Api::all(client.clone());
+        cache::start(tasks, all, everything.clone(), cache::shrink_namespace, move |t| {
+            wake.namespace_changed(&t, &all_placements);
+        })
+    });
     let (wake, all_placements) = (waker.clone(), placements.clone());
     let groups = cache::start(tasks, api(client, namespace), everything, cache::shrink_metadata, move |t| {
         wake.group_changed(&t, &all_placements);
@@ -252,6 +260,7 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
     let caches = Caches {
         groups,
         placements,
+        namespaces,
         config_maps,
         services,
         disruption_budgets,

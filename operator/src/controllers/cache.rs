@@ -7,6 +7,7 @@
 use std::{collections::HashMap, fmt::Debug, sync::Arc};
 
 use futures::StreamExt;
+use k8s_openapi::{api::core::v1::Namespace, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, Resource, ResourceExt,
     core::DeserializeGuard,
@@ -123,9 +124,9 @@ impl<K: Cached> Keeper<K> {
             }
             Event::Delete(guard) => {
                 // What is gone is named even when it cannot be read.
-                let name = guard.name_any();
-                let namespace = ResourceExt::namespace(&guard).unwrap_or_default();
-                let Some(gone) = self.reader.get(&ObjectRef::new(&name).within(&namespace)) else { return };
+                let mut named = ObjectRef::<K>::new(&guard.name_any());
+                named.namespace = ResourceExt::namespace(&guard);
+                let Some(gone) = self.reader.get(&named) else { return };
                 self.writer.apply_watcher_event(&Event::Delete(K::clone(&gone)));
                 touched(Touched { before: Some(&gone), after: None });
             }
@@ -161,6 +162,15 @@ pub fn shrink_metadata<K: Resource>(object: &mut K) {
         })
         .collect();
     object.meta_mut().managed_fields = (!kept.is_empty()).then_some(kept);
+}
+
+/// Keeps of a namespace its name and its labels.
+pub fn shrink_namespace(namespace: &mut Namespace) {
+    let metadata = std::mem::take(&mut namespace.metadata);
+    *namespace = Namespace {
+        metadata: ObjectMeta { name: metadata.name, labels: metadata.labels, ..ObjectMeta::default() },
+        ..Namespace::default()
+    };
 }
 
 #[cfg(test)]
@@ -211,6 +221,29 @@ mod tests {
             Delete(guard("broken", serde_json::json!([]))),
         ]);
         assert_eq!((log, kept), (vec![">a".into(), ">b".into()], vec!["a".to_owned(), "b".to_owned()]));
+    }
+
+    #[test]
+    fn an_object_that_lies_in_no_namespace_is_kept_and_forgotten_like_any_other() {
+        use watcher::Event::*;
+        let (reader, writer) = store::<Namespace>();
+        let mut keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink: shrink_namespace };
+        let namespace = |name: &str| -> DeserializeGuard<Namespace> {
+            let metadata =
+                serde_json::json!({"name": name, "labels": {"team": name}, "annotations": {"a": "b"}});
+            serde_json::from_value(serde_json::json!({"metadata": metadata, "status": {"phase": "Active"}}))
+                .unwrap()
+        };
+        let gone = Mutex::new(Vec::new());
+        for event in [Apply(namespace("a")), Apply(namespace("b")), Delete(namespace("a"))] {
+            keeper.take(event, &|t: Touched<'_, Namespace>| {
+                gone.lock().extend(t.before.map(|before| before.name_any()));
+            });
+        }
+        assert_eq!(gone.into_inner(), ["a"]);
+        let kept = reader.get(&ObjectRef::new("b")).expect("it is there");
+        assert_eq!((kept.labels()["team"].as_str(), kept.annotations().len()), ("b", 0));
+        assert_eq!(reader.len(), 1);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
-        core::v1::{ConfigMap, Pod, Service},
+        core::v1::{ConfigMap, Namespace, Pod, Service},
         policy::v1::PodDisruptionBudget,
     },
     apimachinery::pkg::apis::meta::v1::Condition,
@@ -77,6 +77,8 @@ pub struct Caches {
     pub groups: Store<ModelGroup>,
     /// Placements.
     pub placements: Store<ModelPlacement>,
+    /// Namespaces with their labels; `None` where one namespace is served and no group of another is seen.
+    pub namespaces: Option<Store<Namespace>>,
     /// ConfigMaps of placements, their data replaced by hashes.
     pub config_maps: Store<ConfigMap>,
     /// Services of placements.
@@ -97,6 +99,7 @@ impl Caches {
         let Self {
             groups,
             placements,
+            namespaces,
             config_maps,
             services,
             disruption_budgets,
@@ -105,6 +108,11 @@ impl Caches {
             pod_store,
         } = self.clone();
         async move {
+            let namespaces_are_there = async {
+                if let Some(namespaces) = &namespaces {
+                    let _ = namespaces.wait_until_ready().await;
+                }
+            };
             // A cache that will never be filled has no writer; the process is about to end then.
             let _ = tokio::join!(
                 groups.wait_until_ready(),
@@ -114,6 +122,7 @@ impl Caches {
                 disruption_budgets.wait_until_ready(),
                 deployments.wait_until_ready(),
                 pod_store.wait_until_ready(),
+                namespaces_are_there,
             );
         }
     }
@@ -198,6 +207,13 @@ fn worker_id(namespace: &str, pod: &str) -> WorkerId {
 }
 
 impl Context {
+    /// Labels of a namespace; none where namespaces are not looked at.
+    pub fn namespace_labels(&self, namespace: &str) -> BTreeMap<String, String> {
+        let all = self.caches.namespaces.as_ref();
+        let found = all.and_then(|all| all.get(&ObjectRef::new(namespace)));
+        found.map(|namespace| namespace.labels().clone()).unwrap_or_default()
+    }
+
     /// The workers of a placement as they are observed, sorted by name.
     pub fn workers(&self, key: &Key) -> Vec<ObservedWorker> {
         let fleet = self.fleet.snapshot();

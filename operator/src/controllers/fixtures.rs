@@ -54,6 +54,7 @@ pub fn placement(groups: &[&str]) -> ModelPlacement {
 pub struct World {
     pub placement: ModelPlacement,
     pub groups: Vec<ModelGroup>,
+    pub namespace_labels: BTreeMap<String, String>,
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
     pub default_image: String,
@@ -65,6 +66,7 @@ impl World {
         Self {
             placement: placement(&["a"]),
             groups: vec![group("a", &["pirate"])],
+            namespace_labels: BTreeMap::new(),
             live: Live::default(),
             workers: Vec::new(),
             default_image: "worker:1".into(),
@@ -78,6 +80,7 @@ impl World {
         let observed = Observed {
             placement: &self.placement,
             groups,
+            namespace_labels: self.namespace_labels.clone(),
             live: self.live.clone(),
             workers: self.workers.clone(),
             public_keys: &[],

@@ -4,9 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use k8s_openapi::jiff::Timestamp;
 use kube::{Api, ResourceExt, runtime::controller::Action};
-use turret_crds::{ModelGroup, ModelGroupStatus, ModelPlacement, condition, label};
+use turret_crds::{ModelGroup, ModelGroupStatus, ModelPlacement, label};
 
-use super::status::{self, Placed};
+use super::{
+    naming,
+    status::{self, Placed},
+};
 use crate::controllers::{
     assess::{DocumentRef, UNDECIDED, WantedWorkers, assess},
     context::{self, Context},
@@ -32,9 +35,10 @@ impl ReconcileError {
     }
 }
 
-/// A placement that names the group, with what is observed of it.
+/// A placement that names the group and may, with what is observed of it.
 struct Observed {
     placement: Arc<ModelPlacement>,
+    shown: String,
     refused: Option<String>,
     document: Option<DocumentRef>,
 }
@@ -70,38 +74,24 @@ pub async fn reconcile(group: Arc<ModelGroup>, ctx: Arc<Context>) -> Result<Acti
 }
 
 fn observe(group: &ModelGroup, ctx: &Context) -> Vec<Observed> {
-    let namespace = group.namespace().unwrap_or_default();
-    let mut placements = placements_naming(group, ctx);
-    placements.sort_by_key(|p| p.name_any());
+    let labels = |namespace: &str| ctx.namespace_labels(namespace);
+    let mut placements = ctx.caches.placements.state_filter(|p| naming::counts(group, p, labels));
+    // Those of its own namespace come first: a status names only so many.
+    placements.sort_by_key(|p| (p.namespace() != group.namespace(), p.namespace(), p.name_any()));
     placements
         .into_iter()
         .map(|placement| {
             let owned = label::owned_name(&placement.name_any());
+            let namespace = placement.namespace().unwrap_or_default();
             let config_map = context::get(&ctx.caches.config_maps, &namespace, &owned);
             Observed {
-                refused: refused(&placement),
+                shown: naming::shown(group, &placement),
+                refused: naming::refused(&placement),
                 document: config_map.and_then(|c| resources::document_ref(&c)),
                 placement,
             }
         })
         .collect()
-}
-
-fn placements_naming(group: &ModelGroup, ctx: &Context) -> Vec<Arc<ModelPlacement>> {
-    let (namespace, name) = (group.namespace().unwrap_or_default(), group.name_any());
-    ctx.caches.placements.state_filter(|p| {
-        p.metadata.namespace.as_deref() == Some(&namespace)
-            && p.metadata.deletion_timestamp.is_none()
-            && p.spec.groups.iter().any(|g| g.target(&namespace) == (&namespace, &name))
-    })
-}
-
-/// What a placement's own status says against it, if it speaks of the placement as it is.
-fn refused(placement: &ModelPlacement) -> Option<String> {
-    let status = placement.status.as_ref()?;
-    let accepted = status.conditions.iter().find(|c| c.type_ == condition::ACCEPTED)?;
-    let is_current = accepted.observed_generation == placement.metadata.generation;
-    (is_current && accepted.status == "False").then(|| accepted.message.clone())
 }
 
 fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<Placed<'a>> {
@@ -110,7 +100,8 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
     let key = (namespace.clone(), placement.name_any());
     let deployment = context::get(&ctx.caches.deployments, &namespace, &label::owned_name(&key.1));
     let workers = ctx.workers(&key);
-    let target = (namespace.as_str(), group.metadata.name.as_deref().unwrap_or_default());
+    let (of_group, name) = (group.namespace().unwrap_or_default(), group.name_any());
+    let target = (of_group.as_str(), name.as_str());
     let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
     names
         .map(|name| {
@@ -120,7 +111,7 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
                 document: observed.document.as_ref(),
             };
             Placed {
-                placement: placement.metadata.name.as_deref().unwrap_or_default(),
+                placement: &observed.shown,
                 group: &name.name,
                 replicas: placement.spec.replicas,
                 refused: observed.refused.as_deref(),

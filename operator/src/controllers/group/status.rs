@@ -17,9 +17,9 @@ use crate::controllers::{
 /// Most placements named in a status.
 const MAX_PLACEMENTS: usize = 64;
 
-/// A placement that names the group.
+/// A placement that names the group and may.
 pub struct Placed<'a> {
-    /// Name of the placement.
+    /// Name of the placement; `NAMESPACE/NAME` when it is of another namespace.
     pub placement: &'a str,
     /// What it calls the group.
     pub group: &'a str,
@@ -167,7 +167,7 @@ fn conditions(placed: &[Placed<'_>], found: &[Found]) -> Vec<Wanted> {
     let obstacle = greatest(found.iter().filter_map(|f| f.obstacle.clone()).collect());
     let wants_workers = placed.iter().any(|p| p.replicas > 0);
     let idle = match (placed.is_empty(), wants_workers) {
-        (true, _) => Some((reason::NOT_PLACED, "no ModelPlacement of this namespace names the group")),
+        (true, _) => Some((reason::NOT_PLACED, "no ModelPlacement that the group allows names it")),
         (false, false) => Some((reason::SCALED_TO_ZERO, "every placement of the group wants no worker")),
         (false, true) => None,
     };

@@ -165,6 +165,26 @@ fn failed_lenses_are_named_with_their_reason_and_the_others_served() {
 }
 
 #[test]
+fn a_placement_of_another_namespace_counts_like_one_of_the_own_and_is_named_with_it() {
+    let (own, mut far) = (serving(), serving());
+    far.placement.metadata.name = Some("b/p".into());
+    let status = status_through(&own.groups[0], &[&own, &far]);
+    assert_eq!(said(&status, condition::READY), "True/Serving");
+    assert_eq!(status.placements, ["p", "b/p"]);
+    assert!(status.conditions[0].message.contains("`b/p`"), "{}", status.conditions[0].message);
+    far.workers.clear();
+    let status = status_through(&own.groups[0], &[&own, &far]);
+    assert_eq!(said(&status, condition::READY), "False/RollingOut");
+    assert!(
+        status.conditions[0].message.starts_with("placement `b/p`: "),
+        "{}",
+        status.conditions[0].message
+    );
+    // Its consent withdrawn, it is not looked at.
+    assert_eq!(said(&status_through(&own.groups[0], &[&own]), condition::READY), "True/Serving");
+}
+
+#[test]
 fn at_most_sixteen_failed_lenses_are_named() {
     let names: Vec<String> = (0..40).map(|n| format!("l{n:02}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();

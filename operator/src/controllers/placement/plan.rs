@@ -37,6 +37,8 @@ pub struct Observed<'a> {
     pub placement: &'a ModelPlacement,
     /// The groups that exist, of those it names.
     pub groups: BTreeMap<(String, String), &'a ModelGroup>,
+    /// Labels of its namespace: groups of other namespaces may choose by them who places them.
+    pub namespace_labels: BTreeMap<String, String>,
     /// The objects it owns, as cached.
     pub live: Live,
     /// Its workers, sorted by name.
@@ -135,7 +137,8 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let placement = observed.placement;
     let stored = observed.live.config_map.as_deref().and_then(resources::document_ref);
     let previous = previous(observed, stored.as_ref());
-    let compiled = compile(placement, &observed.groups, observed.public_keys, &previous);
+    let compiled =
+        compile(placement, &observed.groups, &observed.namespace_labels, observed.public_keys, &previous);
     let image = image(observed);
     let (rollout, look_again) = rollout(observed, now);
     let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };

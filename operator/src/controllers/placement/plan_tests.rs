@@ -254,15 +254,41 @@ fn a_budget_that_the_container_does_not_hold_begins_nothing_and_ends_nothing() {
 }
 
 #[test]
-fn a_group_of_another_namespace_is_refused_and_the_others_are_served() {
+fn a_group_of_another_namespace_comes_and_goes_with_its_consent_and_replaces_no_pod() {
     let mut world = World::new();
     let mut far = world.placement.spec.groups[0].clone();
     far.name = "far".into();
-    far.group_ref = Some(GroupRef { name: "far".into(), namespace: Some("elsewhere".into()) });
+    far.group_ref = Some(GroupRef { name: "shared".into(), namespace: Some("elsewhere".into()) });
     world.placement.spec.groups.push(far);
-    let plan = world.plan();
-    assert_eq!(plan.compiled.problems[0].reason, reason::CROSS_NAMESPACE);
-    assert_eq!(plan.document.unwrap().groups.keys().collect::<Vec<_>>(), ["a"]);
+    let mut shared = group("shared", &["terse"]);
+    shared.metadata.namespace = Some("elsewhere".into());
+    world.groups.push(shared);
+    let served = |world: &World| world.plan().document.unwrap().groups.into_keys().collect::<Vec<_>>();
+    let allow = |world: &mut World, allowed: serde_json::Value| {
+        world.groups[1].spec.allowed_placements = serde_json::from_value(allowed).unwrap();
+    };
+    assert_eq!(world.plan().compiled.problems[0].reason, reason::NOT_PERMITTED);
+    world.carry_out();
+    assert_eq!(served(&world), ["a"]);
+
+    let of_team_b = serde_json::json!({"namespaces": "Selector", "selector": {"matchLabels": {"team": "b"}}});
+    allow(&mut world, serde_json::json!({"namespaces": "All"}));
+    assert_eq!(served(&world), ["a", "far"]);
+    assert_eq!(world.carry_out(), [OwnedKind::ConfigMap]);
+    allow(&mut world, of_team_b);
+    assert_eq!(served(&world), ["a"]);
+    assert_eq!(world.carry_out(), [OwnedKind::ConfigMap]);
+    world.namespace_labels.insert("team".into(), "b".into());
+    assert_eq!(served(&world), ["a", "far"]);
+    assert_eq!(world.carry_out(), [OwnedKind::ConfigMap]);
+    assert_eq!(world.plan().compiled.problems, []);
+
+    // What is deleted in one namespace is lost in the other: nothing but the placement owns what was made.
+    world.groups[1].metadata.deletion_timestamp =
+        Some(serde_json::from_value("2026-01-01T00:00:00Z".into()).unwrap());
+    assert_eq!(served(&world), ["a"]);
+    let owners = world.live.config_map.as_ref().unwrap().metadata.owner_references.clone().unwrap();
+    assert_eq!(owners.iter().map(|owner| owner.name.as_str()).collect::<Vec<_>>(), ["p"]);
 }
 
 #[test]

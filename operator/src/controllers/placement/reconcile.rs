@@ -129,6 +129,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let observed = Observed {
         placement: &placement,
         groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
+        namespace_labels: ctx.namespace_labels(&key.0),
         live: live(&key, &ctx),
         workers: ctx.workers(&key),
         public_keys: &public_keys,

@@ -144,8 +144,10 @@ fn listed(requests: &[Request]) -> String {
 #[serde(rename_all = "camelCase")]
 struct Rules {
     operator: Vec<PolicyRule>,
+    operator_of_cluster: Vec<PolicyRule>,
     operator_own_namespace: Vec<PolicyRule>,
     gateway: Vec<PolicyRule>,
+    gateway_of_cluster: Vec<PolicyRule>,
     gateway_own_namespace: Vec<PolicyRule>,
 }
 
@@ -157,8 +159,8 @@ pub async fn rights_are_exactly_what_is_used(release: &Release) -> Result<()> {
         serde_yaml::from_slice(&printed.stdout).context("`turret-operator rbac` printed no rules")?;
     let mut wrong = Vec::new();
     for (part, rules) in [
-        (Part::Operator, [rules.operator, rules.operator_own_namespace].concat()),
-        (Part::Gateway, [rules.gateway, rules.gateway_own_namespace].concat()),
+        (Part::Operator, [rules.operator, rules.operator_of_cluster, rules.operator_own_namespace].concat()),
+        (Part::Gateway, [rules.gateway, rules.gateway_of_cluster, rules.gateway_own_namespace].concat()),
     ] {
         let user = release.user(part).await?;
         let requests = release.audit.of(&user, AuditLog::beginning())?;
