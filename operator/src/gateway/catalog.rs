@@ -117,18 +117,23 @@ impl ResolveError {
 }
 
 impl Namespace {
-    /// What a namespace declares, from its objects.
+    /// What a namespace declares, from its placements and the groups that they name. A group of another namespace is
+    /// served as long as it allows this one, which has these labels.
     ///
     /// Where two placements call different ModelGroups by one name, the first placement by name
     /// decides what the name means: an answer must not depend on which worker was free.
     pub fn declared<'a>(
         groups: impl IntoIterator<Item = &'a ModelGroup>,
         placements: impl IntoIterator<Item = &'a ModelPlacement>,
+        labels: &BTreeMap<String, String>,
     ) -> Self {
-        let objects: BTreeMap<&str, &ModelGroup> = groups
+        let objects: BTreeMap<(&str, &str), &ModelGroup> = groups
             .into_iter()
             .filter(|g| g.metadata.deletion_timestamp.is_none())
-            .filter_map(|g| Some((g.metadata.name.as_deref()?, g)))
+            .filter_map(|g| {
+                let namespace = g.metadata.namespace.as_deref().unwrap_or_default();
+                Some(((namespace, g.metadata.name.as_deref()?), g))
+            })
             .collect();
         let placements: BTreeMap<&str, &ModelPlacement> = placements
             .into_iter()
@@ -136,17 +141,18 @@ impl Namespace {
             .filter_map(|p| Some((p.metadata.name.as_deref()?, p)))
             .collect();
         let mut namespace = Self::default();
-        let mut meaning: BTreeMap<&str, &str> = BTreeMap::new();
+        let mut meaning: BTreeMap<&str, (&str, &str)> = BTreeMap::new();
         for (placement_name, placement) in placements {
             let own = placement.metadata.namespace.as_deref().unwrap_or_default();
             let mut served: Vec<&str> = Vec::new();
             for placed in &placement.spec.groups {
-                let (group_namespace, object_name) = placed.target(own);
-                let Some(object) = objects.get(object_name).filter(|_| group_namespace == own) else {
+                let target = placed.target(own);
+                let object = objects.get(&target).copied();
+                let Some(object) = object.filter(|object| object.may_be_placed_in(own, labels)) else {
                     continue;
                 };
                 served.push(&placed.name);
-                if *meaning.entry(&placed.name).or_insert(object_name) != object_name {
+                if *meaning.entry(&placed.name).or_insert(target) != target {
                     continue;
                 }
                 let group = namespace.groups.entry(placed.name.clone()).or_insert_with(|| group(object));
@@ -366,6 +372,10 @@ impl Catalog {
 }
 
 #[cfg(test)]
+#[path = "catalog_sharing_tests.rs"]
+mod sharing_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -404,6 +414,7 @@ mod tests {
                 "shared",
                 json!({"groups": [{"name": "north"}, {"name": "south"}], "defaultGroupName": "south"}),
             )],
+            &BTreeMap::new(),
         )
     }
 
@@ -444,6 +455,7 @@ mod tests {
         let only = Namespace::declared(
             &[model_group("north", &[])],
             &[placement("p", json!({"groups": [{"name": "north"}]}))],
+            &BTreeMap::new(),
         );
         let catalog = catalog(vec![("lab", lab()), ("prod", only)]);
         let error = find(&catalog, Scope::Anywhere, "north").unwrap_err();
@@ -468,6 +480,7 @@ mod tests {
                 placement("a", json!({"groups": [{"name": "north"}]})),
                 placement("b", json!({"groups": [{"name": "south"}]})),
             ],
+            &BTreeMap::new(),
         );
         let catalog = catalog(vec![("lab", two)]);
         let error = find(&catalog, Scope::Namespace("lab"), "").unwrap_err();
@@ -488,6 +501,7 @@ mod tests {
                     {"name": "placed", "groupRef": {"name": "placed", "namespace": "prod"}},
                 ], "replicas": 0, "admission": {"holdSeconds": 7}}),
             )],
+            &BTreeMap::new(),
         );
         assert_eq!(namespace.groups.keys().collect::<Vec<_>>(), ["alias"]);
         assert_eq!(namespace.groups["alias"].placements, ["p"]);
@@ -524,6 +538,7 @@ mod tests {
                 placement("a", json!({"groups": [{"name": "chat", "groupRef": {"name": "one"}}]})),
                 placement("c", json!({"groups": [{"name": "chat", "groupRef": {"name": "one"}}]})),
             ],
+            &BTreeMap::new(),
         );
         assert_eq!(namespace.groups["chat"].placements, ["a", "c"]);
         assert!(namespace.groups["chat"].lenses.contains_key("x"));

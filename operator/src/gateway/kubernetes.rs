@@ -1,5 +1,5 @@
-//! Keeps the [`Directory`] in step with the Kubernetes API: ModelGroups, ModelPlacements and
-//! EndpointSlices, and the Secret with the gateway's signing key.
+//! Keeps the [`Directory`] in step with the Kubernetes API: ModelGroups, ModelPlacements, EndpointSlices and the labels of
+//! namespaces, and the Secret with the gateway's signing key.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +8,11 @@ use std::{
 };
 
 use futures::{Stream, StreamExt, stream::BoxStream};
-use k8s_openapi::{NamespaceResourceScope, api::core::v1::Secret, api::discovery::v1::EndpointSlice};
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::core::v1::{Namespace as NamespaceObject, Secret},
+    api::discovery::v1::EndpointSlice,
+};
 use kube::{
     Api, Client, Resource, ResourceExt,
     runtime::{WatchStreamExt, watcher},
@@ -91,14 +95,20 @@ impl<K: ResourceExt> Objects<K> {
         }
     }
 
+    fn get(&self, namespace: &str, name: &str) -> Option<&K> {
+        self.current.get(&(namespace.to_owned(), name.to_owned()))
+    }
+
     fn of(&self, namespace: &str) -> impl Iterator<Item = &K> {
         let from = (namespace.to_owned(), String::new());
         self.current.range(from..).take_while(move |((ns, _), _)| ns == namespace).map(|(_, object)| object)
     }
 }
 
+/// A namespace itself counts as lying in it: what it touches is what is declared there.
 fn key(object: &impl ResourceExt) -> (String, String) {
-    (object.namespace().unwrap_or_default(), object.name_any())
+    let name = object.name_any();
+    (object.namespace().unwrap_or_else(|| name.clone()), name)
 }
 
 /// Without the part of an object that is of no use here and often the largest.
@@ -111,11 +121,12 @@ enum Seen {
     Group(Box<watcher::Event<ModelGroup>>),
     Placement(Box<watcher::Event<ModelPlacement>>),
     Slice(Box<watcher::Event<EndpointSlice>>),
+    Namespace(Box<watcher::Event<NamespaceObject>>),
 }
 
 /// Watches for ever. `tokens` signs what workers ask for.
 pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Directory>) {
-    let events: [BoxStream<'static, Seen>; 3] = [
+    let mut events: Vec<BoxStream<'static, Seen>> = vec![
         watch(watched.api(), watcher::Config::default()).map(|event| Seen::Group(Box::new(event))).boxed(),
         watch(watched.api(), watcher::Config::default())
             .map(|event| Seen::Placement(Box::new(event)))
@@ -124,21 +135,33 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
             .map(|event| Seen::Slice(Box::new(event)))
             .boxed(),
     ];
+    let mut namespaces = Objects::new();
+    if watched.namespace.is_none() {
+        let all = watch(Api::all(watched.client.clone()), watcher::Config::default());
+        events.push(all.map(|event| Seen::Namespace(Box::new(event))).boxed());
+    } else {
+        // A Role says nothing of namespaces, and where one is served no group of another is seen.
+        namespaces.listed = true;
+    }
     let mut events = futures::stream::select_all(events).ready_chunks(256);
     let mut groups = Objects::new();
     let mut placements = Objects::new();
     let mut slices = Objects::new();
     let mut catalog = Catalog::default();
     while let Some(events) = events.next().await {
-        let (mut declared, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+        let (mut declared, mut owners, mut addresses) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for event in events {
             match event {
-                Seen::Group(event) => groups.take(*event, &mut declared),
+                Seen::Group(event) => groups.take(*event, &mut owners),
                 Seen::Placement(event) => placements.take(*event, &mut declared),
                 Seen::Slice(event) => slices.take(*event, &mut addresses),
+                Seen::Namespace(event) => namespaces.take(*event, &mut declared),
             }
         }
-        let complete = groups.listed && placements.listed && slices.listed;
+        if !owners.is_empty() {
+            declared.extend(users(&placements, &owners));
+        }
+        let complete = groups.listed && placements.listed && slices.listed && namespaces.listed;
         if complete && !catalog.complete {
             tracing::info!(
                 groups = groups.current.len(),
@@ -153,7 +176,7 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
         if !declared.is_empty() || complete != catalog.complete {
             catalog.complete = complete;
             for name in declared {
-                let namespace = Namespace::declared(groups.of(&name), placements.of(&name));
+                let namespace = declare(&name, &groups, &placements, &namespaces);
                 if namespace.placements.is_empty() {
                     catalog.namespaces.remove(&name);
                 } else {
@@ -163,6 +186,29 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
             directory.declare(catalog.clone());
         }
     }
+}
+
+/// Namespaces whose placements name groups of one of these.
+fn users(placements: &Objects<ModelPlacement>, owners: &BTreeSet<String>) -> BTreeSet<String> {
+    let all = placements.current.iter();
+    all.filter(|((own, _), p)| p.spec.groups.iter().any(|g| owners.contains(g.target(own).0)))
+        .map(|((own, _), _)| own.clone())
+        .collect()
+}
+
+/// What a namespace serves, by its placements and the groups that these name anywhere.
+fn declare(
+    name: &str,
+    groups: &Objects<ModelGroup>,
+    placements: &Objects<ModelPlacement>,
+    namespaces: &Objects<NamespaceObject>,
+) -> Namespace {
+    let named = placements.of(name).flat_map(|p| &p.spec.groups).filter_map(|placed| {
+        let (namespace, group) = placed.target(name);
+        groups.get(namespace, group)
+    });
+    let labels = namespaces.get(name, name).map(|namespace| namespace.labels().clone()).unwrap_or_default();
+    Namespace::declared(named, placements.of(name), &labels)
 }
 
 fn endpoints(

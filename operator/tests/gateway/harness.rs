@@ -1,6 +1,6 @@
 //! A gateway in this process, over fake workers.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 use turret_crds::{ModelGroup, ModelPlacement};
@@ -84,7 +84,8 @@ impl Gateway {
             namespaces: namespaces
                 .iter()
                 .map(|(name, groups, placements)| {
-                    ((*name).to_owned(), Arc::new(Namespace::declared(*groups, *placements)))
+                    let declared = Namespace::declared(*groups, *placements, &BTreeMap::new());
+                    ((*name).to_owned(), Arc::new(declared))
                 })
                 .collect(),
             complete: true,
