@@ -2,9 +2,10 @@
 //!
 //! [`files`] finds and reads them, [`yaml`] takes them apart as kubectl does. [`objects`] judges each object of our
 //! kinds by its CRD's rules ([`turret_crds::validate`]), [`together`] what only shows when a placement is compiled
-//! with its groups. [`report`] is what came of it, [`command`] the command line.
+//! with its groups, and [`consent`] whether a group of another namespace may be. [`report`] is what came of it, [`command`] the command line.
 
 pub mod command;
+pub mod consent;
 pub mod files;
 pub mod objects;
 pub mod report;

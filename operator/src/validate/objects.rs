@@ -20,6 +20,7 @@ pub fn judge(documents: &[Document], namespace: &str) -> Report {
             let api_version = object["apiVersion"].as_str().unwrap_or_default();
             let version = api_version.strip_prefix(GROUP).and_then(|rest| rest.strip_prefix('/'));
             let Some(version) = version else {
+                declared.namespaces.note(object);
                 *report.skipped.entry(kind_of(object)).or_default() += 1;
                 continue;
             };

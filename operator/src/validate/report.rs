@@ -54,7 +54,7 @@ pub struct Problem {
 pub struct Report {
     /// How many objects of our kinds there are.
     pub objects: usize,
-    /// How many of other kinds there are, by `apiVersion` and kind. They are not looked at.
+    /// How many of other kinds there are, by `apiVersion` and kind. They are not looked at, but for labels of namespaces.
     pub skipped: BTreeMap<String, usize>,
     /// What is wrong, or worth knowing.
     pub problems: Vec<Problem>,

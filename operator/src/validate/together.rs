@@ -1,7 +1,8 @@
 //! What only shows when objects are looked at together: a placement is compiled with its groups, as the operator does.
 //!
-//! A group that a placement names may well be in the cluster and not among the files, so that is a note. What is
-//! certain to fail in a worker is a warning: the API server accepts it, and the rest is served.
+//! A group that a placement names may well be in the cluster and not among the files, so that is a note; so are the
+//! labels of a namespace by which a group of another one allows it. What is certain to fail in a worker is a warning: the
+//! API server accepts it, and the rest is served.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -9,16 +10,20 @@ use std::fmt;
 use std::iter;
 
 use serde_json::Value;
+use turret_crds::allowed_placements::not_permitted;
 use turret_crds::condition::{FailureReason, reason};
 use turret_crds::document::{Previous, compile};
 use turret_crds::source::{Source, SourceLocation};
 use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementSpec};
 
+use super::consent::{Consent, Namespaces};
 use super::report::{Origin, Problem, Severity};
 
 /// The valid objects among the files.
 #[derive(Debug, Default)]
 pub struct Declared {
+    /// The namespaces.
+    pub namespaces: Namespaces,
     groups: Vec<(Origin, ModelGroup)>,
     placements: Vec<(Origin, ModelPlacement)>,
 }
@@ -53,7 +58,7 @@ impl Declared {
         let origins = self.groups.iter().map(|g| &g.0).chain(self.placements.iter().map(|p| &p.0));
         let mut problems = declared_twice(origins);
         for (origin, placement) in &self.placements {
-            problems.extend(compiled(origin, placement, &groups));
+            problems.extend(compiled(origin, placement, &groups, &self.namespaces));
         }
         problems
     }
@@ -84,26 +89,44 @@ fn declared_twice<'a>(origins: impl Iterator<Item = &'a Origin>) -> Vec<Problem>
 }
 
 /// A placement with those of its groups that are there.
-fn compiled(origin: &Origin, placement: &ModelPlacement, groups: &Groups<'_>) -> Vec<Problem> {
+fn compiled(
+    origin: &Origin,
+    placement: &ModelPlacement,
+    groups: &Groups<'_>,
+    namespaces: &Namespaces,
+) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for found in compile(placement, groups, &[], &Previous::default()).problems {
+    let labels = namespaces.labels(&origin.namespace);
+    for found in compile(placement, groups, &labels, &[], &Previous::default()).problems {
         match found.reason {
-            // Only a note here, see below.
-            reason::GROUP_NOT_FOUND => {}
-            reason::CROSS_NAMESPACE => {
-                problems.push(problem(origin, Severity::Error, "spec.groups", found.message));
-            }
+            // What the files do not show is only a note, see below.
+            reason::GROUP_NOT_FOUND | reason::NOT_PERMITTED => {}
             // Its message begins with the path.
             _ => problems.push(problem(origin, Severity::Error, "", found.message)),
         }
     }
     for (index, placed) in placement.spec.groups.iter().enumerate() {
+        let path = format!("spec.groups[{index}]");
         let (namespace, name) = placed.target(&origin.namespace);
-        if namespace != origin.namespace {
-            continue;
-        }
+        let is_own = namespace == origin.namespace;
         match groups.get(&(namespace.to_owned(), name.to_owned())) {
             Some(group) => {
+                match namespaces.consent(group, &origin.namespace) {
+                    Consent::Given => {}
+                    Consent::Withheld => {
+                        let message = not_permitted(placed, &origin.namespace).message;
+                        problems.push(problem(origin, Severity::Error, &path, message));
+                        continue;
+                    }
+                    Consent::Unknown => {
+                        let message = format!(
+                            "ModelGroup `{name}` of namespace `{namespace}` allows namespaces with certain labels; the \
+                             Namespace `{}` is not among the files, so it was not checked whether it has them",
+                            origin.namespace
+                        );
+                        problems.push(problem(origin, Severity::Note, &path, message));
+                    }
+                }
                 for (needed, users) in unlisted(&placement.spec, group) {
                     let reason = needed.failure();
                     let message = format!(
@@ -112,10 +135,17 @@ fn compiled(origin: &Origin, placement: &ModelPlacement, groups: &Groups<'_>) ->
                     problems.push(problem(origin, Severity::Warning, needed.path(), message));
                 }
             }
-            None => {
+            None if is_own => {
                 let message =
                     format!("ModelGroup `{name}` is not among the files, so it was not checked with it");
-                problems.push(problem(origin, Severity::Note, &format!("spec.groups[{index}]"), message));
+                problems.push(problem(origin, Severity::Note, &path, message));
+            }
+            None => {
+                let message = format!(
+                    "ModelGroup `{name}` of namespace `{namespace}` is not among the files, so it was not checked with it, \
+                     nor whether it allows this placement"
+                );
+                problems.push(problem(origin, Severity::Note, &path, message));
             }
         }
     }
@@ -257,18 +287,57 @@ spec:
     #[test]
     fn what_could_never_be_served_is_an_error() {
         let spec = "groups: [{name: g, groupRef: {name: g, namespace: other}}], memory: {deviceBudget: 16Ei}";
-        let (report, lines) = judged(&placement(spec));
+        let other = GROUP.replace("name: g}", "name: g, namespace: other}");
+        let (report, lines) = judged(&format!("{other}{}", placement(spec)));
         assert_eq!(lines.len(), 2, "{lines:?}");
-        let start = "f.yaml:1 ModelPlacement/default/p: ";
+        let start = "f.yaml:2 ModelPlacement/default/p: ";
         assert!(
-            lines[0].starts_with(&format!("{start}spec.groups: group `g` refers to namespace `other`")),
+            lines[0].starts_with(&format!("{start}spec.memory.deviceBudget: `16Ei` is not")),
             "{lines:?}"
         );
-        assert!(
-            lines[1].starts_with(&format!("{start}spec.memory.deviceBudget: `16Ei` is not")),
-            "{lines:?}"
-        );
+        let withheld =
+            "spec.groups[0]: group `g`: namespace `other` has no ModelGroup `g`, or it does not allow";
+        assert!(lines[1].starts_with(&format!("{start}{withheld}")), "{lines:?}");
         assert_eq!(report.exit_code(), super::super::report::INVALID);
+    }
+
+    #[test]
+    fn consent_is_judged_by_the_labels_of_namespaces_among_the_files_and_is_a_note_without_them() {
+        const USER: &str = "
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: default, labels: {team: b}}
+";
+        let spec = "groups: [{name: theirs, groupRef: {name: g, namespace: other}}]";
+        let said = |group: &str, namespace: &str| {
+            let (report, lines) = judged(&format!("{group}{}{namespace}", placement(spec)));
+            (report.exit_code(), lines.join("\n"))
+        };
+        let allowing = |allowed: &str| {
+            format!(
+                "
+apiVersion: turret.dev/v1alpha1
+kind: ModelGroup
+metadata: {{name: g, namespace: other}}
+spec: {{base: {{source: {{uri: 'file:///models/base'}}}}, allowedPlacements: {allowed}}}
+"
+            )
+        };
+        let of_team = |team: &str| {
+            allowing(&format!("{{namespaces: Selector, selector: {{matchLabels: {{team: {team}}}}}}}"))
+        };
+        let fine = (0, String::new());
+        assert_eq!(said(&allowing("{namespaces: All}"), ""), fine);
+        assert_eq!(said(&of_team("b"), USER), fine);
+        let (code, text) = said(&of_team("c"), USER);
+        assert_eq!(code, super::super::report::INVALID, "{text}");
+        let (code, text) = said(&of_team("b"), "");
+        assert!(text.contains("note: spec.groups[0]: ModelGroup `g` of namespace `other` allows"), "{text}");
+        assert_eq!(code, 0);
+        let (code, text) = said("", "");
+        assert!(text.contains("nor whether it allows this placement"), "{text}");
+        assert_eq!((code, text.lines().count()), (0, 1), "{text}");
     }
 
     #[test]
