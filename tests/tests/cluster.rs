@@ -11,8 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
-    switches,
+    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sharing,
+    sources, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -87,6 +87,7 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, sources::a_full_disk_is_told_and_what_is_there_is_served),
         scenario!(runtime, release, sources::a_source_that_disappears_is_told_once_it_is_missed_and_heals),
         scenario!(runtime, release, sources::a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart),
+        scenario!(runtime, release, sharing::a_group_is_placed_by_another_namespace_while_it_allows_it),
         scenario!(runtime, release, leadership::another_replica_leads_when_the_leader_goes),
         scenario!(runtime, release, rollouts::the_rollout_ends_with_one_worker_less_meanwhile),
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),

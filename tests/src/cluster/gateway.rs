@@ -59,6 +59,11 @@ impl Gateway {
         Self { client, url: url.into(), headers: vec![("x-turret-namespace", namespace.into())] }
     }
 
+    /// A client of `url` that says by its path that it asks for what is served in `namespace`.
+    pub fn below_path_of(client: reqwest::Client, url: &str, namespace: &str) -> Self {
+        Self { client, url: format!("{url}/ns/{namespace}"), headers: Vec::new() }
+    }
+
     /// A client that goes to a worker itself, with a signed token.
     pub fn of_worker(client: reqwest::Client, url: &str, token: &str) -> Self {
         Self { client, url: url.into(), headers: vec![("authorization", format!("Bearer {token}"))] }

@@ -94,6 +94,13 @@ pub fn placement(name: &str, groups: &[&str]) -> Placement {
 }
 
 impl Placement {
+    /// With a group of another namespace, by its own name.
+    pub fn group_of(mut self, namespace: &str, name: &str) -> Self {
+        let placed = json!({"name": name, "groupRef": {"name": name, "namespace": namespace}});
+        self.spec["groups"].as_array_mut().expect("a placement lists groups").push(placed);
+        self
+    }
+
     /// On so many workers.
     pub fn replicas(mut self, count: u32) -> Self {
         self.spec["replicas"] = json!(count);
