@@ -17,8 +17,8 @@ pub const MAX_FAILED_IN_STATUS: usize = 16;
 /// A base model and the lenses over it.
 ///
 /// One team owns a group: the base it uses and the small checkpoints (lenses) it trained over it.
-/// A `ModelPlacement` of the same namespace serves it, or one of another namespace that
-/// `allowedPlacements` lets it be served in. Adding, changing or removing a lens never restarts a pod.
+/// A `ModelPlacement` of the same namespace serves it, or one of a namespace that `allowedPlacements`
+/// allows. Adding, changing or removing a lens never restarts a pod.
 #[derive(Clone, Debug, PartialEq, CustomResource, Serialize, Deserialize, KubeSchema)]
 #[kube(
     group = "turret.dev",

@@ -42,7 +42,8 @@ pub struct Source {
     )]
     pub revision: Option<String>,
     /// The Secret whose key `token` the server of an `hf://` or `https://` source asks for: one of the placement's
-    /// namespace, never of the group's where that is another. The placement must list it in `sourceSecrets`. Read whenever it is needed, so a new token takes effect without a restart.
+    /// namespace, never of the group's where that is another. The placement must list it in `sourceSecrets`. Read
+    /// whenever it is needed, so a new token takes effect without a restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
 }
