@@ -17,6 +17,7 @@ use crate::numbers::Numbers;
 pub async fn tamper(story: &Story<'_>, numbers: &mut Numbers) -> Result<usize> {
     let lost = json!({"metadata": {"labels": {(label::APP_MANAGED_BY): "nobody"}}});
     let other_port = json!([{"name": "other", "port": 1, "protocol": "TCP"}]);
+    let other_digest = json!({"metadata": {"annotations": {(label::DOCUMENT_DIGEST): "sha256:other"}}});
     let mut count = 0;
     count += each::<Deployment>(
         story.all(),
@@ -36,12 +37,7 @@ pub async fn tamper(story: &Story<'_>, numbers: &mut Numbers) -> Result<usize> {
         numbers,
     )
     .await?;
-    count += each::<ConfigMap>(
-        story.all(),
-        &[Some(json!({"binaryData": {(label::DOCUMENT_KEY): "AAAA"}})), Some(lost), None],
-        numbers,
-    )
-    .await?;
+    count += each::<ConfigMap>(story.all(), &[Some(other_digest), Some(lost), None], numbers).await?;
     Ok(count)
 }
 

@@ -122,10 +122,14 @@ pub fn rests(state: &EndState) -> Result<(), String> {
             }
             "Deployment" => {
                 let wanted = &object["spec"]["replicas"];
-                let counts = object["replicas"].as_array().into_iter().flatten();
-                if counts.into_iter().any(|count| count != wanted) {
+                let mut counts = object["replicas"].as_array().into_iter().flatten();
+                if counts.any(|count| count != wanted) {
                     return Err(format!("{name} has {} of {wanted} pods", object["replicas"]));
                 }
+            }
+            // Of the stored document; any other digest has no word.
+            "worker" if !object["digest"].as_str().is_some_and(|digest| digest.starts_with('<')) => {
+                return Err(format!("{name} has another document: {object}"));
             }
             _ => {}
         }
@@ -166,7 +170,7 @@ pub fn wherever_it_came_from(state: &EndState) -> EndState {
         all.sort_by_key(Value::to_string);
         objects.extend((1..).zip(all).map(|(number, object)| (format!("{kind}/{number}"), object)));
     }
-    EndState { objects, pods: Default::default() }
+    EndState { objects, ..EndState::default() }
 }
 
 /// What has a generation in it.
