@@ -73,10 +73,7 @@ mod tests {
     fn they_are_those_that_are_written_down() {
         // The first outputs of SplitMix64 with the seed 1234567.
         let mut numbers = Numbers::of(1_234_567);
-        assert_eq!(
-            [numbers.draw(), numbers.draw()],
-            [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]
-        );
+        assert_eq!([numbers.draw(), numbers.draw()], [6_457_827_717_110_365_317, 3_203_168_211_198_807_973]);
     }
 
     #[test]

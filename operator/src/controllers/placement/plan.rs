@@ -198,7 +198,9 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
 fn unreadable(observed: &Observed<'_>) -> Vec<Problem> {
     let one = |((_, name), why): (&(String, String), &String)| Problem {
         reason: reason::INVALID,
-        message: format!("ModelGroup `{name}` cannot be read: {why}; correct it, or remove it from spec.groups"),
+        message: format!(
+            "ModelGroup `{name}` cannot be read: {why}; correct it, or remove it from spec.groups"
+        ),
     };
     observed.unreadable.iter().map(one).collect()
 }

@@ -197,7 +197,8 @@ fn groups(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, Arc<ModelG
 /// The groups of its own namespace that it names and that cannot be read, and why.
 fn unreadable(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, String> {
     let namespace = placement.namespace().unwrap_or_default();
-    let targets = placement.spec.groups.iter().map(|g| g.target(&namespace)).filter(|(ns, _)| *ns == namespace);
+    let targets =
+        placement.spec.groups.iter().map(|g| g.target(&namespace)).filter(|(ns, _)| *ns == namespace);
     targets
         .filter_map(|(ns, name)| {
             let key = (ns.to_owned(), name.to_owned());

@@ -128,7 +128,7 @@ pub fn rests(state: &EndState) -> Result<(), String> {
                 }
             }
             // Of the stored document; any other digest has no word.
-            "worker" if !object["digest"].as_str().is_some_and(|digest| digest.starts_with('<')) => {
+            "worker" if object["digest"].as_str().is_none_or(|digest| !digest.starts_with('<')) => {
                 return Err(format!("{name} has another document: {object}"));
             }
             _ => {}
