@@ -2,5 +2,6 @@
 
 pub mod cluster;
 pub mod faults;
+pub mod numbers;
 pub mod parity;
 pub mod worker;

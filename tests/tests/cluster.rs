@@ -92,8 +92,9 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
         scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
         scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),
-        // These two look back at all the others, and the last one takes the chart away.
+        // It looks back at all the others. Then the kinds are taken away and come back, and at last the chart goes.
         scenario!(runtime, release, rights::rights_are_exactly_what_is_used),
+        scenario!(runtime, release, deletion::kinds_deleted_first_take_everything_along_and_may_come_back),
         scenario!(runtime, release, deletion::workers_serve_on_after_helm_uninstall),
     ]
 }

@@ -8,7 +8,7 @@ use std::{
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
-        core::v1::{ConfigMap, Pod, Service},
+        core::v1::{ConfigMap, ObjectReference, Pod, Service},
         policy::v1::PodDisruptionBudget,
     },
     apimachinery::pkg::apis::meta::v1::Condition,
@@ -29,6 +29,7 @@ use super::{
     placement::push::{self, PushError, Pushes, Recipient},
     pod::PodFacts,
     retry::Retries,
+    unreadable::Unreadable,
     wakes::{Key, Wakes},
 };
 use crate::{
@@ -75,8 +76,12 @@ pub struct Context {
 pub struct Caches {
     /// Groups.
     pub groups: Store<ModelGroup>,
+    /// Groups that are there and cannot be read.
+    pub unreadable_groups: Unreadable,
     /// Placements.
     pub placements: Store<ModelPlacement>,
+    /// Placements that are there and cannot be read.
+    pub unreadable_placements: Unreadable,
     /// ConfigMaps of placements, their data replaced by hashes.
     pub config_maps: Store<ConfigMap>,
     /// Services of placements.
@@ -96,7 +101,9 @@ impl Caches {
     pub fn synced(&self) -> impl Future<Output = ()> + Send + use<> {
         let Self {
             groups,
+            unreadable_groups: _,
             placements,
+            unreadable_placements: _,
             config_maps,
             services,
             disruption_budgets,
@@ -255,10 +262,22 @@ impl Context {
     }
 
     /// Publishes an event.
-    pub async fn tell<K>(&self, object: &K, type_: EventType, reason: &str, action: &str, mut note: String)
+    pub async fn tell<K>(&self, object: &K, type_: EventType, reason: &str, action: &str, note: String)
     where
         K: Resource<DynamicType = ()>,
     {
+        self.tell_of(&object.object_ref(&()), type_, reason, action, note).await;
+    }
+
+    /// Publishes an event on what is known by its name only.
+    pub async fn tell_of(
+        &self,
+        object: &ObjectReference,
+        type_: EventType,
+        reason: &str,
+        action: &str,
+        mut note: String,
+    ) {
         // The API server takes at most 1 KiB.
         note.truncate(
             note.char_indices()
@@ -269,7 +288,7 @@ impl Context {
         );
         let event =
             Event { type_, reason: reason.into(), note: Some(note), action: action.into(), secondary: None };
-        if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
+        if let Err(error) = self.recorder.publish(&event, object).await {
             tracing::warn!(reason, error = %chain(&error), "failed to publish an event");
         }
     }

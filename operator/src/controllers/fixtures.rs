@@ -54,6 +54,8 @@ pub fn placement(groups: &[&str]) -> ModelPlacement {
 pub struct World {
     pub placement: ModelPlacement,
     pub groups: Vec<ModelGroup>,
+    /// Names of groups that cannot be read, and why.
+    pub unreadable: BTreeMap<(String, String), String>,
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
     pub default_image: String,
@@ -65,6 +67,7 @@ impl World {
         Self {
             placement: placement(&["a"]),
             groups: vec![group("a", &["pirate"])],
+            unreadable: BTreeMap::new(),
             live: Live::default(),
             workers: Vec::new(),
             default_image: "worker:1".into(),
@@ -78,6 +81,7 @@ impl World {
         let observed = Observed {
             placement: &self.placement,
             groups,
+            unreadable: self.unreadable.clone(),
             live: self.live.clone(),
             workers: self.workers.clone(),
             public_keys: &[],

@@ -37,6 +37,8 @@ pub struct Observed<'a> {
     pub placement: &'a ModelPlacement,
     /// The groups that exist, of those it names.
     pub groups: BTreeMap<(String, String), &'a ModelGroup>,
+    /// Those that exist and cannot be read, and why.
+    pub unreadable: BTreeMap<(String, String), String>,
     /// The objects it owns, as cached.
     pub live: Live,
     /// Its workers, sorted by name.
@@ -135,7 +137,13 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let placement = observed.placement;
     let stored = observed.live.config_map.as_deref().and_then(resources::document_ref);
     let previous = previous(observed, stored.as_ref());
-    let compiled = compile(placement, &observed.groups, observed.public_keys, &previous);
+    let problems = unreadable(observed);
+    let compiled = if problems.is_empty() {
+        compile(placement, &observed.groups, observed.public_keys, &previous)
+    } else {
+        // What cannot be read is not taken from workers: they go on with the document they have.
+        Compiled { document: None, problems }
+    };
     let image = image(observed);
     let (rollout, look_again) = rollout(observed, now);
     let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };
@@ -184,6 +192,17 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     writes.extend(compare(OwnedKind::Deployment, live.deployment.as_deref(), &deployment, &deployment));
     plan.writes = writes;
     plan
+}
+
+/// What is said of groups that cannot be read.
+fn unreadable(observed: &Observed<'_>) -> Vec<Problem> {
+    let one = |((_, name), why): (&(String, String), &String)| Problem {
+        reason: reason::INVALID,
+        message: format!(
+            "ModelGroup `{name}` cannot be read: {why}; correct it, or remove it from spec.groups"
+        ),
+    };
+    observed.unreadable.iter().map(one).collect()
 }
 
 /// What is known of earlier documents. Whoever knows the largest sequence wins: the ConfigMap, a

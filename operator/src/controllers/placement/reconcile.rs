@@ -129,6 +129,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let observed = Observed {
         placement: &placement,
         groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
+        unreadable: unreadable(&placement, &ctx),
         live: live(&key, &ctx),
         workers: ctx.workers(&key),
         public_keys: &public_keys,
@@ -189,6 +190,20 @@ fn groups(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, Arc<ModelG
     targets
         .filter_map(|(ns, name)| {
             Some(((ns.to_owned(), name.to_owned()), context::get(&ctx.caches.groups, ns, name)?))
+        })
+        .collect()
+}
+
+/// The groups of its own namespace that it names and that cannot be read, and why.
+fn unreadable(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, String> {
+    let namespace = placement.namespace().unwrap_or_default();
+    let targets =
+        placement.spec.groups.iter().map(|g| g.target(&namespace)).filter(|(ns, _)| *ns == namespace);
+    targets
+        .filter_map(|(ns, name)| {
+            let key = (ns.to_owned(), name.to_owned());
+            let why = ctx.caches.unreadable_groups.why(&key)?;
+            Some((key, why))
         })
         .collect()
 }

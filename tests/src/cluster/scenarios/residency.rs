@@ -17,7 +17,8 @@ use crate::cluster::recount::differences;
 use crate::cluster::release::Release;
 use crate::cluster::space::{Space, changed};
 use crate::cluster::worker::Direct;
-use crate::cluster::zipf::{Zipf, scattered};
+use crate::cluster::zipf::Zipf;
+use crate::numbers::scattered;
 
 /// Lenses that are made of each recorded one.
 const COPIES: usize = 3;
