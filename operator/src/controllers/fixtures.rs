@@ -16,7 +16,10 @@ use turret_crds::{
 
 use super::{
     assess::ObservedWorker,
-    placement::plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    placement::{
+        demand::Averages,
+        plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    },
     pod::PodFacts,
 };
 
@@ -56,6 +59,7 @@ pub struct World {
     pub groups: Vec<ModelGroup>,
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
+    pub demand: Averages,
     pub default_image: String,
 }
 
@@ -67,6 +71,7 @@ impl World {
             groups: vec![group("a", &["pirate"])],
             live: Live::default(),
             workers: Vec::new(),
+            demand: Averages::default(),
             default_image: "worker:1".into(),
         }
     }
@@ -80,6 +85,7 @@ impl World {
             groups,
             live: self.live.clone(),
             workers: self.workers.clone(),
+            demand: self.demand.clone(),
             public_keys: &[],
             default_image: &self.default_image,
             allowed_source_hosts: None,
@@ -93,7 +99,12 @@ impl World {
 
     /// Does what there is to do, as the API server would, and returns what was written.
     pub fn carry_out(&mut self) -> Vec<OwnedKind> {
-        let plan = self.plan();
+        self.carry_out_at(0)
+    }
+
+    /// The same at a later time.
+    pub fn carry_out_at(&mut self, second: i64) -> Vec<OwnedKind> {
+        let plan = self.plan_at(second);
         for write in &plan.writes {
             let object = write.object.clone();
             let read = "what is applied can be read";
@@ -185,6 +196,8 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
                 bytes: Some(1 << 20),
                 fetch: None,
                 max_context_tokens: Some(512),
+                running_rows: 0,
+                waiting_rows: 0,
                 key,
                 groups,
                 state: ArtifactState::Ready,
