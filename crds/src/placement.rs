@@ -49,7 +49,8 @@ pub struct ModelPlacementSpec {
     #[schemars(length(min = 1, max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub groups: Vec<PlacedGroup>,
-    /// The group whose base a new worker makes active first. Absent: the first group by name.
+    /// The group whose base a new worker makes active first, as long as other bases are not asked for more. Absent: the
+    /// first group by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub default_group_name: Option<String>,
