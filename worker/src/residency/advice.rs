@@ -6,11 +6,17 @@
 //! `Pinned`. A worker that is alone does too: there is nobody to share with, and what does not fit is told.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
+use tokio::time::Instant;
+use turret_crds::condition::FailureReason;
 use turret_crds::document::{BaseKey, WorkerDocument};
+use turret_crds::group::LensResidency;
+use turret_crds::hints::Hints;
 use turret_crds::placement::LensPreload;
 
-use super::declared::LensName;
+use super::declared::{DeclaredLens, LensName};
+use super::owner::{Owner, Stage};
 
 /// What this worker is advised to hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,6 +75,53 @@ impl Advice {
     /// Whether a lens that is declared to be in memory ahead of requests is to be in this worker's memory.
     pub(super) fn keeps(&self, lens: &LensName) -> bool {
         !self.decides || self.assigns(lens)
+    }
+}
+
+impl Owner {
+    /// Takes newer hints for the document that is known.
+    pub(super) fn take_hints(&mut self, hints: Option<Hints>) {
+        let Some(hints) = hints.filter(|hints| hints.version > self.advice.version()) else { return };
+        let Some(document) = &self.document else { return };
+        tracing::info!(version = hints.version, workers = hints.workers.len(), "hints taken");
+        let document = WorkerDocument { hints: Some(hints), ..WorkerDocument::clone(document) };
+        self.document = Some(Arc::new(document));
+        self.follow_hints();
+        // Files of what is assigned now are to be here.
+        self.resolve_at = Some(Instant::now());
+        self.untidy = true;
+    }
+
+    /// Puts in force what the document's hints say to this worker.
+    pub(super) fn follow_hints(&mut self) {
+        let advice = self.document.as_deref().map(|document| Advice::of(document, &self.start.worker.name));
+        let before = std::mem::replace(&mut self.advice, advice.unwrap_or_default());
+        for name in before.assigned().symmetric_difference(self.advice.assigned()) {
+            self.lenses.count(name, |_| {});
+        }
+        if before.share().is_none() && self.advice.share().is_some() {
+            self.doubt_what_cannot_be_pinned();
+        }
+        self.look_ahead = true;
+    }
+
+    /// A pinned lens that had no room beside the others has some when other workers have a share of them.
+    fn doubt_what_cannot_be_pinned(&mut self) {
+        let is_refused = |lens: &DeclaredLens| {
+            let reason = match &lens.stage {
+                Stage::Failed { failure, .. } => Some(failure.reason),
+                Stage::Resolving | Stage::Ready(_) => None,
+            };
+            lens.lens.residency == LensResidency::Pinned && reason == Some(FailureReason::DoesNotFit)
+        };
+        let refused = self.lenses.iter().filter(|(_, lens)| is_refused(lens));
+        let refused: Vec<LensName> = refused.map(|(name, _)| name.clone()).collect();
+        for name in refused {
+            self.lenses.update(&name, |lens| {
+                let stage = std::mem::replace(&mut lens.stage, Stage::Resolving);
+                lens.stage = stage.looked_at_again();
+            });
+        }
     }
 }
 

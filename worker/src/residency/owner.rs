@@ -10,8 +10,6 @@ use turret_crds::condition::FailureReason;
 use turret_crds::document::{
     BaseKey, DocumentBase, DocumentLens, EvictionRule, Verdict, WorkerDocument, judge,
 };
-use turret_crds::group::LensResidency;
-use turret_crds::hints::Hints;
 use turret_crds::model_name::ModelName;
 use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason, FetchReport};
 
@@ -86,7 +84,7 @@ impl<T> Stage<T> {
 
     /// After a new document that declares the same: what failed is looked at again at once, since something else in
     /// the document may be what helps. Until that is known, what is said of it stays.
-    fn looked_at_again(self) -> Self {
+    pub(super) fn looked_at_again(self) -> Self {
         match self {
             Self::Failed { failure, retry_epoch, .. } => {
                 Self::Failed { failure, retry_at: Some(Instant::now()), retry_epoch, in_doubt: true }
@@ -437,51 +435,6 @@ impl Owner {
             Verdict::Stale | Verdict::Conflict => {}
         }
         verdict
-    }
-
-    /// Takes newer hints for the document that is known.
-    fn take_hints(&mut self, hints: Option<Hints>) {
-        let Some(hints) = hints.filter(|hints| hints.version > self.advice.version()) else { return };
-        let Some(document) = &self.document else { return };
-        tracing::info!(version = hints.version, workers = hints.workers.len(), "hints taken");
-        let document = WorkerDocument { hints: Some(hints), ..WorkerDocument::clone(document) };
-        self.document = Some(Arc::new(document));
-        self.follow_hints();
-        // Files of what is assigned now are to be here.
-        self.resolve_at = Some(Instant::now());
-        self.untidy = true;
-    }
-
-    /// Puts in force what the document's hints say to this worker.
-    fn follow_hints(&mut self) {
-        let advice = self.document.as_deref().map(|document| Advice::of(document, &self.start.worker.name));
-        let before = std::mem::replace(&mut self.advice, advice.unwrap_or_default());
-        for name in before.assigned().symmetric_difference(self.advice.assigned()) {
-            self.lenses.count(name, |_| {});
-        }
-        if before.share().is_none() && self.advice.share().is_some() {
-            self.doubt_what_cannot_be_pinned();
-        }
-        self.look_ahead = true;
-    }
-
-    /// A pinned lens that had no room beside the others has some when other workers have a share of them.
-    fn doubt_what_cannot_be_pinned(&mut self) {
-        let is_refused = |lens: &DeclaredLens| {
-            let reason = match &lens.stage {
-                Stage::Failed { failure, .. } => Some(failure.reason),
-                Stage::Resolving | Stage::Ready(_) => None,
-            };
-            lens.lens.residency == LensResidency::Pinned && reason == Some(FailureReason::DoesNotFit)
-        };
-        let refused = self.lenses.iter().filter(|(_, lens)| is_refused(lens));
-        let refused: Vec<LensName> = refused.map(|(name, _)| name.clone()).collect();
-        for name in refused {
-            self.lenses.update(&name, |lens| {
-                let stage = std::mem::replace(&mut lens.stage, Stage::Resolving);
-                lens.stage = stage.looked_at_again();
-            });
-        }
     }
 
     fn take(&mut self, document: WorkerDocument) {
