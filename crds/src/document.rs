@@ -13,8 +13,10 @@ use sha2::{Digest, Sha256};
 use crate::{
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
+    hints::Hints,
     placement::{
-        EvictionPolicy, GroupResidency, ModelPlacement, ModelPlacementSpec, PlacedGroup, SwitchingMode,
+        EvictionPolicy, GroupResidency, LensPreload, ModelPlacement, ModelPlacementSpec, PlacedGroup,
+        SwitchingMode,
     },
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
@@ -36,7 +38,7 @@ pub struct WorkerDocument {
     /// Grows with every change; a worker ignores a smaller one and refuses the same one with
     /// another digest.
     pub sequence: u64,
-    /// `sha256:…` over everything else in the document, see [`WorkerDocument::compute_digest`].
+    /// `sha256:…` over everything else in the document but its hints, see [`WorkerDocument::compute_digest`].
     pub digest: String,
     /// The groups to serve, sorted by name. Empty once the last group is gone: then nothing is served,
     /// and what was in memory leaves it.
@@ -53,6 +55,9 @@ pub struct WorkerDocument {
     /// The group whose base is active, when requests do not decide it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_group: Option<String>,
+    /// Which lenses a worker brings to its device ahead of requests.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub lens_preload: LensPreload,
     /// Which lenses leave when there is need for room.
     #[serde(default, skip_serializing_if = "is_default")]
     pub eviction: EvictionRule,
@@ -68,6 +73,10 @@ pub struct WorkerDocument {
     pub source_secret_hosts: BTreeMap<String, Vec<String>>,
     /// Keys whose tokens are accepted, sorted. Empty without a cluster.
     pub public_keys: Vec<PublicKey>,
+    /// What the operator advises: not part of what is declared, and so not of the digest. Absent without an operator. In a
+    /// ConfigMap they are beside the document, under a key of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hints: Option<Hints>,
 }
 
 /// Which placement a document belongs to.
@@ -287,9 +296,9 @@ impl Default for AdmissionLimits {
 }
 
 impl WorkerDocument {
-    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0 and `digest` empty.
+    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0, `digest` empty and without `hints`.
     pub fn compute_digest(&self) -> String {
-        let bare = Self { sequence: 0, digest: String::new(), ..self.clone() };
+        let bare = Self { sequence: 0, digest: String::new(), hints: None, ..self.clone() };
         let json = serde_json::to_vec(&bare).expect("a document of strings and numbers is JSON");
         format!("sha256:{}", hex::encode(Sha256::digest(json)))
     }
@@ -455,12 +464,14 @@ fn assemble(
         batching: batching(spec),
         switching: switching(spec),
         active_group: active_group(spec),
+        lens_preload: spec.switching.as_ref().and_then(|s| s.lens_preload).unwrap_or_default(),
         eviction: eviction(spec),
         admission: admission(spec),
         source_volumes,
         source_secrets,
         source_secret_hosts,
         public_keys,
+        hints: None,
     };
     document.digest = document.compute_digest();
     document.sequence = match &previous.stored {
@@ -609,7 +620,7 @@ fn admission(spec: &ModelPlacementSpec) -> AdmissionLimits {
 pub enum Verdict {
     /// Newer than what it has: take it.
     Take,
-    /// What it already has.
+    /// What it already has, but for its hints: those are taken when they are newer.
     Same,
     /// Older than what it has: ignore it.
     Stale,

@@ -138,6 +138,7 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     follow_pods(&mut tasks, &ctx, &watched, &keys);
     follow_keys(&mut tasks, &ctx);
     tell_unreadable(&mut tasks, &ctx);
+    follow_demand(&mut tasks, &ctx);
     let controllers = async {
         tokio::join!(
             placement::controller::run(ctx.clone(), stopped(stop.clone())),
@@ -309,6 +310,7 @@ fn context(
         group_retries: Retries::default(),
         http,
         pushes: Default::default(),
+        demands: Default::default(),
         placement_wakes: watched.placement_wakes.clone(),
         group_wakes: watched.group_wakes.clone(),
     })
@@ -324,6 +326,17 @@ fn follow_pods(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, watched: &Watched, k
             ctx.metrics.worker_streams.set(i64::try_from(open).unwrap_or(i64::MAX));
             changed.notified().await;
             tokio::time::sleep(POD_COALESCE).await;
+        }
+    });
+}
+
+/// Looks every few seconds how much is asked for.
+fn follow_demand(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::time::sleep(placement::demand::EVERY).await;
+            ctx.observe_demand();
         }
     });
 }

@@ -12,7 +12,7 @@ use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
     answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
-    switches,
+    spread, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -83,6 +83,11 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
             runtime,
             release,
             residency::a_zipf_load_on_two_groups_with_room_for_a_third_of_their_lenses
+        ),
+        scenario!(
+            runtime,
+            release,
+            spread::each_lens_is_where_it_is_assigned_and_a_third_worker_takes_its_share
         ),
         scenario!(runtime, release, sources::a_full_disk_is_told_and_what_is_there_is_served),
         scenario!(runtime, release, sources::a_source_that_disappears_is_told_once_it_is_missed_and_heals),

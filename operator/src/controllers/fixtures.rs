@@ -16,7 +16,10 @@ use turret_crds::{
 
 use super::{
     assess::ObservedWorker,
-    placement::plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    placement::{
+        demand::Averages,
+        plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    },
     pod::PodFacts,
 };
 
@@ -58,6 +61,7 @@ pub struct World {
     pub unreadable: BTreeMap<(String, String), String>,
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
+    pub demand: Averages,
     pub default_image: String,
 }
 
@@ -70,6 +74,7 @@ impl World {
             unreadable: BTreeMap::new(),
             live: Live::default(),
             workers: Vec::new(),
+            demand: Averages::default(),
             default_image: "worker:1".into(),
         }
     }
@@ -84,6 +89,7 @@ impl World {
             unreadable: self.unreadable.clone(),
             live: self.live.clone(),
             workers: self.workers.clone(),
+            demand: self.demand.clone(),
             public_keys: &[],
             default_image: &self.default_image,
             allowed_source_hosts: None,
@@ -97,7 +103,12 @@ impl World {
 
     /// Does what there is to do, as the API server would, and returns what was written.
     pub fn carry_out(&mut self) -> Vec<OwnedKind> {
-        let plan = self.plan();
+        self.carry_out_at(0)
+    }
+
+    /// The same at a later time.
+    pub fn carry_out_at(&mut self, second: i64) -> Vec<OwnedKind> {
+        let plan = self.plan_at(second);
         for write in &plan.writes {
             let object = write.object.clone();
             let read = "what is applied can be read";
@@ -189,6 +200,8 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
                 bytes: Some(1 << 20),
                 fetch: None,
                 max_context_tokens: Some(512),
+                running_rows: 0,
+                waiting_rows: 0,
                 key,
                 groups,
                 state: ArtifactState::Ready,

@@ -200,6 +200,8 @@ pub fn report(name: &str, document: &WorkerDocument) -> WorkerReport {
                 bytes: Some(BASE_BYTES),
                 fetch: None,
                 max_context_tokens: None,
+                running_rows: 0,
+                waiting_rows: 0,
             }),
         }
         let ready = group.lenses.iter();

@@ -1,6 +1,7 @@
 //! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget.
 
 pub mod controller;
+pub mod demand;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
@@ -9,6 +10,9 @@ pub mod reconcile;
 pub mod resources;
 #[cfg(test)]
 mod resources_tests;
+pub mod spread;
+#[cfg(test)]
+mod spread_tests;
 pub mod status;
 #[cfg(test)]
 mod status_tests;
