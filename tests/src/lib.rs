@@ -3,4 +3,5 @@
 pub mod cluster;
 pub mod faults;
 pub mod parity;
+pub mod scale;
 pub mod worker;

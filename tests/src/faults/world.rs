@@ -176,7 +176,7 @@ impl World {
 }
 
 /// The CRDs of the contract under test.
-async fn install_kinds(client: &Client) -> Result<()> {
+pub async fn install_kinds(client: &Client) -> Result<()> {
     let definitions = Api::<CustomResourceDefinition>::all(client.clone());
     for definition in turret_crds::crds() {
         let name = definition.name_any();
