@@ -4,4 +4,5 @@ pub mod cluster;
 pub mod faults;
 pub mod numbers;
 pub mod parity;
+pub mod scale;
 pub mod worker;

@@ -180,7 +180,7 @@ impl World {
 }
 
 /// The CRDs of the contract under test.
-async fn install_kinds(client: &Client) -> Result<()> {
+pub async fn install_kinds(client: &Client) -> Result<()> {
     for definition in turret_crds::crds() {
         apply_kind(client, &definition).await?;
     }
