@@ -85,6 +85,7 @@ fn placement() -> Value {
             "eviction": {"policy": "Specialization", "highWatermarkPercent": 100, "lowWatermarkPercent": 100, "idleSeconds": 604_800, "sweepSeconds": 3600},
             "switching": {"mode": "Manual", "activeGroupName": named(15, 63), "minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600},
             "admission": {"maxQueuedRequests": 65_536, "holdSeconds": 3600},
+            "autoscaling": {"minReplicas": 0, "maxReplicas": 1000, "targetRunningPerReplica": 4096, "scaleToZeroAfterSeconds": 604_800, "scaleDownDelaySeconds": 86_400},
             "sourceVolumes": volumes,
             "sourceSecrets": secrets,
             "terminationDrainSeconds": 3600,
