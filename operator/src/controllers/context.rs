@@ -26,12 +26,16 @@ use turret_crds::{ModelGroup, ModelPlacement, WorkerDocument, condition, label, 
 
 use super::{
     assess::ObservedWorker,
-    placement::push::{self, PushError, Pushes, Recipient},
+    placement::{
+        push::{self, PushError, Pushes, Recipient},
+        scaling::Scaling,
+    },
     pod::PodFacts,
     retry::Retries,
     wakes::{Key, Wakes},
 };
 use crate::{
+    demand::Gateways,
     fleet::{Endpoint, Fleet, Link, WorkerId},
     keys::{Signer, TokenSource},
     metrics::{Kind, Metrics, Outcome},
@@ -68,6 +72,12 @@ pub struct Context {
     pub group_wakes: Wakes,
     /// Placements to look at.
     pub placement_wakes: Wakes,
+    /// What waits at gateways.
+    pub gateways: Gateways,
+    /// What autoscaling goes by.
+    pub scaling: Scaling,
+    /// Placements with autoscaling of which something else is asked than before.
+    pub load_wakes: Wakes,
 }
 
 /// The object caches.

@@ -57,6 +57,8 @@ pub struct World {
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
     pub default_image: String,
+    /// How many workers `autoscaling` wants.
+    pub decided: Option<i32>,
 }
 
 impl World {
@@ -68,7 +70,13 @@ impl World {
             live: Live::default(),
             workers: Vec::new(),
             default_image: "worker:1".into(),
+            decided: None,
         }
+    }
+
+    /// How many workers are wanted.
+    pub fn replicas(&self) -> i32 {
+        self.decided.unwrap_or(self.placement.spec.replicas)
     }
 
     /// What there is to do.
@@ -77,6 +85,7 @@ impl World {
         let groups: BTreeMap<_, _> = self.groups.iter().map(|g| (key(g), g)).collect();
         let observed = Observed {
             placement: &self.placement,
+            replicas: self.replicas(),
             groups,
             live: self.live.clone(),
             workers: self.workers.clone(),

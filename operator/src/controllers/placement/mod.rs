@@ -1,5 +1,6 @@
 //! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget.
 
+pub mod autoscale;
 pub mod controller;
 pub mod plan;
 #[cfg(test)]
@@ -9,6 +10,8 @@ pub mod reconcile;
 pub mod resources;
 #[cfg(test)]
 mod resources_tests;
+pub mod scaling;
 pub mod status;
 #[cfg(test)]
 mod status_tests;
+pub mod victims;

@@ -22,7 +22,10 @@ use turret_crds::{
     token::PublicKey,
 };
 
-use super::resources::{self, Rollout, Settings};
+use super::{
+    resources::{self, Rollout, Settings},
+    victims::{self, Mark},
+};
 use crate::controllers::{
     assess::{DocumentRef, ObservedWorker},
     live,
@@ -35,6 +38,8 @@ const SURGE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 pub struct Observed<'a> {
     /// The placement.
     pub placement: &'a ModelPlacement,
+    /// How many workers it is to have: `spec.replicas`, or what `autoscaling` decided.
+    pub replicas: i32,
     /// The groups that exist, of those it names.
     pub groups: BTreeMap<(String, String), &'a ModelGroup>,
     /// The objects it owns, as cached.
@@ -109,6 +114,8 @@ pub struct Plan {
     pub document: Option<DocumentRef>,
     /// The same as gzip of JSON, when it was compiled now.
     pub gzip: Option<Vec<u8>>,
+    /// What to write on pods before the Deployment is written, so that those leave that lose least.
+    pub marks: Vec<Mark>,
     /// Objects to write, in order.
     pub writes: Vec<Write>,
     /// Hash of the wanted pod template.
@@ -139,12 +146,13 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let image = image(observed);
     let (rollout, look_again) = rollout(observed, now);
     let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };
-    let deployment = resources::deployment(placement, settings, rollout);
+    let deployment = resources::deployment(placement, settings, rollout, observed.replicas);
     let mut plan = Plan {
         document: compiled.document.as_ref().map(resources::reference).or_else(|| stored.clone()),
         gzip: compiled.document.as_ref().map(|d| d.to_gzip()),
         template: resources::template_hash(&deployment).map(str::to_owned),
         compiled,
+        marks: Vec::new(),
         writes: Vec::new(),
         image,
         in_the_way: in_the_way(observed),
@@ -183,6 +191,8 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     ));
     writes.extend(compare(OwnedKind::Deployment, live.deployment.as_deref(), &deployment, &deployment));
     plan.writes = writes;
+    let live_replicas = live.deployment.as_deref().and_then(resources::live_replicas);
+    plan.marks = victims::marks(&observed.workers, live_replicas, observed.replicas);
     plan
 }
 
