@@ -30,7 +30,7 @@ pub const MAX_GROUPS: usize = 16;
     scale(spec_replicas_path = ".spec.replicas", status_replicas_path = ".status.replicas", label_selector_path = ".status.selector"),
     validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("the name of a ModelPlacement names Services and Pods: at most 52 lower-case letters, digits and `-`"),
     printcolumn(name = "Groups", type_ = "string", json_path = ".status.groupSummary", description = "Groups that are served"),
-    printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Wanted workers"),
+    printcolumn(name = "Desired", type_ = "integer", json_path = ".status.desiredReplicas", description = "Wanted workers"),
     printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas", description = "Workers that take requests"),
     printcolumn(name = "Updated", type_ = "integer", json_path = ".status.updatedReplicas", description = "Workers that serve exactly the newest document"),
     printcolumn(name = "Active", type_ = "string", json_path = ".status.activeSummary", description = "Active base of each worker, counted; refreshed at most once a minute"),
@@ -55,7 +55,7 @@ pub struct ModelPlacementSpec {
     #[schemars(length(min = 1, max = 63))]
     pub default_group_name: Option<String>,
     /// Wanted workers. Yours, or an autoscaler's through the scale subresource: the operator
-    /// never writes it.
+    /// never writes it. Ignored while `autoscaling` is set.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 1024))]
     pub replicas: i32,
@@ -80,6 +80,9 @@ pub struct ModelPlacementSpec {
     /// How many requests may wait, and how long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admission: Option<Admission>,
+    /// How many workers there are, decided by the operator from what runs and waits. Absent: `replicas`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
     /// Volumes that `pvc://NAME/path` sources read. Mounted read-only into every worker.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
@@ -360,6 +363,37 @@ pub struct Admission {
     pub hold_seconds: Option<i32>,
 }
 
+/// How many workers there are, by the requests that they compute and those that wait. Decisions go to
+/// `status.desiredReplicas`, never to `replicas`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.minReplicas <= self.maxReplicas").message("autoscaling.minReplicas must not be above maxReplicas"),
+    validation = Rule::new("!has(self.scaleToZeroAfterSeconds) || self.minReplicas == 0").message("scaleToZeroAfterSeconds belongs to minReplicas 0: with more, a worker always stays"),
+)]
+pub struct Autoscaling {
+    /// Fewest workers. With 0 none is left while nobody asks; the gateway then holds a request until the worker that it
+    /// wakes can answer it, at most `admission.holdSeconds`.
+    #[schemars(range(min = 0, max = 1000))]
+    pub min_replicas: i32,
+    /// Most workers.
+    #[schemars(range(min = 1, max = 1000))]
+    pub max_replicas: i32,
+    /// Requests, running or waiting, that one worker is there for: there are as many workers as it takes for no more
+    /// than this on each. Default 16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub target_running_per_replica: Option<i32>,
+    /// The last worker leaves when nobody has asked for so many seconds. Only with `minReplicas: 0`. Default 600.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 10, max = 604_800))]
+    pub scale_to_zero_after_seconds: Option<i32>,
+    /// Workers leave when fewer were enough for so many seconds without a break. Workers are added at once. Default 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 86_400))]
+    pub scale_down_delay_seconds: Option<i32>,
+}
+
 /// A volume that `pvc://NAME/path` sources read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -512,6 +546,9 @@ pub struct ModelPlacementStatus {
     /// Generation of the spec that this status speaks of; -1 before the operator has seen it.
     #[serde(default = "never_observed")]
     pub observed_generation: i64,
+    /// Wanted workers: `spec.replicas`, or what was decided last by `spec.autoscaling`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_replicas: Option<i32>,
     /// Worker pods that exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<i32>,
@@ -547,6 +584,23 @@ pub struct ModelPlacementStatus {
 
 fn one() -> i32 {
     1
+}
+
+impl Autoscaling {
+    /// Requests that one worker is there for.
+    pub fn target_running_per_replica(&self) -> i32 {
+        self.target_running_per_replica.unwrap_or(16)
+    }
+
+    /// The last worker leaves when nobody has asked for so long, seconds.
+    pub fn scale_to_zero_after_seconds(&self) -> i32 {
+        self.scale_to_zero_after_seconds.unwrap_or(600)
+    }
+
+    /// Workers leave when fewer were enough for so long, seconds.
+    pub fn scale_down_delay_seconds(&self) -> i32 {
+        self.scale_down_delay_seconds.unwrap_or(300)
+    }
 }
 
 impl ModelPlacementSpec {

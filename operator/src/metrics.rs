@@ -22,6 +22,13 @@ pub struct Outcome {
     pub outcome: &'static str,
 }
 
+/// Which way a number of workers went.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Direction {
+    /// `up` or `down`.
+    pub direction: &'static str,
+}
+
 /// The metrics. Cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
@@ -39,6 +46,10 @@ pub struct Metrics {
     pub hints_published: Counter,
     /// State streams that are open.
     pub worker_streams: Gauge,
+    /// Gateways that tell what waits.
+    pub gateway_streams: Gauge,
+    /// Changes of a number of workers by autoscaling.
+    pub rescales: Family<Direction, Counter>,
     /// Whether this replica is the leader.
     pub leader: Gauge,
 }
@@ -58,6 +69,8 @@ impl Default for Metrics {
             pushes: Family::default(),
             hints_published: Counter::default(),
             worker_streams: Gauge::default(),
+            gateway_streams: Gauge::default(),
+            rescales: Family::default(),
             leader: Gauge::default(),
         };
         registry.register("reconciles", "Looks at an object", metrics.reconciles.clone());
@@ -85,6 +98,16 @@ impl Default for Metrics {
             metrics.worker_streams.clone(),
         );
         registry.register(
+            "gateway_streams",
+            "Gateways that tell what waits; without any, nothing is scaled to zero, and nothing wakes",
+            metrics.gateway_streams.clone(),
+        );
+        registry.register(
+            "rescales",
+            "Changes of a placement's number of workers by its autoscaling, by direction",
+            metrics.rescales.clone(),
+        );
+        registry.register(
             "leader",
             "1 on the replica that acts, 0 on those that stand by",
             metrics.leader.clone(),
@@ -105,6 +128,7 @@ impl Metrics {
         }
         drop(metrics.reconcile_seconds.get_or_create(&kind));
         drop(metrics.pushes.get_or_create(&Outcome { outcome: "" }));
+        drop(metrics.rescales.get_or_create(&Direction { direction: "" }));
         metrics.text()
     }
 

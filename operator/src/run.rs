@@ -3,12 +3,14 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret};
+use futures::StreamExt;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Config, Resource, ResourceExt,
     core::NamespaceResourceScope,
     runtime::{
         events::{EventType, Recorder, Reporter},
+        reflector::Store,
         watcher,
     },
 };
@@ -18,6 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 use turret_crds::{
+    ModelPlacement,
     host_pattern::{self, HostPattern},
     label,
 };
@@ -25,13 +28,14 @@ use turret_crds::{
 use crate::{
     controllers::{
         cache::{self, Touched},
-        context::{Caches, Context, Pods, placement_of},
+        context::{self, Caches, Context, Pods, placement_of},
         group,
         placement::{self, plan::shrink_config_map, resources::MANAGED_BY},
         retry::Retries,
         waker::Waker,
         wakes::{Key, Wakes},
     },
+    demand::{self, Gateways},
     fleet::{Endpoint, Fleet, Link, Moved},
     health::Health,
     leader::Election,
@@ -45,6 +49,10 @@ const GRACE: Duration = Duration::from_secs(10);
 const API_SILENCE: Duration = Duration::from_secs(150);
 /// Pods that change within this time are followed at once.
 const POD_COALESCE: Duration = Duration::from_millis(20);
+/// What is asked of a placement is judged at most once in this time.
+const LOAD_COALESCE: Duration = Duration::from_millis(25);
+/// Placements whose load is judged before others get a turn.
+const LOADS_AT_ONCE: usize = 1024;
 
 /// What `turret-operator run` is told.
 #[derive(Clone, Debug, clap::Args)]
@@ -139,6 +147,8 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     follow_keys(&mut tasks, &ctx);
     tell_unreadable(&mut tasks, &ctx);
     follow_demand(&mut tasks, &ctx);
+    follow_gateways(&mut tasks, &ctx, &own_namespace);
+    follow_load(&mut tasks, &ctx);
     let controllers = async {
         tokio::join!(
             placement::controller::run(ctx.clone(), stopped(stop.clone())),
@@ -285,15 +295,26 @@ fn context(
     let waker = Waker { placements: watched.placement_wakes.clone(), groups: watched.group_wakes.clone() };
     let placements = watched.caches.placements.clone();
     let links_changed = watched.pods_changed.clone();
+    let load_wakes = Wakes::default();
+    let (traffic, asked) = (load_wakes.clone(), load_wakes.clone());
     let changed = move |endpoint: &Endpoint<Key>, moved: Moved| {
-        // What moves with traffic is looked at once a minute anyway.
+        let (namespace, name) = &endpoint.attached;
         if moved > Moved::Traffic {
             waker.placement_and_groups(&endpoint.attached, &placements);
+        } else if is_autoscaled(&placements, namespace, name) {
+            traffic.wake(namespace, name);
         }
+        // What else moves with traffic is looked at once a minute anyway.
         if moved == Moved::Link {
             links_changed.notify_one();
         }
     };
+    let gateways = Gateways::new(
+        http.clone(),
+        keys.gateway_signer.clone(),
+        metrics.gateway_streams.clone(),
+        move |(namespace, name)| asked.wake(namespace, name),
+    );
     let reporter = Reporter { controller: "turret-operator".into(), instance: Some(identity) };
     Ok(Context {
         recorder: Recorder::new(client.clone(), reporter),
@@ -313,7 +334,14 @@ fn context(
         demands: Default::default(),
         placement_wakes: watched.placement_wakes.clone(),
         group_wakes: watched.group_wakes.clone(),
+        gateways,
+        scaling: Default::default(),
+        load_wakes,
     })
+}
+
+fn is_autoscaled(placements: &Store<ModelPlacement>, namespace: &str, name: &str) -> bool {
+    context::get(placements, namespace, name).is_some_and(|placement| placement.spec.autoscaling.is_some())
 }
 
 /// Follows the state streams of all worker pods that there are.
@@ -337,6 +365,46 @@ fn follow_demand(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
         loop {
             tokio::time::sleep(placement::demand::EVERY).await;
             ctx.observe_demand();
+        }
+    });
+}
+
+/// Follows what waits at all gateways that there are.
+fn follow_gateways(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, own_namespace: &str) {
+    let changed = Arc::new(Notify::new());
+    let notify = changed.clone();
+    let (slices, _) = cache::start(
+        tasks,
+        api(&ctx.client, Some(own_namespace)),
+        watcher::Config::default().labels(&demand::endpoint::selector()),
+        cache::shrink_metadata,
+        move |_: Touched<'_, EndpointSlice>| notify.notify_one(),
+    );
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        loop {
+            changed.notified().await;
+            let slices = slices.state();
+            ctx.gateways.follow_exactly(demand::endpoint::gateways(slices.iter().map(|slice| &**slice)));
+            tokio::time::sleep(POD_COALESCE).await;
+        }
+    });
+}
+
+/// Looks at placements whose load asks for another number of workers.
+fn follow_load(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        let moved = ctx.load_wakes.stream::<ModelPlacement>().ready_chunks(LOADS_AT_ONCE);
+        let mut moved = std::pin::pin!(moved);
+        while let Some(placements) = moved.next().await {
+            for placement in placements {
+                let key: Key = (placement.namespace.unwrap_or_default(), placement.name);
+                if ctx.is_to_be_rescaled(&key) {
+                    ctx.placement_wakes.wake(key.0, key.1);
+                }
+            }
+            tokio::time::sleep(LOAD_COALESCE).await;
         }
     });
 }

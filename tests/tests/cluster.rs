@@ -11,8 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
-    spread, switches,
+    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, scaling,
+    sources, spread, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -62,6 +62,8 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, lenses::a_broken_lens_is_named_with_its_reason_and_heals),
         scenario!(runtime, release, device::a_worker_without_the_device_it_was_given_says_so),
         scenario!(runtime, release, device::kubectl_scale_changes_the_number_of_workers),
+        scenario!(runtime, release, scaling::the_worker_that_loses_least_leaves),
+        scenario!(runtime, release, scaling::autoscaling_follows_the_load_to_zero_and_back),
         scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
         scenario!(runtime, release, faults::the_operator_is_killed_and_carries_on),
         scenario!(runtime, release, faults::a_worker_restarts_while_the_operator_is_down),

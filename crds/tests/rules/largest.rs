@@ -86,6 +86,7 @@ fn placement() -> Value {
             "switching": {"mode": "Manual", "activeGroupName": named(15, 63), "minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600, "lensPreload": "Declared"},
             "spread": {"minCopies": 64, "maxCopies": 64},
             "admission": {"maxQueuedRequests": 65_536, "holdSeconds": 3600},
+            "autoscaling": {"minReplicas": 0, "maxReplicas": 1000, "targetRunningPerReplica": 4096, "scaleToZeroAfterSeconds": 604_800, "scaleDownDelaySeconds": 86_400},
             "sourceVolumes": volumes,
             "sourceSecrets": secrets,
             "terminationDrainSeconds": 3600,

@@ -32,6 +32,7 @@ use super::{
     placement::{
         demand::Demands,
         push::{self, Offer, PushError, Pushes, Recipient},
+        scaling::Scaling,
     },
     pod::PodFacts,
     retry::Retries,
@@ -39,6 +40,7 @@ use super::{
     wakes::{Key, Wakes},
 };
 use crate::{
+    demand::Gateways,
     fleet::{Endpoint, Fleet, Link, WorkerId},
     keys::{Signer, TokenSource},
     metrics::{Kind, Metrics, Outcome},
@@ -77,6 +79,12 @@ pub struct Context {
     pub group_wakes: Wakes,
     /// Placements to look at.
     pub placement_wakes: Wakes,
+    /// What waits at gateways.
+    pub gateways: Gateways,
+    /// What autoscaling goes by.
+    pub scaling: Scaling,
+    /// Placements with autoscaling of which something else is asked than before.
+    pub load_wakes: Wakes,
 }
 
 /// The object caches.

@@ -63,6 +63,8 @@ pub struct World {
     pub workers: Vec<ObservedWorker>,
     pub demand: Averages,
     pub default_image: String,
+    /// How many workers `autoscaling` wants.
+    pub decided: Option<i32>,
 }
 
 impl World {
@@ -76,7 +78,13 @@ impl World {
             workers: Vec::new(),
             demand: Averages::default(),
             default_image: "worker:1".into(),
+            decided: None,
         }
+    }
+
+    /// How many workers are wanted.
+    pub fn replicas(&self) -> i32 {
+        self.decided.unwrap_or(self.placement.spec.replicas)
     }
 
     /// What there is to do.
@@ -85,6 +93,7 @@ impl World {
         let groups: BTreeMap<_, _> = self.groups.iter().map(|g| (key(g), g)).collect();
         let observed = Observed {
             placement: &self.placement,
+            replicas: self.replicas(),
             groups,
             unreadable: self.unreadable.clone(),
             live: self.live.clone(),

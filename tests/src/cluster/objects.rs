@@ -108,6 +108,12 @@ impl Placement {
         self
     }
 
+    /// On as many workers as the load takes, within these limits.
+    pub fn autoscaled(mut self, limits: Value) -> Self {
+        self.spec["autoscaling"] = limits;
+        self
+    }
+
     /// Each worker asks for an accelerator.
     pub fn on_gpu(mut self) -> Self {
         self.spec["accelerator"] = json!({"resourceName": "nvidia.com/gpu"});

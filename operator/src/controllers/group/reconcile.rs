@@ -112,17 +112,18 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
     let workers = ctx.workers(&key);
     let target = (namespace.as_str(), group.metadata.name.as_deref().unwrap_or_default());
     let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
+    let replicas = resources::replicas(placement, deployment.as_deref());
     names
         .map(|name| {
             let wanted = WantedWorkers {
-                replicas: placement.spec.replicas,
+                replicas,
                 template: deployment.as_deref().and_then(resources::template_hash),
                 document: observed.document.as_ref(),
             };
             Placed {
                 placement: placement.metadata.name.as_deref().unwrap_or_default(),
                 group: &name.name,
-                replicas: placement.spec.replicas,
+                replicas,
                 refused: observed.refused.as_deref(),
                 document: observed.document.as_ref(),
                 assessment: assess(&wanted, deployment.as_deref(), &workers),

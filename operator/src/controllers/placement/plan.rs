@@ -27,6 +27,7 @@ use super::{
     demand::Averages,
     resources::{self, Rollout, Settings},
     spread::{self, Decision, Seen},
+    victims::{self, Mark},
 };
 use crate::controllers::{
     assess::{DocumentRef, ObservedWorker},
@@ -40,6 +41,8 @@ const SURGE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 pub struct Observed<'a> {
     /// The placement.
     pub placement: &'a ModelPlacement,
+    /// How many workers it is to have: `spec.replicas`, or what `autoscaling` decided.
+    pub replicas: i32,
     /// The groups that exist, of those it names.
     pub groups: BTreeMap<(String, String), &'a ModelGroup>,
     /// Those that exist and cannot be read, and why.
@@ -122,6 +125,8 @@ pub struct Plan {
     pub hints: Option<Hints>,
     /// Whether they are other ones than before.
     pub publishes_hints: bool,
+    /// What to write on pods before the Deployment is written, so that those leave that lose least.
+    pub marks: Vec<Mark>,
     /// Objects to write, in order.
     pub writes: Vec<Write>,
     /// Hash of the wanted pod template.
@@ -159,7 +164,7 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let (rollout, patience) = rollout(observed, now);
     let advice = advice(observed, &compiled, stored.as_ref(), now);
     let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };
-    let deployment = resources::deployment(placement, settings, rollout);
+    let deployment = resources::deployment(placement, settings, rollout, observed.replicas);
     let mut plan = Plan {
         document: compiled.document.as_ref().map(resources::reference).or_else(|| stored.clone()),
         gzip: compiled.document.as_ref().map(|d| d.to_gzip()),
@@ -167,6 +172,7 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
         publishes_hints: advice.is_new,
         template: resources::template_hash(&deployment).map(str::to_owned),
         compiled,
+        marks: Vec::new(),
         writes: Vec::new(),
         image,
         in_the_way: in_the_way(observed),
@@ -205,6 +211,8 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     ));
     writes.extend(compare(OwnedKind::Deployment, live.deployment.as_deref(), &deployment, &deployment));
     plan.writes = writes;
+    let live_replicas = live.deployment.as_deref().and_then(resources::live_replicas);
+    plan.marks = victims::marks(&observed.workers, live_replicas, observed.replicas);
     plan
 }
 

@@ -14,8 +14,11 @@ use turret_crds::{
     quantity::ByteQuantity,
 };
 
-use super::{plan::*, resources};
-use crate::controllers::fixtures::{World, at, group, pod};
+use super::{plan::*, resources, victims::Mark};
+use crate::controllers::{
+    fixtures::{World, at, group, pod},
+    pod::LEAVES_FIRST,
+};
 
 const ALL: [OwnedKind; 4] =
     [OwnedKind::ConfigMap, OwnedKind::Service, OwnedKind::PodDisruptionBudget, OwnedKind::Deployment];
@@ -93,6 +96,43 @@ fn a_manual_edit_is_seen_named_and_repaired() {
         world.carry_out();
         assert_eq!(world.plan().writes, [], "{kind:?}");
     }
+}
+
+#[test]
+fn what_autoscaling_decided_goes_to_the_deployment_whatever_the_spec_says() {
+    let mut world = World::new();
+    world.placement.spec.replicas = 7;
+    world.placement.spec.autoscaling =
+        Some(serde_json::from_value(serde_json::json!({"minReplicas": 0, "maxReplicas": 4})).unwrap());
+    assert_eq!(
+        resources::replicas(&world.placement, None),
+        1,
+        "a first worker shows whether it can be served"
+    );
+    world.decided = Some(2);
+    world.carry_out();
+    let live = |world: &World| world.live.deployment.as_deref().and_then(resources::live_replicas);
+    assert_eq!(live(&world), Some(2));
+    assert_eq!(resources::replicas(&world.placement, world.live.deployment.as_deref()), 2);
+    world.decided = Some(0);
+    assert_eq!(world.carry_out(), [OwnedKind::Deployment]);
+    assert_eq!(resources::replicas(&world.placement, world.live.deployment.as_deref()), 0);
+    world.placement.spec.autoscaling = None;
+    assert_eq!(resources::replicas(&world.placement, world.live.deployment.as_deref()), 7);
+}
+
+#[test]
+fn the_pod_that_leaves_is_marked_before_the_deployment_is_lowered() {
+    let mut world = World::new();
+    world.placement.spec.replicas = 2;
+    world.carry_out();
+    let busy = world.serving("a").reporting(|r| r.state.running_rows = 3);
+    world.workers = vec![busy, world.serving("b")];
+    assert_eq!(world.plan().marks, []);
+    world.placement.spec.replicas = 1;
+    let plan = world.plan();
+    assert_eq!(plan.marks, [Mark { pod: "b".into(), cost: Some(LEAVES_FIRST) }]);
+    assert_eq!(plan.writes.iter().map(|w| w.kind).collect::<Vec<_>>(), [OwnedKind::Deployment]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use futures::future::OptionFuture;
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
-        core::v1::{ConfigMap, Service},
+        core::v1::{ConfigMap, Pod, Service},
         policy::v1::PodDisruptionBudget,
     },
     jiff::Timestamp,
@@ -18,7 +18,7 @@ use kube::{
     runtime::{controller::Action, events::EventType},
 };
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use turret_crds::{
     ModelGroup, ModelPlacement, ModelPlacementStatus, WorkerReport, condition::reason, document::Problem,
 };
@@ -27,17 +27,20 @@ use super::{
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
     resources,
+    scaling::Decided,
     status::{self, Facts},
+    victims::Mark,
 };
 use crate::{
     controllers::{
         assess::{ObservedWorker, UNDECIDED, WantedWorkers, assess},
         context::{self, Context},
+        pod::DELETION_COST,
         status_write::{self, FIELD_MANAGER, Gist},
         wakes::Key,
     },
     fleet::WorkerId,
-    metrics::Kind,
+    metrics::{Direction, Kind},
     telemetry::chain,
 };
 
@@ -48,6 +51,8 @@ pub const KIND: &str = "ModelPlacement";
 const EVERY: Duration = Duration::from_secs(60);
 /// A worker that could not be written to is tried again after this long.
 const PUSH_RETRY: Duration = Duration::from_secs(1);
+/// Marks on pods are looked for after this long if no change of a pod comes.
+const MARK_RETRY: Duration = Duration::from_secs(1);
 /// An object in the way that is not in the cache is looked for again after this long.
 const TAKEN_RETRY: Duration = Duration::from_secs(30);
 
@@ -76,6 +81,15 @@ pub enum ReconcileError {
         #[source]
         source: kube::Error,
     },
+    /// A worker that is to leave first could not be marked so.
+    #[error("failed to mark the pod `{name}`")]
+    Mark {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
     /// The status could not be written.
     #[error("failed to write the status")]
     Status(#[source] kube::Error),
@@ -84,7 +98,10 @@ pub enum ReconcileError {
 impl ReconcileError {
     /// Whether the view was stale: look again as soon as the caches have caught up.
     pub fn is_conflict(&self) -> bool {
-        let (Self::Look { source, .. } | Self::Apply { source, .. } | Self::Status(source)) = self;
+        let (Self::Look { source, .. }
+        | Self::Apply { source, .. }
+        | Self::Mark { source, .. }
+        | Self::Status(source)) = self;
         is_conflict(source)
     }
 
@@ -129,15 +146,17 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let groups = groups(&placement, &ctx);
     let public_keys = ctx.public_keys.borrow().clone();
     let now = Timestamp::now();
-    let live = live(&key, &ctx);
+    let (live, workers) = (live(&key, &ctx), ctx.workers(&key));
     let published = || live.config_map.as_deref().and_then(resources::stored_hints).map(|(hints, _)| hints);
     let demand = ctx.demands.of(&key, published, now);
+    let decided = ctx.decide_replicas(&placement, live.deployment.as_deref(), &workers);
     let observed = Observed {
         placement: &placement,
+        replicas: decided.replicas,
         groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
         unreadable: unreadable(&placement, &ctx),
         live,
-        workers: ctx.workers(&key),
+        workers,
         demand,
         public_keys: &public_keys,
         default_image: &ctx.worker_image,
@@ -163,19 +182,36 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     if failed.is_some() || !plan.in_the_way.is_empty() {
         plan.document = observed.live.config_map.as_deref().and_then(resources::document_ref);
     }
+    tell_change(&placement, &decided, &ctx).await;
     let mut failures = Vec::new();
+    let mut awaits_marks = false;
     // Nobody is told of a document that is not stored, and no pod is made that would wait for it.
     if failed.is_none() {
         failures = push_document(&key, &plan, &ctx).await;
         tell_conflicts(&placement, &failures, &ctx).await;
-        for write in writes {
+        match mark(&key, &plan.marks, &ctx).await {
+            Ok(sent) => awaits_marks = sent,
+            Err(error) => {
+                awaits_marks = true;
+                failed = Some(error);
+            }
+        }
+        // ReplicaSets choose by what they have seen on pods: the Deployment is lowered when the pods show it here as well.
+        for write in writes.filter(|w| !(awaits_marks && w.kind == OwnedKind::Deployment)) {
             if let Err(error) = apply(&key, write, &ctx).await {
                 failed.get_or_insert(error);
             }
         }
     }
     let refused = failed.as_ref().and_then(ReconcileError::refused);
-    let looks = Looks { plan: &plan, workers: &observed.workers, live: &observed.live, refused, now };
+    let looks = Looks {
+        plan: &plan,
+        replicas: observed.replicas,
+        workers: &observed.workers,
+        live: &observed.live,
+        refused,
+        now,
+    };
     let status_in = write_status(&placement, looks, &ctx).await?;
     if let Some(error) = failed {
         return Err(error);
@@ -185,6 +221,8 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let times = [
         Some(EVERY),
         plan.look_again,
+        decided.look_again,
+        awaits_marks.then_some(MARK_RETRY),
         status_in,
         (!failures.is_empty()).then_some(PUSH_RETRY),
         behind.then_some(push::AGAIN),
@@ -255,6 +293,7 @@ async fn ask_for_names(
     }
     if !plan.in_the_way.is_empty() {
         plan.writes.clear();
+        plan.marks.clear();
     }
     Ok(ours)
 }
@@ -310,6 +349,44 @@ where
     }
 }
 
+/// Marks the pods of workers that are to leave first, and takes marks back. Returns whether the pods are still to show that
+/// they are marked; not when the cluster does not let them be, since fewer workers are wanted all the same.
+async fn mark(key: &Key, marks: &[Mark], ctx: &Context) -> Result<bool, ReconcileError> {
+    let api = Api::<Pod>::namespaced(ctx.client.clone(), &key.0);
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+    let mut are_to_show = false;
+    for Mark { pod, cost } in marks {
+        tracing::info!(namespace = key.0, pod, cost, "mark");
+        let patch = json!({"metadata": {"annotations": {DELETION_COST: cost}}});
+        match api.patch_metadata(pod, &params, &Patch::Merge(&patch)).await {
+            Ok(_) => are_to_show |= cost.is_some(),
+            Err(kube::Error::Api(status)) if is_refused(&status) || status.is_forbidden() => {
+                tracing::warn!(
+                    namespace = key.0,
+                    pod,
+                    error = status.message,
+                    "a pod cannot be marked as the one to leave"
+                );
+                return Ok(false);
+            }
+            Err(source) => return Err(ReconcileError::Mark { name: pod.clone(), source }),
+        }
+    }
+    Ok(are_to_show)
+}
+
+/// Another number of workers is told, with its reason.
+async fn tell_change(placement: &ModelPlacement, decided: &Decided, ctx: &Context) {
+    let Some((before, why)) = &decided.change else { return };
+    let replicas = decided.replicas;
+    let direction = if replicas > *before { "up" } else { "down" };
+    ctx.metrics.rescales.get_or_create(&Direction { direction }).inc();
+    let (namespace, name) = (placement.namespace().unwrap_or_default(), placement.name_any());
+    tracing::info!(namespace, name, before, replicas, why, "rescale");
+    let note = format!("{before} → {replicas} workers: {why}");
+    ctx.tell(placement, EventType::Normal, "Rescaled", "Scale", note).await;
+}
+
 async fn push_document(key: &Key, plan: &Plan, ctx: &Context) -> Vec<(WorkerId, PushError)> {
     let document = plan.compiled.document.as_ref().filter(|_| plan.in_the_way.is_empty());
     let Some(document) = document else { return Vec::new() };
@@ -344,6 +421,7 @@ fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
 /// What a status is made from.
 struct Looks<'a> {
     plan: &'a Plan,
+    replicas: i32,
     workers: &'a [ObservedWorker],
     live: &'a Live,
     refused: Option<String>,
@@ -356,12 +434,9 @@ async fn write_status(
     looks: Looks<'_>,
     ctx: &Context,
 ) -> Result<Option<Duration>, ReconcileError> {
-    let Looks { plan, workers, live, refused, now } = looks;
-    let wanted = WantedWorkers {
-        replicas: placement.spec.replicas,
-        template: plan.template.as_deref(),
-        document: plan.document.as_ref(),
-    };
+    let Looks { plan, replicas, workers, live, refused, now } = looks;
+    let wanted =
+        WantedWorkers { replicas, template: plan.template.as_deref(), document: plan.document.as_ref() };
     let assessment = assess(&wanted, live.deployment.as_deref(), workers);
     let leaving: Option<&InTheWay> = plan.in_the_way.iter().find(|o| o.is_leaving);
     if assessment.undecided {
@@ -371,6 +446,7 @@ async fn write_status(
     problems.extend(refused.map(|message| Problem { reason: reason::INVALID, message }));
     let facts = Facts {
         placement,
+        replicas,
         problems: &problems,
         waiting_for: leaving.map(|o| o.message.as_str()),
         assessment: &assessment,

@@ -220,8 +220,26 @@ pub fn pod_shape(placement: &ModelPlacement) -> String {
     live::hash(&serde_json::to_value(template).expect("a pod template is JSON"))
 }
 
-/// The Deployment of the workers.
-pub fn deployment(placement: &ModelPlacement, settings: Settings<'_>, rollout: Rollout) -> Deployment {
+/// How many workers are wanted as far as objects say: with `autoscaling`, what was decided last stands in the
+/// Deployment. A new placement begins with a worker, even where it may have none: so it is tried whether it can be served.
+pub fn replicas(placement: &ModelPlacement, deployment: Option<&Deployment>) -> i32 {
+    let Some(autoscaling) = &placement.spec.autoscaling else { return placement.spec.replicas };
+    let live = deployment.and_then(live_replicas).unwrap_or(1);
+    live.max(autoscaling.min_replicas).min(autoscaling.max_replicas)
+}
+
+/// How many pods a Deployment is to have.
+pub fn live_replicas(deployment: &Deployment) -> Option<i32> {
+    deployment.spec.as_ref()?.replicas
+}
+
+/// The Deployment of so many workers.
+pub fn deployment(
+    placement: &ModelPlacement,
+    settings: Settings<'_>,
+    rollout: Rollout,
+    replicas: i32,
+) -> Deployment {
     let mut template = template(placement, settings);
     let hash = live::hash(&serde_json::to_value(&template).expect("a pod template is JSON"));
     template
@@ -237,7 +255,7 @@ pub fn deployment(placement: &ModelPlacement, settings: Settings<'_>, rollout: R
     Deployment {
         metadata: metadata(placement, BTreeMap::from([(POD_SHAPE.into(), pod_shape(placement))])),
         spec: Some(DeploymentSpec {
-            replicas: Some(placement.spec.replicas),
+            replicas: Some(replicas),
             revision_history_limit: Some(2),
             selector: LabelSelector { match_labels: Some(selector(placement)), ..LabelSelector::default() },
             strategy: Some(DeploymentStrategy {

@@ -59,7 +59,7 @@ fn the_smallest_placement() {
         &[
             value(resources::service(&placement)),
             value(resources::disruption_budget(&placement)),
-            value(resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge)),
+            value(resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge, 1)),
         ],
     );
 }
@@ -88,7 +88,7 @@ fn a_placement_with_everything_that_shapes_pods() {
     }));
     let settings =
         Settings { allowed_source_hosts: Some("hub,10.1.0.0/16"), ..of("registry.example/worker:mine") };
-    golden("everything.yaml", &[value(resources::deployment(&placement, settings, Rollout::InPlace))]);
+    golden("everything.yaml", &[value(resources::deployment(&placement, settings, Rollout::InPlace, 3))]);
 }
 
 #[test]
@@ -132,11 +132,12 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"eviction": {"policy": "LRU", "highWatermarkPercent": 80}}),
         json!({"spread": {"maxCopies": 2}}),
         json!({"admission": {"holdSeconds": 3}}),
+        json!({"autoscaling": {"minReplicas": 0, "maxReplicas": 3}}),
     ];
     let shape = |spec: &Value| {
         let placement = placement(spec.clone());
         let image = placement.spec.worker.as_ref().and_then(|w| w.image.clone()).unwrap_or("image".into());
-        let deployment = resources::deployment(&placement, of(&image), Rollout::Surge);
+        let deployment = resources::deployment(&placement, of(&image), Rollout::Surge, 1);
         let hash = resources::template_hash(&deployment).unwrap().to_owned();
         (value(deployment.spec.unwrap().template), hash, resources::pod_shape(&placement))
     };
@@ -160,8 +161,8 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
 fn a_setting_of_the_operator_replaces_pods_and_brings_no_other_image() {
     let placement = placement(json!({}));
     let hosts = |allowed_source_hosts| Settings { allowed_source_hosts, ..of("image") };
-    let [open, closed] =
-        [None, Some("hub")].map(|allowed| resources::deployment(&placement, hosts(allowed), Rollout::Surge));
+    let [open, closed] = [None, Some("hub")]
+        .map(|allowed| resources::deployment(&placement, hosts(allowed), Rollout::Surge, 1));
     assert_ne!(resources::template_hash(&open), resources::template_hash(&closed));
     assert_eq!(open.metadata.annotations, closed.metadata.annotations, "the shape that keeps an image");
 }

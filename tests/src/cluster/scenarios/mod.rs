@@ -10,6 +10,7 @@ pub mod memory;
 pub mod residency;
 pub mod rights;
 pub mod rollouts;
+pub mod scaling;
 pub mod sources;
 pub mod spread;
 pub mod switches;
