@@ -12,7 +12,7 @@ pub mod endpoint;
 mod stream;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, btree_map::Entry},
     sync::Arc,
 };
 
@@ -118,13 +118,12 @@ impl Gateways {
             self.shared.forget(&id);
         }
         for (id, url) in gateways {
-            if !tasks.contains_key(&id) {
-                self.shared.heard.lock().insert(id.clone(), Heard::default());
-                let sink = Sink { shared: self.shared.clone(), id: id.clone() };
-                let task =
-                    tokio::spawn(stream::follow(self.http.clone(), url.clone(), self.signer.clone(), sink));
-                tasks.insert(id, (url, task.abort_handle()));
-            }
+            let Entry::Vacant(free) = tasks.entry(id.clone()) else { continue };
+            self.shared.heard.lock().insert(id.clone(), Heard::default());
+            let sink = Sink { shared: self.shared.clone(), id };
+            let task =
+                tokio::spawn(stream::follow(self.http.clone(), url.clone(), self.signer.clone(), sink));
+            free.insert((url, task.abort_handle()));
         }
     }
 

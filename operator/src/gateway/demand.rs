@@ -12,9 +12,12 @@ use crate::demand::{self, PlacementDemand};
 /// Requests that wait and requests sent, by namespace and name of the placement.
 pub type Demands = BTreeMap<(String, String), (u32, u64)>;
 
-/// Requests sent, by placement.
+/// Requests sent, by name of the placement.
+type OfNamespace = BTreeMap<Arc<str>, u64>;
+
+/// Requests sent, by namespace and placement.
 pub struct Sends {
-    counts: Mutex<BTreeMap<Arc<str>, BTreeMap<Arc<str>, u64>>>,
+    counts: Mutex<BTreeMap<Arc<str>, OfNamespace>>,
     moved: watch::Sender<u64>,
 }
 
