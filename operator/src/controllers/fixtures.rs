@@ -16,6 +16,7 @@ use turret_crds::{
 
 use super::{
     assess::ObservedWorker,
+    placement::claims::ResourceClaimTemplate,
     placement::plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
     pod::PodFacts,
 };
@@ -57,6 +58,7 @@ pub struct World {
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
     pub default_image: String,
+    pub serves_claim_templates: bool,
 }
 
 impl World {
@@ -68,6 +70,7 @@ impl World {
             live: Live::default(),
             workers: Vec::new(),
             default_image: "worker:1".into(),
+            serves_claim_templates: true,
         }
     }
 
@@ -83,6 +86,7 @@ impl World {
             public_keys: &[],
             default_image: &self.default_image,
             allowed_source_hosts: None,
+            serves_claim_templates: self.serves_claim_templates,
         };
         plan(&observed, at(second))
     }
@@ -109,11 +113,18 @@ impl World {
                 OwnedKind::PodDisruptionBudget => {
                     self.live.disruption_budget = Some(Arc::new(serde_json::from_value(object).expect(read)));
                 }
+                OwnedKind::ResourceClaimTemplate => {
+                    let template: ResourceClaimTemplate = serde_json::from_value(object).expect(read);
+                    let templates = &mut self.live.claim_templates;
+                    templates.retain(|there| there.metadata.name != template.metadata.name);
+                    templates.push(Arc::new(template));
+                }
                 OwnedKind::Deployment => {
                     self.live.deployment = Some(Arc::new(serde_json::from_value(object).expect(read)))
                 }
             }
         }
+        self.live.claim_templates.retain(|template| !plan.stale_claim_templates.contains(template));
         plan.writes.iter().map(|w| w.kind).collect()
     }
 

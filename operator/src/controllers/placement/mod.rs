@@ -1,5 +1,8 @@
-//! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget.
+//! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget; with a class of devices
+//! also the template of the claims for them.
 
+pub mod cache_volume;
+pub mod claims;
 pub mod controller;
 pub mod plan;
 #[cfg(test)]

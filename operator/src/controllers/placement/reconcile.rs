@@ -13,7 +13,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Resource, ResourceExt,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
     core::NamespaceResourceScope,
     runtime::{controller::Action, events::EventType},
 };
@@ -22,6 +22,7 @@ use serde_json::Value;
 use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus, condition::reason, document::Problem};
 
 use super::{
+    claims::ResourceClaimTemplate,
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
     resources,
@@ -74,6 +75,17 @@ pub enum ReconcileError {
         #[source]
         source: kube::Error,
     },
+    /// An owned object that is no longer needed could not be removed.
+    #[error("failed to remove {kind:?} `{name}`")]
+    Remove {
+        /// Kind of the object.
+        kind: OwnedKind,
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
     /// The status could not be written.
     #[error("failed to write the status")]
     Status(#[source] kube::Error),
@@ -82,7 +94,10 @@ pub enum ReconcileError {
 impl ReconcileError {
     /// Whether the view was stale: look again as soon as the caches have caught up.
     pub fn is_conflict(&self) -> bool {
-        let (Self::Look { source, .. } | Self::Apply { source, .. } | Self::Status(source)) = self;
+        let (Self::Look { source, .. }
+        | Self::Apply { source, .. }
+        | Self::Remove { source, .. }
+        | Self::Status(source)) = self;
         is_conflict(source)
     }
 
@@ -134,6 +149,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         public_keys: &public_keys,
         default_image: &ctx.worker_image,
         allowed_source_hosts: ctx.allowed_source_hosts.as_deref(),
+        serves_claim_templates: ctx.caches.claim_templates.is_some(),
     };
     let now = Timestamp::now();
     let mut plan = plan::plan(&observed, now);
@@ -160,6 +176,11 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         tell_conflicts(&placement, &failures, &ctx).await;
         for write in writes {
             if let Err(error) = apply(&key, write, &ctx).await {
+                failed.get_or_insert(error);
+            }
+        }
+        for template in &plan.stale_claim_templates {
+            if let Err(error) = remove(&key, template, &ctx).await {
                 failed.get_or_insert(error);
             }
         }
@@ -201,6 +222,9 @@ fn live(key: &Key, ctx: &Context) -> Live {
         service: context::get(&caches.services, &key.0, &name),
         disruption_budget: context::get(&caches.disruption_budgets, &key.0, &name),
         deployment: context::get(&caches.deployments, &key.0, &name),
+        claim_templates: caches.claim_templates.as_ref().map_or_else(Vec::new, |templates| {
+            templates.state_filter(|template| context::placement_of(template).as_ref() == Some(key))
+        }),
     }
 }
 
@@ -214,12 +238,13 @@ async fn ask_for_names(
     let mut ours = Vec::new();
     for write in plan.writes.iter().filter(|w| !w.exists) {
         let namespace = placement.namespace().unwrap_or_default();
-        let name = plan::owned_name(placement);
+        let name = write.name().to_owned();
         let kind = write.kind;
         let found = match kind {
             OwnedKind::ConfigMap => find::<ConfigMap>(ctx, &namespace, &name).await,
             OwnedKind::Service => find::<Service>(ctx, &namespace, &name).await,
             OwnedKind::PodDisruptionBudget => find::<PodDisruptionBudget>(ctx, &namespace, &name).await,
+            OwnedKind::ResourceClaimTemplate => find::<ResourceClaimTemplate>(ctx, &namespace, &name).await,
             OwnedKind::Deployment => find::<Deployment>(ctx, &namespace, &name).await,
         };
         let found = found.map_err(|source| ReconcileError::Look { kind, name, source })?;
@@ -251,14 +276,17 @@ where
 }
 
 async fn apply(key: &Key, write: Write, ctx: &Context) -> Result<(), ReconcileError> {
+    let name = write.name().to_owned();
     let Write { kind, object, why, exists } = write;
-    let name = turret_crds::label::owned_name(&key.1);
     tracing::info!(?kind, namespace = key.0, %name, why, "apply");
     let sent = match kind {
         OwnedKind::ConfigMap => patch::<ConfigMap>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::Service => patch::<Service>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::PodDisruptionBudget => {
             patch::<PodDisruptionBudget>(ctx, &key.0, &name, object, exists).await
+        }
+        OwnedKind::ResourceClaimTemplate => {
+            patch::<ResourceClaimTemplate>(ctx, &key.0, &name, object, exists).await
         }
         OwnedKind::Deployment => patch::<Deployment>(ctx, &key.0, &name, object, exists).await,
     };
@@ -283,6 +311,20 @@ where
             api.patch_metadata(name, &params, &Patch::Merge(&object)).await.map(drop)
         }
         other => other.map(drop),
+    }
+}
+
+/// Removes a template of claims, unless another one of the same name has taken its place.
+async fn remove(key: &Key, template: &ResourceClaimTemplate, ctx: &Context) -> Result<(), ReconcileError> {
+    let (kind, name) = (OwnedKind::ResourceClaimTemplate, template.name_any());
+    tracing::info!(?kind, namespace = key.0, %name, "remove: no pod is made from it any more");
+    let only_this = Preconditions { uid: template.uid(), resource_version: None };
+    let params = DeleteParams::background().preconditions(only_this);
+    let api = Api::<ResourceClaimTemplate>::namespaced(ctx.client.clone(), &key.0);
+    match api.delete(&name, &params).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(source) => Err(ReconcileError::Remove { kind, name, source }),
+        Ok(_) => Ok(()),
     }
 }
 
