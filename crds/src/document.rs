@@ -13,9 +13,10 @@ use sha2::{Digest, Sha256};
 use crate::{
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
+    hints::Hints,
     placement::{
-        EvictionPolicy, GroupResidency, ModelPlacement, ModelPlacementSpec, PlacedGroup, SwitchingMode,
-        cache::bytes_for_files,
+        EvictionPolicy, GroupResidency, LensPreload, ModelPlacement, ModelPlacementSpec, PlacedGroup,
+        SwitchingMode, cache::bytes_for_files,
     },
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
@@ -37,7 +38,7 @@ pub struct WorkerDocument {
     /// Grows with every change; a worker ignores a smaller one and refuses the same one with
     /// another digest.
     pub sequence: u64,
-    /// `sha256:…` over everything else in the document, see [`WorkerDocument::compute_digest`].
+    /// `sha256:…` over everything else in the document but its hints, see [`WorkerDocument::compute_digest`].
     pub digest: String,
     /// The groups to serve, sorted by name. Empty once the last group is gone: then nothing is served,
     /// and what was in memory leaves it.
@@ -54,6 +55,9 @@ pub struct WorkerDocument {
     /// The group whose base is active, when requests do not decide it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_group: Option<String>,
+    /// Which lenses a worker brings to its device ahead of requests.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub lens_preload: LensPreload,
     /// Which lenses leave when there is need for room.
     #[serde(default, skip_serializing_if = "is_default")]
     pub eviction: EvictionRule,
@@ -72,6 +76,10 @@ pub struct WorkerDocument {
     pub source_secret_hosts: BTreeMap<String, Vec<String>>,
     /// Keys whose tokens are accepted, sorted. Empty without a cluster.
     pub public_keys: Vec<PublicKey>,
+    /// What the operator advises: not part of what is declared, and so not of the digest. Absent without an operator. In a
+    /// ConfigMap they are beside the document, under a key of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hints: Option<Hints>,
 }
 
 /// Which placement a document belongs to.
@@ -302,9 +310,9 @@ impl Default for AdmissionLimits {
 }
 
 impl WorkerDocument {
-    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0 and `digest` empty.
+    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0, `digest` empty and without `hints`.
     pub fn compute_digest(&self) -> String {
-        let bare = Self { sequence: 0, digest: String::new(), ..self.clone() };
+        let bare = Self { sequence: 0, digest: String::new(), hints: None, ..self.clone() };
         let json = serde_json::to_vec(&bare).expect("a document of strings and numbers is JSON");
         format!("sha256:{}", hex::encode(Sha256::digest(json)))
     }
@@ -470,6 +478,7 @@ fn assemble(
         batching: batching(spec),
         switching: switching(spec),
         active_group: active_group(spec),
+        lens_preload: spec.switching.as_ref().and_then(|s| s.lens_preload).unwrap_or_default(),
         eviction: eviction(spec),
         admission: admission(spec),
         warmup_seconds: count(Some(spec.warmup_seconds()), DEFAULT_WARMUP_SECONDS),
@@ -477,6 +486,7 @@ fn assemble(
         source_secrets,
         source_secret_hosts,
         public_keys,
+        hints: None,
     };
     document.digest = document.compute_digest();
     document.sequence = match &previous.stored {
@@ -643,7 +653,7 @@ fn admission(spec: &ModelPlacementSpec) -> AdmissionLimits {
 pub enum Verdict {
     /// Newer than what it has: take it.
     Take,
-    /// What it already has.
+    /// What it already has, but for its hints: those are taken when they are newer.
     Same,
     /// Older than what it has: ignore it.
     Stale,

@@ -8,7 +8,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{group::never_observed, quantity::ByteQuantity};
+use crate::{assign, group::never_observed, quantity::ByteQuantity};
 
 pub mod cache;
 pub mod topology;
@@ -56,7 +56,8 @@ pub struct ModelPlacementSpec {
     #[schemars(length(min = 1, max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub groups: Vec<PlacedGroup>,
-    /// The group whose base a new worker makes active first. Absent: the first group by name.
+    /// The group whose base a new worker makes active first, as long as other bases are not asked for more. Absent: the
+    /// first group by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub default_group_name: Option<String>,
@@ -80,6 +81,9 @@ pub struct ModelPlacementSpec {
     /// When a worker changes its active base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switching: Option<Switching>,
+    /// On how many workers one lens may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<Spread>,
     /// How many requests may wait, and how long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admission: Option<Admission>,
@@ -349,6 +353,38 @@ pub struct Switching {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: Option<i32>,
+    /// Which of the lenses that are declared `Preloaded` or `Pinned` a worker brings to its device ahead of requests.
+    /// `Assigned`, the default: those that the operator assigned to it, and what is asked for most. `Declared`: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lens_preload: Option<LensPreload>,
+}
+
+/// Which lenses a worker brings to its device ahead of requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum LensPreload {
+    /// Those that the operator assigned to it.
+    #[default]
+    Assigned,
+    /// All that are declared so.
+    Declared,
+}
+
+/// On how many workers one lens may be. A lens that is asked for much is assigned to more of them, up to `maxCopies`; one
+/// that is not, to `minCopies`. Any worker serves any lens all the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.minCopies) || !has(self.maxCopies) || self.minCopies <= self.maxCopies").message("minCopies must not be above maxCopies"),
+)]
+pub struct Spread {
+    /// On how many workers a lens is at least, as far as there are workers that prefer its base. Default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
+    pub min_copies: Option<i32>,
+    /// On how many workers a lens is at most. Default 4, or `minCopies` where that is more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
+    pub max_copies: Option<i32>,
 }
 
 /// Who decides which base is active.
@@ -578,5 +614,17 @@ impl ModelPlacementSpec {
     /// How long a new worker waits at most for its lenses before it is ready, seconds.
     pub fn warmup_seconds(&self) -> i32 {
         self.warmup_seconds.unwrap_or(120)
+    }
+
+    /// On how many workers one lens may be, defaults filled in.
+    pub fn spread(&self) -> assign::Spread {
+        let default = assign::Spread::default();
+        let given = self.spread.unwrap_or_default();
+        let count =
+            |given: Option<i32>, default| given.and_then(|n| u32::try_from(n).ok()).unwrap_or(default);
+        assign::Spread {
+            min_copies: count(given.min_copies, default.min_copies),
+            max_copies: count(given.max_copies, default.max_copies),
+        }
     }
 }

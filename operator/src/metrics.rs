@@ -35,6 +35,8 @@ pub struct Metrics {
     pub status_writes: Family<Kind, Counter>,
     /// Documents given to workers.
     pub pushes: Family<Outcome, Counter>,
+    /// Hints that were published.
+    pub hints_published: Counter,
     /// State streams that are open.
     pub worker_streams: Gauge,
     /// Whether this replica is the leader.
@@ -54,6 +56,7 @@ impl Default for Metrics {
             applies: Family::default(),
             status_writes: Family::default(),
             pushes: Family::default(),
+            hints_published: Counter::default(),
             worker_streams: Gauge::default(),
             leader: Gauge::default(),
         };
@@ -71,6 +74,11 @@ impl Default for Metrics {
         registry.register("applies", "Owned objects written, by kind", metrics.applies.clone());
         registry.register("status_writes", "Statuses written, by kind", metrics.status_writes.clone());
         registry.register("document_pushes", "Worker documents given to workers", metrics.pushes.clone());
+        registry.register(
+            "hints_published",
+            "Times that a placement's workers were advised otherwise which lenses to hold",
+            metrics.hints_published.clone(),
+        );
         registry.register(
             "worker_streams",
             "Worker state streams that are open",

@@ -8,7 +8,7 @@ use kube::{
     Api, Client, Config, Resource, ResourceExt,
     core::NamespaceResourceScope,
     runtime::{
-        events::{Recorder, Reporter},
+        events::{EventType, Recorder, Reporter},
         watcher,
     },
 };
@@ -142,6 +142,8 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     let ctx = Arc::new(context(client, &args, identity, &watched, &keys, &health.metrics)?);
     follow_pods(&mut tasks, &ctx, &watched, &keys);
     follow_keys(&mut tasks, &ctx);
+    tell_unreadable(&mut tasks, &ctx);
+    follow_demand(&mut tasks, &ctx);
     let controllers = async {
         tokio::join!(
             placement::controller::run(ctx.clone(), stopped(stop.clone())),
@@ -201,14 +203,15 @@ fn start_caches(
 
     let waker = Waker { placements: placement_wakes.clone(), groups: group_wakes.clone() };
     let wake = waker.clone();
-    let placements =
+    let (placements, unreadable_placements) =
         cache::start(tasks, api(client, namespace), everything.clone(), cache::shrink_metadata, move |t| {
             wake.placement_changed(&t);
         });
     let (wake, all_placements) = (waker.clone(), placements.clone());
-    let groups = cache::start(tasks, api(client, namespace), everything, cache::shrink_metadata, move |t| {
-        wake.group_changed(&t, &all_placements);
-    });
+    let (groups, unreadable_groups) =
+        cache::start(tasks, api(client, namespace), everything, cache::shrink_metadata, move |t| {
+            wake.group_changed(&t, &all_placements);
+        });
     // What a placement owns wakes the placement, and its groups through the placement's cache.
     let (wake, all_placements) = (waker, placements.clone());
     let owned_changed = move |key: Option<Key>| {
@@ -217,7 +220,7 @@ fn start_caches(
         }
     };
     let touch = owned_changed.clone();
-    let config_maps = cache::start(
+    let (config_maps, _) = cache::start(
         tasks,
         api(client, namespace),
         owned.clone(),
@@ -228,29 +231,31 @@ fn start_caches(
         move |t| touch(t.both().next().and_then(placement_of)),
     );
     let touch = owned_changed.clone();
-    let services =
+    let (services, _) =
         cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
-    let disruption_budgets =
+    let (disruption_budgets, _) =
         cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
-    let deployments =
+    let (deployments, _) =
         cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
     let claim_templates = apis.resource_claim_templates.then(|| {
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
-            touch(t.both().next().and_then(placement_of));
-        })
+        let (claim_templates, _) =
+            cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+                touch(t.both().next().and_then(placement_of));
+            });
+        claim_templates
     });
     let pods = Pods::default();
     let (index, notify) = (pods.clone(), pods_changed.clone());
-    let pod_store = cache::start(
+    let (pod_store, _) = cache::start(
         tasks,
         api(client, namespace),
         owned,
@@ -267,7 +272,9 @@ fn start_caches(
     );
     let caches = Caches {
         groups,
+        unreadable_groups,
         placements,
+        unreadable_placements,
         config_maps,
         services,
         disruption_budgets,
@@ -322,6 +329,7 @@ fn context(
         group_retries: Retries::default(),
         http,
         pushes: Default::default(),
+        demands: Default::default(),
         placement_wakes: watched.placement_wakes.clone(),
         group_wakes: watched.group_wakes.clone(),
     })
@@ -341,6 +349,17 @@ fn follow_pods(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, watched: &Watched, k
     });
 }
 
+/// Looks every few seconds how much is asked for.
+fn follow_demand(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::time::sleep(placement::demand::EVERY).await;
+            ctx.observe_demand();
+        }
+    });
+}
+
 /// New keys go into all documents.
 fn follow_keys(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
     let (ctx, mut keys) = (ctx.clone(), ctx.public_keys.clone());
@@ -351,6 +370,21 @@ fn follow_keys(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
             }
         }
     });
+}
+
+/// Whoever looks at an object that cannot be read finds an event there, one for each version of it.
+fn tell_unreadable(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    for unreadable in [&ctx.caches.unreadable_groups, &ctx.caches.unreadable_placements] {
+        let (ctx, unreadable) = (ctx.clone(), unreadable.clone());
+        tasks.spawn(async move {
+            loop {
+                for fault in unreadable.untold().await {
+                    let note = format!("skipped, since it cannot be read: {}", fault.error);
+                    ctx.tell_of(&fault.reference, EventType::Warning, "Unreadable", "Read", note).await;
+                }
+            }
+        });
+    }
 }
 
 fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>

@@ -12,7 +12,7 @@ use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
     answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
-    switches,
+    spread, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -85,6 +85,11 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
             release,
             residency::a_zipf_load_on_two_groups_with_room_for_a_third_of_their_lenses
         ),
+        scenario!(
+            runtime,
+            release,
+            spread::each_lens_is_where_it_is_assigned_and_a_third_worker_takes_its_share
+        ),
         scenario!(runtime, release, sources::a_full_disk_is_told_and_what_is_there_is_served),
         scenario!(runtime, release, sources::a_source_that_disappears_is_told_once_it_is_missed_and_heals),
         scenario!(runtime, release, sources::a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart),
@@ -94,8 +99,9 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
         scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
         scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),
-        // These two look back at all the others, and the last one takes the chart away.
+        // It looks back at all the others. Then the kinds are taken away and come back, and at last the chart goes.
         scenario!(runtime, release, rights::rights_are_exactly_what_is_used),
+        scenario!(runtime, release, deletion::kinds_deleted_first_take_everything_along_and_may_come_back),
         scenario!(runtime, release, deletion::workers_serve_on_after_helm_uninstall),
     ]
 }

@@ -16,8 +16,11 @@ use turret_crds::{
 
 use super::{
     assess::ObservedWorker,
-    placement::claims::ResourceClaimTemplate,
-    placement::plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    placement::{
+        claims::ResourceClaimTemplate,
+        demand::Averages,
+        plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    },
     pod::PodFacts,
 };
 
@@ -55,8 +58,11 @@ pub fn placement(groups: &[&str]) -> ModelPlacement {
 pub struct World {
     pub placement: ModelPlacement,
     pub groups: Vec<ModelGroup>,
+    /// Names of groups that cannot be read, and why.
+    pub unreadable: BTreeMap<(String, String), String>,
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
+    pub demand: Averages,
     pub default_image: String,
     pub serves_claim_templates: bool,
 }
@@ -67,8 +73,10 @@ impl World {
         Self {
             placement: placement(&["a"]),
             groups: vec![group("a", &["pirate"])],
+            unreadable: BTreeMap::new(),
             live: Live::default(),
             workers: Vec::new(),
+            demand: Averages::default(),
             default_image: "worker:1".into(),
             serves_claim_templates: true,
         }
@@ -81,8 +89,10 @@ impl World {
         let observed = Observed {
             placement: &self.placement,
             groups,
+            unreadable: self.unreadable.clone(),
             live: self.live.clone(),
             workers: self.workers.clone(),
+            demand: self.demand.clone(),
             public_keys: &[],
             default_image: &self.default_image,
             allowed_source_hosts: None,
@@ -97,7 +107,12 @@ impl World {
 
     /// Does what there is to do, as the API server would, and returns what was written.
     pub fn carry_out(&mut self) -> Vec<OwnedKind> {
-        let plan = self.plan();
+        self.carry_out_at(0)
+    }
+
+    /// The same at a later time.
+    pub fn carry_out_at(&mut self, second: i64) -> Vec<OwnedKind> {
+        let plan = self.plan_at(second);
         for write in &plan.writes {
             let object = write.object.clone();
             let read = "what is applied can be read";
@@ -196,6 +211,8 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
                 bytes: Some(1 << 20),
                 fetch: None,
                 max_context_tokens: Some(512),
+                running_rows: 0,
+                waiting_rows: 0,
                 key,
                 groups,
                 state: ArtifactState::Ready,

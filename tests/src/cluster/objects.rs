@@ -52,6 +52,14 @@ impl Group {
         self
     }
 
+    /// With all of its lenses in memory ahead of requests.
+    pub fn preloaded(mut self) -> Self {
+        for lens in &mut self.lenses {
+            lens["residency"] = json!("Preloaded");
+        }
+        self
+    }
+
     /// Without a lens.
     pub fn without(mut self, name: &str) -> Self {
         self.lenses.retain(|lens| lens["name"] != name);
@@ -158,6 +166,12 @@ impl Placement {
     /// Workers that leave may go on for so long. Another value replaces the pods.
     pub fn draining_for(mut self, seconds: u32) -> Self {
         self.spec["terminationDrainSeconds"] = json!(seconds);
+        self
+    }
+
+    /// One lens is assigned to so many workers, at least and at most.
+    pub fn spreading(mut self, min_copies: u32, max_copies: u32) -> Self {
+        self.spec["spread"] = json!({"minCopies": min_copies, "maxCopies": max_copies});
         self
     }
 
@@ -295,5 +309,8 @@ mod tests {
             serde_json::from_value(workers.with_lens_budget("1Mi").manifest()).unwrap();
         assert_eq!((made.spec.worker.unwrap().env.len(), made.spec.source_secrets.len()), (2, 1));
         assert_eq!(made.spec.memory.unwrap().lens_budget.unwrap().0, "1Mi");
+        let made: ModelPlacement =
+            serde_json::from_value(placement("p", &["a"]).spreading(1, 2).manifest()).unwrap();
+        assert_eq!(made.spec.spread().max_copies, 2);
     }
 }

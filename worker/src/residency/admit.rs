@@ -527,13 +527,17 @@ impl Owner {
         }
     }
 
-    /// The base to make active when none is and nobody asks: the default group's, or while that one fails the next.
+    /// The base to make active when none is and nobody asks: the one that it is advised to prefer, the default group's, or
+    /// while that one fails the next.
     fn fallback(&self) -> Option<BaseKey> {
         let document = self.document.as_ref()?;
         if let Some((_, declared)) = self.declared_active() {
             return self.is_servable(declared).then(|| declared.clone());
         }
         let default = &document.default_group()?.base.key;
+        if let Some(preferred) = self.advice.base().filter(|key| self.is_servable(key)) {
+            return Some(preferred.clone());
+        }
         match &self.bases.get(default)?.stage {
             Stage::Ready(_) => Some(default.clone()),
             Stage::Resolving => None,

@@ -11,6 +11,7 @@
 //!   told why.
 
 mod admit;
+mod advice;
 mod ahead;
 mod bases;
 pub mod cache;

@@ -13,6 +13,7 @@ use turret_crds::document::{
 use turret_crds::model_name::ModelName;
 use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason, FetchReport};
 
+use super::advice::Advice;
 use super::declared::{Counts, DeclaredLens, LensName, Lenses};
 use super::failure::{Failure, backoff};
 use super::lease::Leases;
@@ -84,7 +85,7 @@ impl<T> Stage<T> {
 
     /// After a new document that declares the same: what failed is looked at again at once, since something else in
     /// the document may be what helps. Until that is known, what is said of it stays.
-    fn looked_at_again(self) -> Self {
+    pub(super) fn looked_at_again(self) -> Self {
         match self {
             Self::Failed { failure, retry_epoch, .. } => {
                 Self::Failed { failure, retry_at: Some(Instant::now()), retry_epoch, in_doubt: true }
@@ -182,6 +183,8 @@ pub(super) struct Owner {
     pub(super) created: u64,
 
     pub(super) document: Option<Arc<WorkerDocument>>,
+    /// What the document's hints say to this worker.
+    pub(super) advice: Advice,
     pub(super) applied: Option<AppliedDocument>,
     /// Limits in force, and those the document asks for while they are not.
     pub(super) limits: EngineConfig,
@@ -272,6 +275,7 @@ impl Owner {
             began: now,
             created,
             document: None,
+            advice: Advice::default(),
             applied: None,
             limits,
             wanted_limits: None,
@@ -418,14 +422,18 @@ impl Owner {
             true => Verdict::Take,
             false => judge(known, (document.sequence, &document.digest)),
         };
-        if verdict == Verdict::Take {
-            tracing::info!(
-                sequence = document.sequence,
-                digest = document.digest,
-                groups = document.groups.len(),
-                "document taken"
-            );
-            self.take(document);
+        match verdict {
+            Verdict::Take => {
+                tracing::info!(
+                    sequence = document.sequence,
+                    digest = document.digest,
+                    groups = document.groups.len(),
+                    "document taken"
+                );
+                self.take(document);
+            }
+            Verdict::Same => self.take_hints(document.hints),
+            Verdict::Stale | Verdict::Conflict => {}
         }
         verdict
     }
@@ -451,6 +459,7 @@ impl Owner {
         self.declare_lenses(&document, same_listed);
         self.not_beside.clear();
         self.document = Some(Arc::new(document));
+        self.follow_hints();
         self.cannot_fit = self.unfit_budgets();
         if let Some(short) = &self.cannot_fit {
             tracing::warn!(error = short.message, "the document's budgets cannot be met, those before stay");

@@ -4,6 +4,7 @@
 pub mod cache_volume;
 pub mod claims;
 pub mod controller;
+pub mod demand;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
@@ -12,6 +13,9 @@ pub mod reconcile;
 pub mod resources;
 #[cfg(test)]
 mod resources_tests;
+pub mod spread;
+#[cfg(test)]
+mod spread_tests;
 pub mod status;
 #[cfg(test)]
 mod status_tests;

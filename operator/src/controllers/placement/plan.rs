@@ -18,13 +18,16 @@ use turret_crds::{
     Compiled, ModelGroup, ModelPlacement, compile,
     condition::reason,
     document::{Previous, Problem},
+    hints::{self, Hints},
     placement::UpgradePolicy,
     token::PublicKey,
 };
 
 use super::{
     claims::{self, ResourceClaimTemplate},
+    demand::Averages,
     resources::{self, Rollout, Settings},
+    spread::{self, Decision, Seen},
 };
 use crate::controllers::{
     assess::{DocumentRef, ObservedWorker},
@@ -40,10 +43,14 @@ pub struct Observed<'a> {
     pub placement: &'a ModelPlacement,
     /// The groups that exist, of those it names.
     pub groups: BTreeMap<(String, String), &'a ModelGroup>,
+    /// Those that exist and cannot be read, and why.
+    pub unreadable: BTreeMap<(String, String), String>,
     /// The objects it owns, as cached.
     pub live: Live,
     /// Its workers, sorted by name.
     pub workers: Vec<ObservedWorker>,
+    /// How much its bases and lenses are asked for.
+    pub demand: Averages,
     /// Keys whose tokens its workers are to accept.
     pub public_keys: &'a [PublicKey],
     /// Worker image of this operator's version.
@@ -57,7 +64,7 @@ pub struct Observed<'a> {
 /// The owned objects as cached.
 #[derive(Clone, Debug, Default)]
 pub struct Live {
-    /// The ConfigMap; its data are replaced by their hashes, see [`shrink_config_map`].
+    /// The ConfigMap; its data but for the hints are replaced by their hashes, see [`shrink_config_map`].
     pub config_map: Option<Arc<ConfigMap>>,
     /// The Service.
     pub service: Option<Arc<Service>>,
@@ -126,6 +133,10 @@ pub struct Plan {
     pub document: Option<DocumentRef>,
     /// The same as gzip of JSON, when it was compiled now.
     pub gzip: Option<Vec<u8>>,
+    /// The hints that are or will be stored beside the document.
+    pub hints: Option<Hints>,
+    /// Whether they are other ones than before.
+    pub publishes_hints: bool,
     /// Objects to write, in order.
     pub writes: Vec<Write>,
     /// Templates of claims to remove: no pod is made from them any more.
@@ -154,25 +165,34 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let placement = observed.placement;
     let stored = observed.live.config_map.as_deref().and_then(resources::document_ref);
     let previous = previous(observed, stored.as_ref());
-    let mut compiled = compile(placement, &observed.groups, observed.public_keys, &previous);
+    let problems = unreadable(observed);
+    let mut compiled = if problems.is_empty() {
+        compile(placement, &observed.groups, observed.public_keys, &previous)
+    } else {
+        // What cannot be read is not taken from workers: they go on with the document they have.
+        Compiled { document: None, problems }
+    };
     if let Some(problem) = claims::unserved(placement).filter(|_| !observed.serves_claim_templates) {
         compiled.document = None;
         compiled.problems.push(problem);
     }
     let image = image(observed);
-    let (rollout, look_again) = rollout(observed, now);
+    let (rollout, patience) = rollout(observed, now);
+    let advice = advice(observed, &compiled, stored.as_ref(), now);
     let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };
     let deployment = resources::deployment(placement, settings, rollout);
     let mut plan = Plan {
         document: compiled.document.as_ref().map(resources::reference).or_else(|| stored.clone()),
         gzip: compiled.document.as_ref().map(|d| d.to_gzip()),
+        hints: advice.hints,
+        publishes_hints: advice.is_new,
         template: resources::template_hash(&deployment).map(str::to_owned),
         compiled,
         writes: Vec::new(),
         stale_claim_templates: Vec::new(),
         image,
         in_the_way: in_the_way(observed),
-        look_again,
+        look_again: patience.into_iter().chain(advice.look_again).min(),
     };
     // An unusable value in the spec, or a name that belongs to somebody else: nothing is touched.
     let invalid = plan.compiled.problems.iter().any(Problem::stops_everything);
@@ -183,7 +203,7 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let live = &observed.live;
     let mut writes = Vec::new();
     if let (Some(document), Some(gzip)) = (&plan.document, &plan.gzip) {
-        let wanted = resources::config_map(placement, document, gzip.clone());
+        let wanted = resources::config_map(placement, document, gzip.clone(), advice.gzip);
         let mut shrunk = wanted.clone();
         shrink_config_map(&mut shrunk);
         let write = compare(OwnedKind::ConfigMap, live.config_map.as_deref(), &wanted, &shrunk);
@@ -234,6 +254,61 @@ fn stale_claim_templates(
     };
     let others = live.claim_templates.iter().filter(|t| t.metadata.name != wanted && is_ours(t));
     others.cloned().collect()
+}
+
+/// What is said of groups that cannot be read.
+fn unreadable(observed: &Observed<'_>) -> Vec<Problem> {
+    let one = |((_, name), why): (&(String, String), &String)| Problem {
+        reason: reason::INVALID,
+        message: format!(
+            "ModelGroup `{name}` cannot be read: {why}; correct it, or remove it from spec.groups"
+        ),
+    };
+    observed.unreadable.iter().map(one).collect()
+}
+
+/// Hints as they will be stored.
+#[derive(Default)]
+struct Advice {
+    hints: Option<Hints>,
+    gzip: Option<Vec<u8>>,
+    is_new: bool,
+    look_again: Option<Duration>,
+}
+
+/// Hints beside the document that was compiled. Those that stay go on as the bytes they are.
+fn advice(
+    observed: &Observed<'_>,
+    compiled: &Compiled,
+    stored: Option<&DocumentRef>,
+    now: Timestamp,
+) -> Advice {
+    let Some(document) = &compiled.document else { return Advice::default() };
+    let published = observed.live.config_map.as_deref().and_then(resources::stored_hints);
+    let is_other =
+        |stored: &DocumentRef| (stored.sequence, &stored.digest) != (document.sequence, &document.digest);
+    let seen = Seen {
+        document,
+        is_written: stored.is_none_or(is_other),
+        spread: observed.placement.spec.spread(),
+        workers: &observed.workers,
+        demand: &observed.demand,
+        published: published.as_ref().map(|(hints, _)| hints),
+    };
+    match spread::decide(&seen, now) {
+        Decision::Keep { look_again } => {
+            let (hints, gzip) = published.map(|(hints, gzip)| (hints, gzip.to_vec())).unzip();
+            Advice { hints, gzip, is_new: false, look_again }
+        }
+        Decision::Publish(hints) => {
+            let gzip = hints.to_gzip();
+            // Beyond what a ConfigMap has room for, workers go on as declared.
+            if gzip.len() > hints::MAX_GZIP_BYTES {
+                return Advice::default();
+            }
+            Advice { hints: Some(hints), gzip: Some(gzip), is_new: true, look_again: None }
+        }
+    }
 }
 
 /// What is known of earlier documents. Whoever knows the largest sequence wins: the ConfigMap, a
@@ -346,9 +421,10 @@ fn compare<K: Resource<DynamicType = ()> + Serialize>(
 }
 
 /// Replaces a ConfigMap's data by their hashes: all that is needed to see whether they are as
-/// wanted, and a hundredth of the memory.
+/// wanted, and a hundredth of the memory. Hints are kept: the next ones are made from them.
 pub fn shrink_config_map(config_map: &mut ConfigMap) {
-    for bytes in config_map.binary_data.iter_mut().flat_map(|data| data.values_mut()) {
+    let data = config_map.binary_data.iter_mut().flatten();
+    for (_, bytes) in data.filter(|(key, _)| *key != label::HINTS_KEY) {
         bytes.0 = <sha2::Sha256 as sha2::Digest>::digest(&bytes.0).to_vec();
     }
     config_map.data = None;

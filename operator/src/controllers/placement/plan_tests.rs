@@ -41,6 +41,20 @@ fn a_new_placement_gets_its_document_before_its_workers() {
 }
 
 #[test]
+fn a_group_that_cannot_be_read_is_told_and_not_taken_from_the_workers() {
+    let mut world = World::new();
+    world.carry_out();
+    world.groups.clear();
+    world.unreadable.insert(("ns".into(), "a".into()), "invalid type: null".into());
+    let plan = world.plan();
+    assert_eq!((plan.writes.len(), plan.compiled.document), (0, None));
+    assert_eq!(plan.document.unwrap().sequence, 1, "what is stored stays");
+    let [problem] = &plan.compiled.problems[..] else { panic!("{:?}", plan.compiled.problems) };
+    assert_eq!(problem.reason, reason::INVALID);
+    assert!(problem.message.starts_with("ModelGroup `a` cannot be read: invalid type: null"));
+}
+
+#[test]
 fn a_plan_on_the_planned_state_is_empty() {
     let mut world = World::new();
     world.carry_out();

@@ -19,7 +19,9 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus, condition::reason, document::Problem};
+use turret_crds::{
+    ModelGroup, ModelPlacement, ModelPlacementStatus, WorkerReport, condition::reason, document::Problem,
+};
 
 use super::{
     claims::ResourceClaimTemplate,
@@ -141,17 +143,22 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let key: Key = (placement.namespace().unwrap_or_default(), placement.name_any());
     let groups = groups(&placement, &ctx);
     let public_keys = ctx.public_keys.borrow().clone();
+    let now = Timestamp::now();
+    let live = live(&key, &ctx);
+    let published = || live.config_map.as_deref().and_then(resources::stored_hints).map(|(hints, _)| hints);
+    let demand = ctx.demands.of(&key, published, now);
     let observed = Observed {
         placement: &placement,
         groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
-        live: live(&key, &ctx),
+        unreadable: unreadable(&placement, &ctx),
+        live,
         workers: ctx.workers(&key),
+        demand,
         public_keys: &public_keys,
         default_image: &ctx.worker_image,
         allowed_source_hosts: ctx.allowed_source_hosts.as_deref(),
         serves_claim_templates: ctx.caches.claim_templates.is_some(),
     };
-    let now = Timestamp::now();
     let mut plan = plan::plan(&observed, now);
     let ours = ask_for_names(&placement, &mut plan, &ctx).await?;
     let writes = std::mem::take(&mut plan.writes).into_iter();
@@ -162,7 +169,10 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         match apply(&key, document, &ctx).await {
             // The status says why; else this passes.
             Err(error) if error.refused().is_none() => return Err(error),
-            stored => failed = stored.err(),
+            Ok(()) => {
+                ctx.metrics.hints_published.inc_by(plan.publishes_hints.into());
+            }
+            Err(error) => failed = Some(error),
         }
     }
     // What is not stored is not told: the next look would take its number for used, and count on for ever.
@@ -214,6 +224,20 @@ fn groups(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, Arc<ModelG
         .collect()
 }
 
+/// The groups of its own namespace that it names and that cannot be read, and why.
+fn unreadable(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, String> {
+    let namespace = placement.namespace().unwrap_or_default();
+    let targets =
+        placement.spec.groups.iter().map(|g| g.target(&namespace)).filter(|(ns, _)| *ns == namespace);
+    targets
+        .filter_map(|(ns, name)| {
+            let key = (ns.to_owned(), name.to_owned());
+            let why = ctx.caches.unreadable_groups.why(&key)?;
+            Some((key, why))
+        })
+        .collect()
+}
+
 fn live(key: &Key, ctx: &Context) -> Live {
     let name = turret_crds::label::owned_name(&key.1);
     let caches = &ctx.caches;
@@ -256,6 +280,7 @@ async fn ask_for_names(
     }
     if !plan.in_the_way.is_empty() {
         plan.writes.clear();
+        plan.stale_claim_templates.clear();
     }
     Ok(ours)
 }
@@ -331,7 +356,7 @@ async fn remove(key: &Key, template: &ResourceClaimTemplate, ctx: &Context) -> R
 async fn push_document(key: &Key, plan: &Plan, ctx: &Context) -> Vec<(WorkerId, PushError)> {
     let document = plan.compiled.document.as_ref().filter(|_| plan.in_the_way.is_empty());
     let Some(document) = document else { return Vec::new() };
-    let failures = ctx.push(key, document).await;
+    let failures = ctx.push(key, document, plan.hints.as_ref()).await;
     for (worker, error) in &failures {
         tracing::warn!(%worker, sequence = document.sequence, error = %chain(error), "failed to give a worker its document");
     }
@@ -352,8 +377,11 @@ async fn tell_conflicts(placement: &ModelPlacement, failures: &[(WorkerId, PushE
 
 fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
     let Some(document) = &plan.document else { return false };
-    let reports = workers.iter().filter_map(|w| w.report.as_ref());
-    reports.into_iter().any(|r| !r.serves(document.sequence, &document.digest))
+    let is_behind = |report: &WorkerReport| {
+        let serves = report.serves(document.sequence, &document.digest);
+        !serves || push::lacks_hints(report, plan.hints.as_ref())
+    };
+    workers.iter().filter_map(|w| w.report.as_deref()).any(is_behind)
 }
 
 /// What a status is made from.

@@ -30,7 +30,9 @@ use k8s_openapi::{
 use kube::{Resource, ResourceExt};
 use serde_json::json;
 use turret_crds::{
-    ModelPlacement, WorkerDocument, label,
+    ModelPlacement, WorkerDocument,
+    hints::Hints,
+    label,
     placement::{Worker, topology::TopologySpread},
 };
 
@@ -147,18 +149,29 @@ pub fn reference(document: &WorkerDocument) -> DocumentRef {
     }
 }
 
-/// The ConfigMap with the worker document, given as [`WorkerDocument::to_gzip`] writes it.
-pub fn config_map(placement: &ModelPlacement, document: &DocumentRef, gzip: Vec<u8>) -> ConfigMap {
+/// The hints in a ConfigMap, and their bytes as they are stored.
+pub fn stored_hints(config_map: &ConfigMap) -> Option<(Hints, &[u8])> {
+    let gzip = config_map.binary_data.as_ref()?.get(label::HINTS_KEY)?.0.as_slice();
+    Some((Hints::from_gzip(gzip).ok()?, gzip))
+}
+
+/// The ConfigMap with the worker document, given as [`WorkerDocument::to_gzip`] writes it, and with hints beside it, as
+/// [`Hints::to_gzip`] does.
+pub fn config_map(
+    placement: &ModelPlacement,
+    document: &DocumentRef,
+    gzip: Vec<u8>,
+    hints: Option<Vec<u8>>,
+) -> ConfigMap {
     let annotations = BTreeMap::from([
         (label::DOCUMENT_SEQUENCE.into(), document.sequence.to_string()),
         (label::DOCUMENT_DIGEST.into(), document.digest.clone()),
         (DOCUMENT_GROUPS.into(), json!(document.groups).to_string()),
     ]);
-    ConfigMap {
-        metadata: metadata(placement, annotations),
-        binary_data: Some(BTreeMap::from([(label::DOCUMENT_KEY.into(), ByteString(gzip))])),
-        ..ConfigMap::default()
-    }
+    let hints = hints.map(|hints| (label::HINTS_KEY.to_owned(), ByteString(hints)));
+    let document = (label::DOCUMENT_KEY.to_owned(), ByteString(gzip));
+    let data: BTreeMap<String, ByteString> = hints.into_iter().chain([document]).collect();
+    ConfigMap { metadata: metadata(placement, annotations), binary_data: Some(data), ..ConfigMap::default() }
 }
 
 /// The Service in front of the workers. Its labels reach the EndpointSlices, by which the gateway

@@ -137,7 +137,7 @@ fn the_budget_of_files_on_a_claim_replaces_no_pod() {
 fn the_document_is_readable_where_it_is_stored() {
     let plan = World::new().plan();
     let (document, gzip) = (plan.document.unwrap(), plan.gzip.unwrap());
-    let config_map = resources::config_map(&World::new().placement, &document, gzip);
+    let config_map = resources::config_map(&World::new().placement, &document, gzip, None);
     assert_eq!(resources::document_ref(&config_map), Some(document));
     let bytes = &config_map.binary_data.as_ref().unwrap()[turret_crds::label::DOCUMENT_KEY].0;
     assert_eq!(turret_crds::WorkerDocument::from_gzip(bytes).unwrap(), plan.compiled.document.unwrap());
@@ -177,6 +177,7 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"switching": {"drainSeconds": 3}}),
         json!({"switching": {"mode": "Manual", "activeGroupName": "a"}}),
         json!({"eviction": {"policy": "LRU", "highWatermarkPercent": 80}}),
+        json!({"spread": {"maxCopies": 2}}),
         json!({"admission": {"holdSeconds": 3}}),
         json!({"warmupSeconds": 3}),
         json!({"upgradePolicy": "Rolling"}),

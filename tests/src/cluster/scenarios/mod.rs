@@ -11,6 +11,7 @@ pub mod residency;
 pub mod rights;
 pub mod rollouts;
 pub mod sources;
+pub mod spread;
 pub mod switches;
 
 use std::path::Path;
