@@ -65,6 +65,10 @@ impl Owner {
     /// Whether a lens over the active base is still to come ahead of requests.
     fn waits_for_lenses(&self, demand: &Demand, now: Instant) -> bool {
         let Some(active) = &self.table.active else { return true };
+        // How much room there is, is known when the engine has the document's budgets.
+        if self.reconfiguring.is_some() {
+            return true;
+        }
         let mut outside = Vec::new();
         for (name, instead_of_others) in self.ahead() {
             let Some(lens) = self.lenses.get(&name).filter(|lens| lens.base == *active) else { continue };
