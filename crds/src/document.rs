@@ -16,7 +16,7 @@ use crate::{
     hints::Hints,
     placement::{
         EvictionPolicy, GroupResidency, LensPreload, ModelPlacement, ModelPlacementSpec, PlacedGroup,
-        SwitchingMode,
+        SwitchingMode, cache::bytes_for_files,
     },
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
@@ -63,6 +63,9 @@ pub struct WorkerDocument {
     pub eviction: EvictionRule,
     /// Limits of what waits.
     pub admission: AdmissionLimits,
+    /// How long a new worker whose base is active waits at most for its lenses before it is ready, seconds.
+    #[serde(default = "default_warmup_seconds", skip_serializing_if = "is_default_warmup_seconds")]
+    pub warmup_seconds: u32,
     /// Names of the volumes mounted below the worker's volumes folder, sorted.
     pub source_volumes: Vec<String>,
     /// Names of the Secrets whose tokens are below the worker's folder of Secrets, sorted.
@@ -189,6 +192,17 @@ fn default_priority() -> u32 {
 
 fn is_default_priority(priority: &u32) -> bool {
     *priority == DEFAULT_PRIORITY
+}
+
+/// How long a new worker waits for its lenses where nothing is said, seconds.
+pub const DEFAULT_WARMUP_SECONDS: u32 = 120;
+
+fn default_warmup_seconds() -> u32 {
+    DEFAULT_WARMUP_SECONDS
+}
+
+fn is_default_warmup_seconds(seconds: &u32) -> bool {
+    *seconds == DEFAULT_WARMUP_SECONDS
 }
 
 /// What says nothing new is not written, so that a worker of the version before computes the same digest.
@@ -352,7 +366,7 @@ pub struct Problem {
 impl Problem {
     /// Whether nothing is carried out before it is mended. Otherwise the rest of the placement is.
     pub fn stops_everything(&self) -> bool {
-        self.reason == reason::INVALID
+        matches!(self.reason, reason::INVALID | reason::API_NOT_SERVED)
     }
 }
 
@@ -467,6 +481,7 @@ fn assemble(
         lens_preload: spec.switching.as_ref().and_then(|s| s.lens_preload).unwrap_or_default(),
         eviction: eviction(spec),
         admission: admission(spec),
+        warmup_seconds: count(Some(spec.warmup_seconds()), DEFAULT_WARMUP_SECONDS),
         source_volumes,
         source_secrets,
         source_secret_hosts,
@@ -526,7 +541,7 @@ fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
     let budgets = MemoryBudgets {
         device_bytes: read("deviceBudget", memory.and_then(|m| m.device_budget.as_ref()))?,
         lens_bytes: read("lensBudget", memory.and_then(|m| m.lens_budget.as_ref()))?,
-        disk_bytes: read("diskBudget", memory.and_then(|m| m.disk_budget.as_ref()))?,
+        disk_bytes: disk_bytes(spec, read("diskBudget", memory.and_then(|m| m.disk_budget.as_ref()))?)?,
     };
     if let (Some(device), Some(lens)) = (budgets.device_bytes, budgets.lens_bytes)
         && lens >= device
@@ -540,6 +555,24 @@ fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
     }
     let device_bytes = budgets.device_bytes.filter(|_| beyond_limit(spec).is_none());
     Ok(MemoryBudgets { device_bytes, ..budgets })
+}
+
+/// Disk for fetched files: what is declared, or else what the cache is declared to hold.
+fn disk_bytes(spec: &ModelPlacementSpec, declared: Option<u64>) -> Result<Option<u64>, Problem> {
+    let Some((field, size)) = spec.cache.as_ref().and_then(|cache| cache.declared_size()) else {
+        return Ok(declared);
+    };
+    let invalid = |message: String| Problem { reason: reason::INVALID, message };
+    let unreadable = |e: InvalidQuantity| invalid(format!("spec.cache.{field}: {e}"));
+    let bytes = size.bytes().map_err(unreadable)?;
+    match declared {
+        Some(budget) if budget > bytes => Err(invalid(format!(
+            "spec.memory.diskBudget ({budget} bytes) is a part of the cache and must not be larger than spec.cache.{field} \
+             ({bytes} bytes)"
+        ))),
+        Some(budget) => Ok(Some(budget)),
+        None => bytes_for_files(size).map(Some).map_err(unreadable),
+    }
 }
 
 /// On a CPU worker memory is the device: a budget that the container's limit does not hold ends with the process being killed

@@ -10,6 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{assign, group::never_observed, quantity::ByteQuantity};
 
+pub mod cache;
+pub mod topology;
+
+use cache::Cache;
+use topology::TopologySpread;
+
 /// Most groups a placement may name.
 pub const MAX_GROUPS: usize = 16;
 
@@ -43,6 +49,7 @@ pub const MAX_GROUPS: usize = 16;
 #[x_kube(
     validation = Rule::new("!has(self.defaultGroupName) || self.groups.exists(g, g.name == self.defaultGroupName)").message("defaultGroupName must be the name of one of the groups"),
     validation = Rule::new("!has(self.switching) || !has(self.switching.activeGroupName) || self.groups.exists(g, g.name == self.switching.activeGroupName)").message("switching.activeGroupName must be the name of one of the groups"),
+    validation = Rule::new("!has(self.memory) || !has(self.memory.diskBudget) || !has(self.cache) || ((!has(self.cache.ephemeral) || quantity(string(self.memory.diskBudget)).compareTo(quantity(string(self.cache.ephemeral.size))) <= 0) && (!has(self.cache.emptyDir) || !has(self.cache.emptyDir.sizeLimit) || quantity(string(self.memory.diskBudget)).compareTo(quantity(string(self.cache.emptyDir.sizeLimit))) <= 0))").message("memory.diskBudget is a part of the cache and must not be larger than its size"),
 )]
 pub struct ModelPlacementSpec {
     /// The groups that every worker of this placement can serve. 1 to 16.
@@ -83,6 +90,9 @@ pub struct ModelPlacementSpec {
     /// How many workers there are, decided by the operator from what runs and waits. Absent: `replicas`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
+    /// Where workers keep the files they fetch. Absent: a folder on the node's own disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
     /// Volumes that `pvc://NAME/path` sources read. Mounted read-only into every worker.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
@@ -94,13 +104,34 @@ pub struct ModelPlacementSpec {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub source_secrets: Vec<SourceSecret>,
+    /// How long a new worker whose base is active waits at most for its `Pinned` and `Preloaded` lenses before it is ready,
+    /// in seconds. A lens that fails, or finds no room, is not waited for. Once it was ready, loads and switches make it
+    /// unready no more. Default 120.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub warmup_seconds: Option<i32>,
     /// How long a worker that leaves may finish its running rows, in seconds. Default 120.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub termination_drain_seconds: Option<i32>,
+    /// Whether a new operator with another default worker image replaces the workers. `Manual`, the default: no, the new
+    /// image comes with the next change that replaces them anyway. `Rolling`: yes, at once. Says nothing where
+    /// `worker.image` names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade_policy: Option<UpgradePolicy>,
     /// The worker pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker: Option<Worker>,
+}
+
+/// Whether a new operator with another default worker image replaces the workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum UpgradePolicy {
+    /// It does not.
+    #[default]
+    Manual,
+    /// It does.
+    Rolling,
 }
 
 /// A group that a placement serves.
@@ -156,14 +187,33 @@ pub struct GroupRef {
     pub namespace: Option<String>,
 }
 
-/// The device a worker asks for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+/// The device a worker asks for: exactly one of the two.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.resourceName) != has(self.deviceClassName)").message("accelerator is exactly one of resourceName and deviceClassName"),
+)]
 pub struct Accelerator {
     /// An extended resource of a device plugin, such as `nvidia.com/gpu`. Each worker gets one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 3, max = 316))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$')").message("resourceName must be an extended resource such as nvidia.com/gpu"))]
-    pub resource_name: String,
+    pub resource_name: Option<String>,
+    /// A class of devices of a driver of dynamic resource allocation, such as `gpu.nvidia.com`. Each worker gets one, by a
+    /// claim of its own. Needs an API server that serves `resource.k8s.io/v1` (Kubernetes 1.34); on another one the
+    /// placement is refused with `Accepted=False`, reason `ApiNotServed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("deviceClassName is the name of a DeviceClass: lower-case letters, digits, `-` and `.`"))]
+    pub device_class_name: Option<String>,
+}
+
+impl Accelerator {
+    /// What is asked for, for people.
+    pub fn name(&self) -> &str {
+        let name = self.resource_name.as_deref().or(self.device_class_name.as_deref());
+        name.unwrap_or_default()
+    }
 }
 
 /// Memory budgets of one worker.
@@ -181,8 +231,9 @@ pub struct Memory {
     /// Absent: an eighth of the device budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lens_budget: Option<ByteQuantity>,
-    /// Disk the worker may use for files it fetched. Absent: 64Gi, not set aside. When given it is
-    /// requested as ephemeral storage, so changing it replaces the pods.
+    /// Disk the worker may use for files it fetched. Absent: what `cache` is declared to hold, or else 64Gi, not set aside.
+    /// When given and the cache is on the node's own disk, it is requested as ephemeral storage, so changing it replaces
+    /// the pods; with a cache of another kind it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_budget: Option<ByteQuantity>,
 }
@@ -453,6 +504,11 @@ pub struct Worker {
     #[schemars(length(max = 32))]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub tolerations: Vec<Toleration>,
+    /// How the workers are spread over nodes, zones and the like. Absent: over nodes, as far as there is room.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 4))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["topologyKey".into()]))]
+    pub topology_spread_constraints: Vec<TopologySpread>,
     /// Priority class of the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
@@ -571,7 +627,7 @@ pub struct ModelPlacementStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_memory_summary: Option<String>,
     /// Image of the workers, as resolved when the placement was last changed: a newer operator
-    /// with another default does not replace running pods.
+    /// with another default does not replace running pods, unless `upgradePolicy` is `Rolling`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker_image: Option<String>,
     /// Sequence number of the newest worker document.
@@ -607,6 +663,11 @@ impl ModelPlacementSpec {
     /// How long a leaving worker may finish its rows, seconds.
     pub fn termination_drain_seconds(&self) -> i32 {
         self.termination_drain_seconds.unwrap_or(120)
+    }
+
+    /// How long a new worker waits at most for its lenses before it is ready, seconds.
+    pub fn warmup_seconds(&self) -> i32 {
+        self.warmup_seconds.unwrap_or(120)
     }
 
     /// On how many workers one lens may be, defaults filled in.

@@ -65,7 +65,7 @@ pub struct WorkerState {
     /// The document that is applied, in all its parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub document: Option<AppliedDocument>,
-    /// Whether it takes requests: its first base is active and it is not draining.
+    /// Whether it takes requests: its first base is active, the lenses that it waits for have come, and it is not draining.
     pub ready: bool,
     /// Whether it is leaving: it finishes what runs and takes nothing new.
     pub draining: bool,

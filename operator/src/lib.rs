@@ -8,6 +8,7 @@
 //! - [`demand`] is what gateways tell the operator of requests that wait, so that a worker comes for them.
 //! - [`keys`] signs the short-lived tokens that workers ask for.
 //! - [`gateway`] is `turret-operator gateway`.
+//! - [`optional_apis`] finds out what the API server serves of what not every one does.
 //! - [`rbac`] lists exactly the permissions both use; the chart's roles are generated from it.
 //! - [`validate`] is `turret-operator validate`: files are judged without a cluster.
 
@@ -19,6 +20,7 @@ pub mod health;
 pub mod keys;
 pub mod leader;
 pub mod metrics;
+pub mod optional_apis;
 pub mod print;
 pub mod rbac;
 pub mod relisting;

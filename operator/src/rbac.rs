@@ -60,6 +60,12 @@ pub fn rules() -> Rules {
             rule("", &["configmaps", "services"], &owned),
             rule("apps", &["deployments"], &owned),
             rule("policy", &["poddisruptionbudgets"], &owned),
+            // Their content never changes, so another one is another object, and the old one is removed.
+            rule(
+                "resource.k8s.io",
+                &["resourceclaimtemplates"],
+                &["get", "list", "watch", "create", "patch", "delete"],
+            ),
             rule("", &["pods"], &["list", "watch", "patch"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
         ],

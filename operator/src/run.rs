@@ -40,6 +40,7 @@ use crate::{
     health::Health,
     leader::Election,
     metrics::Metrics,
+    optional_apis::OptionalApis,
     rbac, secrets,
 };
 
@@ -119,7 +120,11 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
         }
     });
 
-    let watched = start_caches(&mut tasks, &client, args.namespace.as_deref());
+    let apis = tokio::select! {
+        apis = OptionalApis::find(&client) => apis,
+        () = stopped(stop.clone()) => return Ok(()),
+    };
+    let watched = start_caches(&mut tasks, &client, args.namespace.as_deref(), apis);
     let all = watched.caches.synced();
     tokio::select! {
         () = all => health.caches_are_synced(),
@@ -195,7 +200,12 @@ struct Watched {
     pods_changed: Arc<Notify>,
 }
 
-fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str>) -> Watched {
+fn start_caches(
+    tasks: &mut JoinSet<()>,
+    client: &Client,
+    namespace: Option<&str>,
+    apis: OptionalApis,
+) -> Watched {
     let (placement_wakes, group_wakes) = (Wakes::default(), Wakes::default());
     let pods_changed = Arc::new(Notify::new());
     let everything = watcher::Config::default();
@@ -245,6 +255,14 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
         cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
+    let touch = owned_changed.clone();
+    let claim_templates = apis.resource_claim_templates.then(|| {
+        let (claim_templates, _) =
+            cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+                touch(t.both().next().and_then(placement_of));
+            });
+        claim_templates
+    });
     let pods = Pods::default();
     let (index, notify) = (pods.clone(), pods_changed.clone());
     let (pod_store, _) = cache::start(
@@ -271,6 +289,7 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
         services,
         disruption_budgets,
         deployments,
+        claim_templates,
         pods,
         pod_store,
     };

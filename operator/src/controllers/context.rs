@@ -30,6 +30,7 @@ use turret_crds::{
 use super::{
     assess::ObservedWorker,
     placement::{
+        claims::ResourceClaimTemplate,
         demand::Demands,
         push::{self, Offer, PushError, Pushes, Recipient},
         scaling::Scaling,
@@ -106,6 +107,8 @@ pub struct Caches {
     pub disruption_budgets: Store<PodDisruptionBudget>,
     /// Deployments of placements.
     pub deployments: Store<Deployment>,
+    /// Templates of claims for placements that ask for a class of devices; `None` where the API server has none.
+    pub claim_templates: Option<Store<ResourceClaimTemplate>>,
     /// Worker pods.
     pub pods: Pods,
     /// What `pods` is made from.
@@ -124,6 +127,7 @@ impl Caches {
             services,
             disruption_budgets,
             deployments,
+            claim_templates,
             pods: _,
             pod_store,
         } = self.clone();
@@ -136,6 +140,12 @@ impl Caches {
                 services.wait_until_ready(),
                 disruption_budgets.wait_until_ready(),
                 deployments.wait_until_ready(),
+                async {
+                    match &claim_templates {
+                        Some(templates) => templates.wait_until_ready().await,
+                        None => Ok(()),
+                    }
+                },
                 pod_store.wait_until_ready(),
             );
         }

@@ -17,6 +17,7 @@ use turret_crds::{
 use super::{
     assess::ObservedWorker,
     placement::{
+        claims::ResourceClaimTemplate,
         demand::Averages,
         plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
     },
@@ -65,6 +66,7 @@ pub struct World {
     pub default_image: String,
     /// How many workers `autoscaling` wants.
     pub decided: Option<i32>,
+    pub serves_claim_templates: bool,
 }
 
 impl World {
@@ -79,6 +81,7 @@ impl World {
             demand: Averages::default(),
             default_image: "worker:1".into(),
             decided: None,
+            serves_claim_templates: true,
         }
     }
 
@@ -102,6 +105,7 @@ impl World {
             public_keys: &[],
             default_image: &self.default_image,
             allowed_source_hosts: None,
+            serves_claim_templates: self.serves_claim_templates,
         };
         plan(&observed, at(second))
     }
@@ -133,11 +137,18 @@ impl World {
                 OwnedKind::PodDisruptionBudget => {
                     self.live.disruption_budget = Some(Arc::new(serde_json::from_value(object).expect(read)));
                 }
+                OwnedKind::ResourceClaimTemplate => {
+                    let template: ResourceClaimTemplate = serde_json::from_value(object).expect(read);
+                    let templates = &mut self.live.claim_templates;
+                    templates.retain(|there| there.metadata.name != template.metadata.name);
+                    templates.push(Arc::new(template));
+                }
                 OwnedKind::Deployment => {
                     self.live.deployment = Some(Arc::new(serde_json::from_value(object).expect(read)))
                 }
             }
         }
+        self.live.claim_templates.retain(|template| !plan.stale_claim_templates.contains(template));
         plan.writes.iter().map(|w| w.kind).collect()
     }
 

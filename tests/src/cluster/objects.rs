@@ -120,6 +120,18 @@ impl Placement {
         self
     }
 
+    /// Each worker asks for a device of a class.
+    pub fn with_device_class(mut self, class: &str) -> Self {
+        self.spec["accelerator"] = json!({"deviceClassName": class});
+        self
+    }
+
+    /// Workers keep what they fetch on a claim.
+    pub fn caching_on(mut self, claim: &str) -> Self {
+        self.spec["cache"] = json!({"persistentVolumeClaim": {"claimName": claim}});
+        self
+    }
+
     /// Each worker is told to compute on the CPU, whatever it was given.
     pub fn computing_on_cpu(self) -> Self {
         self.with_variable(ENV_DEVICE, "cpu")

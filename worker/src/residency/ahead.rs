@@ -72,7 +72,7 @@ impl Owner {
     }
 
     /// Lenses to be in memory ahead of requests, and whether others may leave for them.
-    fn ahead(&self) -> Vec<(LensName, bool)> {
+    pub(super) fn ahead(&self) -> Vec<(LensName, bool)> {
         let share = self.advice.share();
         let mut pinned = Vec::new();
         let mut preloaded = Vec::new();

@@ -42,6 +42,7 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 pub mod token;
+mod warmup;
 mod work;
 
 use std::collections::BTreeMap;

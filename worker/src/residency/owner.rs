@@ -25,6 +25,7 @@ use super::resolve::{ResolvedBase, Wish};
 use super::resolving::{Checks, Supplier};
 use super::source::Listed;
 use super::table::{LensKey, Table};
+use super::warmup::Warmup;
 use super::work::Event;
 use super::{DEFAULT_DISK_BYTES, Measured, Message, Outcome, Permit, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle};
@@ -227,7 +228,7 @@ pub(super) struct Owner {
     pub(super) uses: u64,
     pub(super) turn: Turn,
     pub(super) active_since: Instant,
-    pub(super) has_served: bool,
+    pub(super) warmup: Warmup,
     pub(super) last_switch: Option<(BaseKey, Span)>,
     pub(super) last_loads: BTreeMap<LensKey, Span>,
     /// Bases that the engine had no room for beside the active one.
@@ -305,7 +306,7 @@ impl Owner {
             uses: 0,
             turn: Turn::Steady,
             active_since: now,
-            has_served: false,
+            warmup: Warmup::Cold,
             last_switch: None,
             last_loads: BTreeMap::new(),
             not_beside: BTreeSet::new(),

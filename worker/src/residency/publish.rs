@@ -15,6 +15,7 @@ use super::declared::{Changed, DeclaredLens, LensName, RecentMean};
 use super::owner::{DeclaredBase, Owner, Stage, Turn, Waiter};
 use super::resolve::CheckedFiles;
 use super::table::Phase;
+use super::warmup::Warmup;
 use super::{SpokenLens, Start, View};
 
 /// The view before there is any document.
@@ -205,7 +206,7 @@ impl Owner {
         let draining = self.leaving || self.drained;
         WorkerState {
             document: self.applied.clone(),
-            ready: self.has_served && !draining,
+            ready: self.warmup == Warmup::Warm && !draining,
             draining,
             active_base: self.table.active.clone(),
             preferred_base: self.advice.base().cloned(),

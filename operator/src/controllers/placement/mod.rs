@@ -1,6 +1,9 @@
-//! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget.
+//! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget; with a class of devices
+//! also the template of the claims for them.
 
 pub mod autoscale;
+pub mod cache_volume;
+pub mod claims;
 pub mod controller;
 pub mod demand;
 pub mod plan;

@@ -20,10 +20,12 @@ use turret_crds::{
     document::{Previous, Problem},
     hints::{self, Hints},
     label,
+    placement::UpgradePolicy,
     token::PublicKey,
 };
 
 use super::{
+    claims::{self, ResourceClaimTemplate},
     demand::Averages,
     resources::{self, Rollout, Settings},
     spread::{self, Decision, Seen},
@@ -59,6 +61,8 @@ pub struct Observed<'a> {
     pub default_image: &'a str,
     /// Hosts that sources may be fetched from, where they are not the worker's default.
     pub allowed_source_hosts: Option<&'a str>,
+    /// Whether the API server has templates of claims for devices.
+    pub serves_claim_templates: bool,
 }
 
 /// The owned objects as cached.
@@ -72,6 +76,8 @@ pub struct Live {
     pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
     /// The Deployment.
     pub deployment: Option<Arc<Deployment>>,
+    /// Templates of claims: the one that pods are made from, and those of pods before them.
+    pub claim_templates: Vec<Arc<ResourceClaimTemplate>>,
 }
 
 /// Kinds of owned objects, in the order in which they are written.
@@ -83,6 +89,8 @@ pub enum OwnedKind {
     Service,
     /// How many may be evicted.
     PodDisruptionBudget,
+    /// What the claims of the workers' devices are made from.
+    ResourceClaimTemplate,
     /// The workers.
     Deployment,
 }
@@ -94,6 +102,7 @@ impl OwnedKind {
             Self::ConfigMap => "ConfigMap",
             Self::Service => "Service",
             Self::PodDisruptionBudget => "PodDisruptionBudget",
+            Self::ResourceClaimTemplate => "ResourceClaimTemplate",
             Self::Deployment => "Deployment",
         }
     }
@@ -110,6 +119,13 @@ pub struct Write {
     pub exists: bool,
     /// Why it is written.
     pub why: String,
+}
+
+impl Write {
+    /// Name of the object.
+    pub fn name(&self) -> &str {
+        self.object["metadata"]["name"].as_str().unwrap_or_default()
+    }
 }
 
 /// What to do for a placement.
@@ -129,6 +145,8 @@ pub struct Plan {
     pub marks: Vec<Mark>,
     /// Objects to write, in order.
     pub writes: Vec<Write>,
+    /// Templates of claims to remove: no pod is made from them any more.
+    pub stale_claim_templates: Vec<Arc<ResourceClaimTemplate>>,
     /// Hash of the wanted pod template.
     pub template: Option<String>,
     /// The resolved image of the workers.
@@ -154,12 +172,16 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let stored = observed.live.config_map.as_deref().and_then(resources::document_ref);
     let previous = previous(observed, stored.as_ref());
     let problems = unreadable(observed);
-    let compiled = if problems.is_empty() {
+    let mut compiled = if problems.is_empty() {
         compile(placement, &observed.groups, observed.public_keys, &previous)
     } else {
         // What cannot be read is not taken from workers: they go on with the document they have.
         Compiled { document: None, problems }
     };
+    if let Some(problem) = claims::unserved(placement).filter(|_| !observed.serves_claim_templates) {
+        compiled.document = None;
+        compiled.problems.push(problem);
+    }
     let image = image(observed);
     let (rollout, patience) = rollout(observed, now);
     let advice = advice(observed, &compiled, stored.as_ref(), now);
@@ -174,6 +196,7 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
         compiled,
         marks: Vec::new(),
         writes: Vec::new(),
+        stale_claim_templates: Vec::new(),
         image,
         in_the_way: in_the_way(observed),
         look_again: patience.into_iter().chain(advice.look_again).min(),
@@ -209,11 +232,37 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
         &budget,
         &budget,
     ));
+    if let Some(template) = claims::template(placement) {
+        let there = live.claim_templates.iter().find(|t| t.metadata.name == template.metadata.name);
+        let there = there.map(|there| &**there);
+        writes.extend(compare(OwnedKind::ResourceClaimTemplate, there, &template, &template));
+    }
     writes.extend(compare(OwnedKind::Deployment, live.deployment.as_deref(), &deployment, &deployment));
     plan.writes = writes;
     let live_replicas = live.deployment.as_deref().and_then(resources::live_replicas);
     plan.marks = victims::marks(&observed.workers, live_replicas, observed.replicas);
+    plan.stale_claim_templates = stale_claim_templates(observed, plan.template.as_deref());
     plan
+}
+
+/// Our templates that no pod is made from any more: all but the wanted one, once all pods are of the wanted pod template.
+fn stale_claim_templates(
+    observed: &Observed<'_>,
+    pod_template: Option<&str>,
+) -> Vec<Arc<ResourceClaimTemplate>> {
+    let (placement, live) = (observed.placement, &observed.live);
+    let is_done = live.deployment.as_deref().is_some_and(|deployment| {
+        is_rolled_out(deployment) && resources::template_hash(deployment) == pod_template
+    });
+    if !is_done {
+        return Vec::new();
+    }
+    let wanted = claims::name(placement);
+    let is_ours = |t: &ResourceClaimTemplate| {
+        is_in_the_way(placement, OwnedKind::ResourceClaimTemplate.name(), &t.metadata).is_none()
+    };
+    let others = live.claim_templates.iter().filter(|t| t.metadata.name != wanted && is_ours(t));
+    others.cloned().collect()
 }
 
 /// What is said of groups that cannot be read.
@@ -289,11 +338,15 @@ fn previous(observed: &Observed<'_>, stored: Option<&DocumentRef>) -> Previous {
 }
 
 /// The image of the workers: the spec's, or else the one they have, as long as nothing else
-/// replaces the pods. A new operator's default comes along with the next change that does.
+/// replaces the pods. A new operator's default comes along with the next change that does, and
+/// with the policy `Rolling` at once.
 fn image(observed: &Observed<'_>) -> String {
     let placement = observed.placement;
     if let Some(image) = placement.spec.worker.as_ref().and_then(|w| w.image.clone()) {
         return image;
+    }
+    if placement.spec.upgrade_policy == Some(UpgradePolicy::Rolling) {
+        return observed.default_image.to_owned();
     }
     let kept = observed.live.deployment.as_deref().and_then(|deployment| {
         let same_shape = deployment.annotations().get(resources::POD_SHAPE).map(String::as_str)
@@ -389,10 +442,13 @@ pub fn shrink_config_map(config_map: &mut ConfigMap) {
 /// Cached objects with our names and labels that this placement does not control.
 fn in_the_way(observed: &Observed<'_>) -> Vec<InTheWay> {
     let live = &observed.live;
+    let wanted = claims::name(observed.placement);
+    let template = live.claim_templates.iter().find(|t| wanted.is_some() && t.metadata.name == wanted);
     let objects = [
         ("ConfigMap", live.config_map.as_deref().map(|o| &o.metadata)),
         ("Service", live.service.as_deref().map(|o| &o.metadata)),
         ("PodDisruptionBudget", live.disruption_budget.as_deref().map(|o| &o.metadata)),
+        ("ResourceClaimTemplate", template.map(|o| &o.metadata)),
         ("Deployment", live.deployment.as_deref().map(|o| &o.metadata)),
     ];
     objects.into_iter().filter_map(|(kind, meta)| is_in_the_way(observed.placement, kind, meta?)).collect()
@@ -427,9 +483,4 @@ pub fn problems(compiled: &Compiled, in_the_way: &[InTheWay]) -> Vec<Problem> {
     let taken = in_the_way.iter().filter(|o| !o.is_leaving);
     let taken = taken.map(|o| Problem { reason: reason::NAME_TAKEN, message: o.message.clone() });
     compiled.problems.iter().cloned().chain(taken).collect()
-}
-
-/// Name of every object a placement owns.
-pub fn owned_name(placement: &ModelPlacement) -> String {
-    label::owned_name(&placement.name_any())
 }

@@ -13,7 +13,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Resource, ResourceExt,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
     core::NamespaceResourceScope,
     runtime::{controller::Action, events::EventType},
 };
@@ -24,6 +24,7 @@ use turret_crds::{
 };
 
 use super::{
+    claims::ResourceClaimTemplate,
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
     resources,
@@ -90,6 +91,17 @@ pub enum ReconcileError {
         #[source]
         source: kube::Error,
     },
+    /// An owned object that is no longer needed could not be removed.
+    #[error("failed to remove {kind:?} `{name}`")]
+    Remove {
+        /// Kind of the object.
+        kind: OwnedKind,
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
     /// The status could not be written.
     #[error("failed to write the status")]
     Status(#[source] kube::Error),
@@ -101,6 +113,7 @@ impl ReconcileError {
         let (Self::Look { source, .. }
         | Self::Apply { source, .. }
         | Self::Mark { source, .. }
+        | Self::Remove { source, .. }
         | Self::Status(source)) = self;
         is_conflict(source)
     }
@@ -161,6 +174,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         public_keys: &public_keys,
         default_image: &ctx.worker_image,
         allowed_source_hosts: ctx.allowed_source_hosts.as_deref(),
+        serves_claim_templates: ctx.caches.claim_templates.is_some(),
     };
     let mut plan = plan::plan(&observed, now);
     let ours = ask_for_names(&placement, &mut plan, &ctx).await?;
@@ -199,6 +213,11 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         // ReplicaSets choose by what they have seen on pods: the Deployment is lowered when the pods show it here as well.
         for write in writes.filter(|w| !(awaits_marks && w.kind == OwnedKind::Deployment)) {
             if let Err(error) = apply(&key, write, &ctx).await {
+                failed.get_or_insert(error);
+            }
+        }
+        for template in &plan.stale_claim_templates {
+            if let Err(error) = remove(&key, template, &ctx).await {
                 failed.get_or_insert(error);
             }
         }
@@ -263,6 +282,9 @@ fn live(key: &Key, ctx: &Context) -> Live {
         service: context::get(&caches.services, &key.0, &name),
         disruption_budget: context::get(&caches.disruption_budgets, &key.0, &name),
         deployment: context::get(&caches.deployments, &key.0, &name),
+        claim_templates: caches.claim_templates.as_ref().map_or_else(Vec::new, |templates| {
+            templates.state_filter(|template| context::placement_of(template).as_ref() == Some(key))
+        }),
     }
 }
 
@@ -276,12 +298,13 @@ async fn ask_for_names(
     let mut ours = Vec::new();
     for write in plan.writes.iter().filter(|w| !w.exists) {
         let namespace = placement.namespace().unwrap_or_default();
-        let name = plan::owned_name(placement);
+        let name = write.name().to_owned();
         let kind = write.kind;
         let found = match kind {
             OwnedKind::ConfigMap => find::<ConfigMap>(ctx, &namespace, &name).await,
             OwnedKind::Service => find::<Service>(ctx, &namespace, &name).await,
             OwnedKind::PodDisruptionBudget => find::<PodDisruptionBudget>(ctx, &namespace, &name).await,
+            OwnedKind::ResourceClaimTemplate => find::<ResourceClaimTemplate>(ctx, &namespace, &name).await,
             OwnedKind::Deployment => find::<Deployment>(ctx, &namespace, &name).await,
         };
         let found = found.map_err(|source| ReconcileError::Look { kind, name, source })?;
@@ -294,6 +317,7 @@ async fn ask_for_names(
     if !plan.in_the_way.is_empty() {
         plan.writes.clear();
         plan.marks.clear();
+        plan.stale_claim_templates.clear();
     }
     Ok(ours)
 }
@@ -314,14 +338,17 @@ where
 }
 
 async fn apply(key: &Key, write: Write, ctx: &Context) -> Result<(), ReconcileError> {
+    let name = write.name().to_owned();
     let Write { kind, object, why, exists } = write;
-    let name = turret_crds::label::owned_name(&key.1);
     tracing::info!(?kind, namespace = key.0, %name, why, "apply");
     let sent = match kind {
         OwnedKind::ConfigMap => patch::<ConfigMap>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::Service => patch::<Service>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::PodDisruptionBudget => {
             patch::<PodDisruptionBudget>(ctx, &key.0, &name, object, exists).await
+        }
+        OwnedKind::ResourceClaimTemplate => {
+            patch::<ResourceClaimTemplate>(ctx, &key.0, &name, object, exists).await
         }
         OwnedKind::Deployment => patch::<Deployment>(ctx, &key.0, &name, object, exists).await,
     };
@@ -385,6 +412,20 @@ async fn tell_change(placement: &ModelPlacement, decided: &Decided, ctx: &Contex
     tracing::info!(namespace, name, before, replicas, why, "rescale");
     let note = format!("{before} → {replicas} workers: {why}");
     ctx.tell(placement, EventType::Normal, "Rescaled", "Scale", note).await;
+}
+
+/// Removes a template of claims, unless another one of the same name has taken its place.
+async fn remove(key: &Key, template: &ResourceClaimTemplate, ctx: &Context) -> Result<(), ReconcileError> {
+    let (kind, name) = (OwnedKind::ResourceClaimTemplate, template.name_any());
+    tracing::info!(?kind, namespace = key.0, %name, "remove: no pod is made from it any more");
+    let only_this = Preconditions { uid: template.uid(), resource_version: None };
+    let params = DeleteParams::background().preconditions(only_this);
+    let api = Api::<ResourceClaimTemplate>::namespaced(ctx.client.clone(), &key.0);
+    match api.delete(&name, &params).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(source) => Err(ReconcileError::Remove { kind, name, source }),
+        Ok(_) => Ok(()),
+    }
 }
 
 async fn push_document(key: &Key, plan: &Plan, ctx: &Context) -> Vec<(WorkerId, PushError)> {

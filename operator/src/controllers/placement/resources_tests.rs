@@ -92,6 +92,49 @@ fn a_placement_with_everything_that_shapes_pods() {
 }
 
 #[test]
+fn placements_with_caches_of_their_own_and_devices_by_class() {
+    let pods = |spec: Value| {
+        let placement = placement(spec);
+        let deployment =
+            resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge, 1);
+        let mut objects = vec![value(deployment.spec.unwrap().template)];
+        objects.extend(super::claims::template(&placement).map(value));
+        objects
+    };
+    let zones = json!([
+        {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule", "minDomains": 2},
+        {"maxSkew": 2, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"},
+    ]);
+    let specs = [
+        json!({
+            "cache": {"ephemeral": {"storageClassName": "fast", "size": "200Gi"}},
+            "memory": {"diskBudget": "150Gi"},
+            "accelerator": {"deviceClassName": "gpu.example.com"},
+            "worker": {"topologySpreadConstraints": zones},
+        }),
+        json!({"cache": {"persistentVolumeClaim": {"claimName": "shared"}}}),
+        json!({"cache": {"emptyDir": {"sizeLimit": "5Gi"}}, "memory": {"diskBudget": "4Gi"}}),
+    ];
+    golden("caches.yaml", &specs.map(pods).concat());
+}
+
+#[test]
+fn the_budget_of_files_on_a_claim_replaces_no_pod() {
+    for cache in
+        [json!({"ephemeral": {"size": "200Gi"}}), json!({"persistentVolumeClaim": {"claimName": "shared"}})]
+    {
+        let [one, other] = ["1Gi", "2Gi"].map(|budget| {
+            resources::pod_shape(&placement(json!({"cache": cache, "memory": {"diskBudget": budget}})))
+        });
+        assert_eq!(one, other, "{cache}");
+    }
+    let folder = |cache: Value| resources::pod_shape(&placement(json!({"cache": cache})));
+    let without = resources::pod_shape(&placement(json!({})));
+    assert_eq!(folder(json!({"emptyDir": {}})), without, "what is the default needs not be said");
+    assert_ne!(folder(json!({"emptyDir": {"sizeLimit": "5Gi"}})), without);
+}
+
+#[test]
 fn the_document_is_readable_where_it_is_stored() {
     let plan = World::new().plan();
     let (document, gzip) = (plan.document.unwrap(), plan.gzip.unwrap());
@@ -106,7 +149,11 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
     // Every field of the spec is here: a new one must be put on one side or the other.
     let rolls = [
         json!({"accelerator": {"resourceName": "nvidia.com/gpu"}}),
+        json!({"accelerator": {"deviceClassName": "gpu.nvidia.com"}}),
         json!({"memory": {"diskBudget": "10Gi"}}),
+        json!({"cache": {"emptyDir": {"sizeLimit": "10Gi"}}}),
+        json!({"cache": {"ephemeral": {"size": "10Gi"}}}),
+        json!({"cache": {"persistentVolumeClaim": {"claimName": "c"}}}),
         json!({"sourceVolumes": [{"name": "m", "persistentVolumeClaim": {"claimName": "c"}}]}),
         json!({"sourceSecrets": [{"name": "hub-token"}]}),
         json!({"terminationDrainSeconds": 5}),
@@ -114,6 +161,7 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"worker": {"resources": {"limits": {"memory": "1Gi"}}}}),
         json!({"worker": {"nodeSelector": {"a": "b"}}}),
         json!({"worker": {"tolerations": [{"key": "a", "operator": "Exists"}]}}),
+        json!({"worker": {"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]}}),
         json!({"worker": {"priorityClassName": "p"}}),
         json!({"worker": {"serviceAccountName": "s"}}),
         json!({"worker": {"runtimeClassName": "r"}}),
@@ -133,6 +181,8 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"spread": {"maxCopies": 2}}),
         json!({"admission": {"holdSeconds": 3}}),
         json!({"autoscaling": {"minReplicas": 0, "maxReplicas": 3}}),
+        json!({"warmupSeconds": 3}),
+        json!({"upgradePolicy": "Rolling"}),
     ];
     let shape = |spec: &Value| {
         let placement = placement(spec.clone());

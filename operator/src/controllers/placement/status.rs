@@ -180,7 +180,11 @@ fn obstacle(facts: &Facts<'_>) -> Option<Obstacle> {
         })
         .collect();
     if let Some(worker) = serving.iter().find(|r| !r.state.ready) {
-        let message = format!("worker {} is loading its base", worker.worker.name);
+        let what = match worker.state.active_base {
+            Some(_) => "the lenses that come ahead of requests",
+            None => "its base",
+        };
+        let message = format!("worker {} is loading {what}", worker.worker.name);
         found.push(Obstacle::passing(reason::LOADING, message));
     }
     greatest(found)
