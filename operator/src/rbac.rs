@@ -52,7 +52,9 @@ fn named(group: &str, resource: &str, names: &[&str], verbs: &[&str]) -> PolicyR
 ///
 /// Owned objects are made and changed by server-side apply: the API server asks for `patch`, and
 /// for `create` when the object did not exist (in the audit log that is a `patch` answered 201).
-/// `get` asks, before an object is first made, whether its name is taken.
+/// `get` asks, before an object is first made, whether its name is taken. A pod is patched with an annotation when there are
+/// to be fewer workers: the one that loses least is to leave. The slices of the operator's own namespace name the gateways,
+/// which are asked what waits.
 /// Labels of namespaces say which of them may place a group of another (`allowedPlacements`).
 pub fn rules() -> Rules {
     let owned = ["get", "list", "watch", "create", "patch"];
@@ -64,7 +66,13 @@ pub fn rules() -> Rules {
             rule("", &["configmaps", "services"], &owned),
             rule("apps", &["deployments"], &owned),
             rule("policy", &["poddisruptionbudgets"], &owned),
-            rule("", &["pods"], &["list", "watch"]),
+            // Their content never changes, so another one is another object, and the old one is removed.
+            rule(
+                "resource.k8s.io",
+                &["resourceclaimtemplates"],
+                &["get", "list", "watch", "create", "patch", "delete"],
+            ),
+            rule("", &["pods"], &["list", "watch", "patch"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
         ],
         operator_of_cluster: of_cluster.clone(),
@@ -72,6 +80,7 @@ pub fn rules() -> Rules {
             rule("coordination.k8s.io", &["leases"], &["create"]),
             named("coordination.k8s.io", "leases", &[LEASE], &["get", "update"]),
             named("", "secrets", &[OPERATOR_KEYS, GATEWAY_KEYS], &["list", "watch", "patch"]),
+            rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
         ],
         gateway: vec![
             rule("turret.dev", &["modelgroups", "modelplacements"], &["list", "watch"]),

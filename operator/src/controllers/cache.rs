@@ -1,10 +1,14 @@
 //! Caches: one watch per kind, kept in a store, telling what was touched.
 //!
 //! An object that cannot be read (an older or broken version of it) is logged and skipped: it never
-//! keeps the others from being served. Objects are shrunk to what decisions need before they are
-//! kept.
+//! keeps the others from being served. What it was before is forgotten, as after a restart. Objects are
+//! shrunk to what decisions need before they are kept.
 
-use std::{collections::HashMap, fmt::Debug, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Debug,
+    sync::Arc,
+};
 
 use futures::StreamExt;
 use k8s_openapi::{api::core::v1::Namespace, apimachinery::pkg::apis::meta::v1::ObjectMeta};
@@ -20,6 +24,10 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
+use super::{
+    unreadable::{Fault, Unreadable},
+    wakes::Key,
+};
 use crate::{relisting::relisting, telemetry::chain};
 
 /// Objects that a cache can hold.
@@ -32,8 +40,11 @@ impl<K> Cached for K where
 {
 }
 
-/// How an object was touched: before and after. Both are there when it changed.
+/// How an object was touched: before and after. Both are there when it changed; neither when it cannot be read, or could not
+/// be until now.
 pub struct Touched<'a, K> {
+    /// Its namespace and name.
+    pub key: &'a Key,
     /// As it was; `None` when it is new.
     pub before: Option<&'a K>,
     /// As it is; `None` when it is gone.
@@ -47,20 +58,21 @@ impl<K> Touched<'_, K> {
     }
 }
 
-/// Starts to keep all objects of a kind. `shrink` drops what no decision needs; `touched` hears of
-/// every change after the store has it.
+/// Starts to keep all objects of a kind, and which of them cannot be read. `shrink` drops what no
+/// decision needs; `touched` hears of every change after the store has it.
 pub fn start<K: Cached>(
     tasks: &mut JoinSet<()>,
     api: Api<DeserializeGuard<K>>,
     config: watcher::Config,
     shrink: fn(&mut K),
     touched: impl Fn(Touched<'_, K>) + Send + Sync + 'static,
-) -> Store<K> {
+) -> (Store<K>, Unreadable) {
     let (reader, writer) = store::<K>();
-    let keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink };
+    let unreadable = Unreadable::default();
+    let keeper = Keeper::new(reader.clone(), writer, unreadable.clone(), shrink);
     let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
     tasks.spawn(keep(events, keeper, touched));
-    reader
+    (reader, unreadable)
 }
 
 async fn keep<K: Cached>(
@@ -83,68 +95,116 @@ async fn keep<K: Cached>(
 struct Keeper<K: Cached> {
     reader: Store<K>,
     writer: Writer<K>,
+    unreadable: Unreadable,
     /// While a new list comes in: what was there before it. An object that is not in the new list
     /// was deleted while nobody watched.
     listed: Option<HashMap<ObjectRef<K>, Arc<K>>>,
+    /// While a new list comes in: what of it cannot be read.
+    faults: BTreeMap<Key, Fault>,
     shrink: fn(&mut K),
 }
 
+/// An object that cannot be read.
+struct Skipped {
+    key: Key,
+    fault: Fault,
+}
+
+fn key_of<K: Resource>(object: &K) -> Key {
+    (ResourceExt::namespace(object).unwrap_or_default(), object.name_any())
+}
+
 impl<K: Cached> Keeper<K> {
+    fn new(reader: Store<K>, writer: Writer<K>, unreadable: Unreadable, shrink: fn(&mut K)) -> Self {
+        Self { reader, writer, unreadable, listed: None, faults: BTreeMap::new(), shrink }
+    }
+
     fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>, touched: &impl Fn(Touched<'_, K>)) {
         use watcher::Event;
         match event {
             Event::Init => {
                 let before = self.reader.state().into_iter().map(|o| (o.to_object_ref(()), o));
                 self.listed = Some(before.collect());
+                self.faults.clear();
                 self.writer.apply_watcher_event(&Event::Init);
             }
-            Event::InitApply(guard) => {
-                if let Some(object) = self.read(guard) {
-                    self.writer.apply_watcher_event(&Event::InitApply(object));
+            Event::InitApply(guard) => match self.read(guard) {
+                Ok(object) => self.writer.apply_watcher_event(&Event::InitApply(object)),
+                Err(skipped) => {
+                    let Skipped { key, fault } = *skipped;
+                    self.faults.insert(key, fault);
                 }
-            }
+            },
             Event::InitDone => {
                 self.writer.apply_watcher_event(&Event::InitDone);
+                let unreadable = self.unreadable.replace(std::mem::take(&mut self.faults));
                 let mut before = self.listed.take().unwrap_or_default();
                 for after in self.reader.state() {
                     let before = before.remove(&after.to_object_ref(()));
-                    touched(Touched { before: before.as_deref(), after: Some(&after) });
+                    let key = key_of(&*after);
+                    touched(Touched { key: &key, before: before.as_deref(), after: Some(&after) });
                 }
                 for gone in before.into_values() {
-                    touched(Touched { before: Some(&gone), after: None });
+                    let key = key_of(&*gone);
+                    touched(Touched { key: &key, before: Some(&gone), after: None });
+                }
+                for key in unreadable {
+                    touched(Touched { key: &key, before: None, after: None });
                 }
             }
-            Event::Apply(guard) => {
-                let Some(object) = self.read(guard) else { return };
-                let before = self.reader.get(&object.to_object_ref(()));
-                let event = Event::Apply(object);
-                self.writer.apply_watcher_event(&event);
-                let Event::Apply(after) = event else { unreachable!("made two lines above") };
-                touched(Touched { before: before.as_deref(), after: Some(&after) });
-            }
+            Event::Apply(guard) => match self.read(guard) {
+                Ok(object) => {
+                    let key = key_of(&object);
+                    self.unreadable.remove(&key);
+                    let before = self.reader.get(&object.to_object_ref(()));
+                    let event = Event::Apply(object);
+                    self.writer.apply_watcher_event(&event);
+                    let Event::Apply(after) = event else { unreachable!("made two lines above") };
+                    touched(Touched { key: &key, before: before.as_deref(), after: Some(&after) });
+                }
+                Err(skipped) => {
+                    let Skipped { key, fault } = *skipped;
+                    self.unreadable.insert(key.clone(), fault);
+                    let before = self.forget(&key);
+                    touched(Touched { key: &key, before: before.as_deref(), after: None });
+                }
+            },
             Event::Delete(guard) => {
                 // What is gone is named even when it cannot be read.
-                let mut named = ObjectRef::<K>::new(&guard.name_any());
-                named.namespace = ResourceExt::namespace(&guard);
-                let Some(gone) = self.reader.get(&named) else { return };
-                self.writer.apply_watcher_event(&Event::Delete(K::clone(&gone)));
-                touched(Touched { before: Some(&gone), after: None });
+                let key = key_of(&guard);
+                let was_unreadable = self.unreadable.remove(&key);
+                let gone = self.forget(&key);
+                if gone.is_some() || was_unreadable {
+                    touched(Touched { key: &key, before: gone.as_deref(), after: None });
+                }
             }
         }
     }
 
-    fn read(&self, guard: DeserializeGuard<K>) -> Option<K> {
-        let (namespace, name) = (ResourceExt::namespace(&guard).unwrap_or_default(), guard.name_any());
-        match guard.0 {
+    /// Drops an object from the store, and answers it if it was there.
+    fn forget(&mut self, key: &Key) -> Option<Arc<K>> {
+        let mut named = ObjectRef::<K>::new(&key.1);
+        named.namespace = (!key.0.is_empty()).then(|| key.0.clone());
+        let gone = self.reader.get(&named)?;
+        self.writer.apply_watcher_event(&watcher::Event::Delete(K::clone(&gone)));
+        Some(gone)
+    }
+
+    fn read(&self, guard: DeserializeGuard<K>) -> Result<K, Box<Skipped>> {
+        let invalid = match guard.0 {
             Ok(mut object) => {
                 (self.shrink)(&mut object);
-                Some(object)
+                return Ok(object);
             }
-            Err(error) => {
-                tracing::warn!(kind = %K::kind(&()), %namespace, %name, error = %error.error, "skipped an object that cannot be read");
-                None
-            }
-        }
+            Err(invalid) => invalid,
+        };
+        let error = invalid.error.clone();
+        let skipped = DeserializeGuard::<K>(Err(invalid));
+        let key = key_of(&skipped);
+        tracing::warn!(kind = %K::kind(&()), namespace = key.0, name = key.1, error, "skipped an object that cannot be read");
+        let reference = Resource::object_ref(&skipped, &());
+        let version = ResourceExt::resource_version(&skipped);
+        Err(Box::new(Skipped { key, fault: Fault { reference, version, error } }))
     }
 }
 
@@ -192,15 +252,18 @@ mod tests {
         guard(name, serde_json::json!({"base": {"source": {"uri": "file:///m"}}}))
     }
 
-    /// Takes events and returns what was told, as `before>after`.
+    /// Takes events and returns what was told, as `before>after`, or as `name?` where there is neither.
     fn told(events: Vec<watcher::Event<DeserializeGuard<ModelGroup>>>) -> (Vec<String>, Vec<String>) {
         let (reader, writer) = store::<ModelGroup>();
-        let mut keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink: |_| {} };
+        let mut keeper = Keeper::new(reader.clone(), writer, Unreadable::default(), |_| {});
         let log = Mutex::new(Vec::new());
         let name = |o: Option<&ModelGroup>| o.map(|o| o.name_any()).unwrap_or_default();
         for event in events {
             keeper.take(event, &|t: Touched<'_, ModelGroup>| {
-                log.lock().push(format!("{}>{}", name(t.before), name(t.after)));
+                log.lock().push(match (t.before, t.after) {
+                    (None, None) => format!("{}?", t.key.1),
+                    (before, after) => format!("{}>{}", name(before), name(after)),
+                });
             });
         }
         let mut kept: Vec<_> = reader.state().iter().map(|o| o.name_any()).collect();
@@ -220,14 +283,27 @@ mod tests {
             Apply(good("b")),
             Delete(guard("broken", serde_json::json!([]))),
         ]);
-        assert_eq!((log, kept), (vec![">a".into(), ">b".into()], vec!["a".to_owned(), "b".to_owned()]));
+        assert_eq!(log, [">a", "broken?", "broken?", ">b", "broken?"]);
+        assert_eq!(kept, ["a", "b"]);
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_any_more_is_forgotten_until_it_can_be() {
+        use watcher::Event::*;
+        let broken = || guard("a", serde_json::json!({"base": {"source": null}}));
+        let (log, kept) = told(vec![Init, InitApply(good("a")), InitDone, Apply(broken())]);
+        assert_eq!((log, kept), (vec![">a".to_owned(), "a>".into()], Vec::<String>::new()));
+        let (log, kept) = told(vec![Init, InitApply(broken()), InitDone, Apply(good("a"))]);
+        assert_eq!((log, kept), (vec!["a?".to_owned(), ">a".into()], vec!["a".to_owned()]));
+        let (log, kept) = told(vec![Init, InitApply(broken()), InitDone, Init, InitDone]);
+        assert_eq!((log, kept), (vec!["a?".to_owned(), "a?".into()], Vec::<String>::new()));
     }
 
     #[test]
     fn an_object_that_lies_in_no_namespace_is_kept_and_forgotten_like_any_other() {
         use watcher::Event::*;
         let (reader, writer) = store::<Namespace>();
-        let mut keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink: shrink_namespace };
+        let mut keeper = Keeper::new(reader.clone(), writer, Unreadable::default(), shrink_namespace);
         let namespace = |name: &str| -> DeserializeGuard<Namespace> {
             let metadata =
                 serde_json::json!({"name": name, "labels": {"team": name}, "annotations": {"a": "b"}});

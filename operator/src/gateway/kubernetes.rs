@@ -1,5 +1,8 @@
-//! Keeps the [`Directory`] in step with the Kubernetes API: ModelGroups, ModelPlacements, EndpointSlices and the labels of
-//! namespaces, and the Secret with the gateway's signing key.
+//! Keeps the [`Directory`] in step with the Kubernetes API: ModelGroups, ModelPlacements,
+//! EndpointSlices and the labels of namespaces, and the Secret with the gateway's signing key.
+//!
+//! An object that cannot be read (an older or broken version of it) never keeps the others from being served, and what it was
+//! when it could be read is served on.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,6 +18,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
+    core::DeserializeGuard,
     runtime::{WatchStreamExt, watcher},
 };
 use serde::de::DeserializeOwned;
@@ -64,17 +68,20 @@ struct Objects<K> {
     listed: bool,
 }
 
-impl<K: ResourceExt> Objects<K> {
+impl<K: Resource<DynamicType = ()> + Clone> Objects<K> {
     fn new() -> Self {
         Self { current: BTreeMap::new(), listing: None, listed: false }
     }
 
     /// Takes an event in and notes the namespaces it touches.
-    fn take(&mut self, event: watcher::Event<K>, touched: &mut BTreeSet<String>) {
+    fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>, touched: &mut BTreeSet<String>) {
         match event {
             watcher::Event::Init => self.listing = Some(BTreeMap::new()),
-            watcher::Event::InitApply(object) => {
-                self.listing.get_or_insert_default().insert(key(&object), lean(object));
+            watcher::Event::InitApply(guard) => {
+                let key = key(&guard);
+                if let Some(object) = read(&key, guard).or_else(|| self.current.get(&key).cloned()) {
+                    self.listing.get_or_insert_default().insert(key, object);
+                }
             }
             watcher::Event::InitDone => {
                 let listed = self.listing.take().unwrap_or_default();
@@ -82,13 +89,14 @@ impl<K: ResourceExt> Objects<K> {
                 self.current = listed;
                 self.listed = true;
             }
-            watcher::Event::Apply(object) => {
-                let key = key(&object);
+            watcher::Event::Apply(guard) => {
+                let key = key(&guard);
+                let Some(object) = read(&key, guard) else { return };
                 touched.insert(key.0.clone());
-                self.current.insert(key, lean(object));
+                self.current.insert(key, object);
             }
-            watcher::Event::Delete(object) => {
-                let key = key(&object);
+            watcher::Event::Delete(guard) => {
+                let key = key(&guard);
                 self.current.remove(&key);
                 touched.insert(key.0);
             }
@@ -111,6 +119,16 @@ fn key(object: &impl ResourceExt) -> (String, String) {
     (object.namespace().unwrap_or_else(|| name.clone()), name)
 }
 
+fn read<K: Resource<DynamicType = ()>>(key: &(String, String), guard: DeserializeGuard<K>) -> Option<K> {
+    match guard.0 {
+        Ok(object) => Some(lean(object)),
+        Err(error) => {
+            tracing::warn!(kind = %K::kind(&()), namespace = key.0, name = key.1, %error, "passed over an object that cannot be read");
+            None
+        }
+    }
+}
+
 /// Without the part of an object that is of no use here and often the largest.
 fn lean<K: ResourceExt>(mut object: K) -> K {
     object.managed_fields_mut().clear();
@@ -118,10 +136,10 @@ fn lean<K: ResourceExt>(mut object: K) -> K {
 }
 
 enum Seen {
-    Group(Box<watcher::Event<ModelGroup>>),
-    Placement(Box<watcher::Event<ModelPlacement>>),
-    Slice(Box<watcher::Event<EndpointSlice>>),
-    Namespace(Box<watcher::Event<NamespaceObject>>),
+    Group(Box<watcher::Event<DeserializeGuard<ModelGroup>>>),
+    Placement(Box<watcher::Event<DeserializeGuard<ModelPlacement>>>),
+    Slice(Box<watcher::Event<DeserializeGuard<EndpointSlice>>>),
+    Namespace(Box<watcher::Event<DeserializeGuard<NamespaceObject>>>),
 }
 
 /// Watches for ever. `tokens` signs what workers ask for.
@@ -278,4 +296,45 @@ fn read_key(secret: &Secret) -> Option<SigningKey> {
         |error| tracing::warn!(secret = %secret.name_any(), %error, "the signing key cannot be used"),
     )
     .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn group(name: &str, spec: &Value) -> DeserializeGuard<ModelGroup> {
+        serde_json::from_value(json!({
+            "apiVersion": "turret.dev/v1alpha1", "kind": "ModelGroup",
+            "metadata": {"name": name, "namespace": "n"}, "spec": spec,
+        }))
+        .unwrap()
+    }
+
+    fn names(objects: &Objects<ModelGroup>) -> Vec<&str> {
+        objects.of("n").filter_map(|group| group.metadata.name.as_deref()).collect()
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_keeps_none_of_the_others_from_being_served() {
+        use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+        let (good, broken) = (json!({"base": {"source": {"uri": "file:///m"}}}), json!({"base": null}));
+        let (mut groups, mut touched) = (Objects::new(), BTreeSet::new());
+        for event in [Init, InitApply(group("a", &good)), InitApply(group("b", &broken)), InitDone] {
+            groups.take(event, &mut touched);
+        }
+        assert_eq!((names(&groups), groups.listed, touched), (vec!["a"], true, ["n".to_owned()].into()));
+        // It can be read, and then it cannot: what it was is served, over a new list too.
+        let mut touched = BTreeSet::new();
+        for event in [Apply(group("b", &good)), Apply(group("b", &broken)), Init] {
+            groups.take(event, &mut touched);
+        }
+        for event in [InitApply(group("b", &broken)), InitDone] {
+            groups.take(event, &mut touched);
+        }
+        assert_eq!(names(&groups), ["b"]);
+        groups.take(Delete(group("b", &broken)), &mut touched);
+        assert_eq!(names(&groups), [""; 0]);
+    }
 }

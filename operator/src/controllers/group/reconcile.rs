@@ -103,17 +103,18 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
     let (of_group, name) = (group.namespace().unwrap_or_default(), group.name_any());
     let target = (of_group.as_str(), name.as_str());
     let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
+    let replicas = resources::replicas(placement, deployment.as_deref());
     names
         .map(|name| {
             let wanted = WantedWorkers {
-                replicas: placement.spec.replicas,
+                replicas,
                 template: deployment.as_deref().and_then(resources::template_hash),
                 document: observed.document.as_ref(),
             };
             Placed {
                 placement: &observed.shown,
                 group: &name.name,
-                replicas: placement.spec.replicas,
+                replicas,
                 refused: observed.refused.as_deref(),
                 document: observed.document.as_ref(),
                 assessment: assess(&wanted, deployment.as_deref(), &workers),

@@ -10,8 +10,10 @@ pub mod memory;
 pub mod residency;
 pub mod rights;
 pub mod rollouts;
+pub mod scaling;
 pub mod sharing;
 pub mod sources;
+pub mod spread;
 pub mod switches;
 
 use std::path::Path;
