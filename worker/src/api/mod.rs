@@ -106,6 +106,7 @@ pub fn control_routes(app: App) -> Router {
         .route("/control/v1/document", put(control::put_document))
         .route("/control/v1/state", get(control::get_state))
         .route("/control/v1/policy", get(control::get_policy))
+        .route("/control/v1/retry", post(control::retry))
         .route("/control/v1/drain", post(control::drain).delete(control::undrain))
         .route("/control/v1/lenses/{id}/load", post(control::load))
         .route("/control/v1/lenses/{id}/evict", post(control::evict))

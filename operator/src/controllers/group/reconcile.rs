@@ -8,10 +8,12 @@ use turret_crds::{ModelGroup, ModelGroupStatus, ModelPlacement, condition, label
 
 use super::status::{self, Placed};
 use crate::controllers::{
+    asked,
     assess::{DocumentRef, UNDECIDED, WantedWorkers, assess},
     context::{self, Context},
     placement::{reconcile::is_conflict, resources},
     status_write::{self, Gist},
+    wakes::Key,
 };
 
 /// The kind's name in logs and metrics.
@@ -61,6 +63,15 @@ pub async fn reconcile(group: Arc<ModelGroup>, ctx: Arc<Context>) -> Result<Acti
         status_write::may_wait(gist(&old), gist(&new), status_write::last_written(&*group), now)
     {
         return Ok(Action::requeue(wait));
+    }
+    // Before it is noted as handled: one too many does no harm.
+    if new.last_handled_reconcile_at != old.last_handled_reconcile_at {
+        let acting = observed.iter().filter(|o| !asked::is_paused(&*o.placement));
+        let keys: Vec<Key> =
+            acting.map(|o| (o.placement.namespace().unwrap_or_default(), o.placement.name_any())).collect();
+        for key in &keys {
+            ctx.look_again(key).await;
+        }
     }
     let api = Api::<ModelGroup>::namespaced(ctx.client.clone(), &group.namespace().unwrap_or_default());
     status_write::write(&api, &*group, &new).await.map_err(ReconcileError)?;
@@ -112,18 +123,23 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
     let workers = ctx.workers(&key);
     let target = (namespace.as_str(), group.metadata.name.as_deref().unwrap_or_default());
     let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
+    let paused = asked::is_paused(&**placement);
+    // While it is paused, as many are to come as were asked for before.
+    let asked_for = deployment.as_deref().and_then(|d| d.spec.as_ref()?.replicas).filter(|_| paused);
+    let replicas = asked_for.unwrap_or(placement.spec.replicas);
     names
         .map(|name| {
             let wanted = WantedWorkers {
-                replicas: placement.spec.replicas,
+                replicas,
                 template: deployment.as_deref().and_then(resources::template_hash),
                 document: observed.document.as_ref(),
             };
             Placed {
                 placement: placement.metadata.name.as_deref().unwrap_or_default(),
                 group: &name.name,
-                replicas: placement.spec.replicas,
+                replicas,
                 refused: observed.refused.as_deref(),
+                paused,
                 document: observed.document.as_ref(),
                 assessment: assess(&wanted, deployment.as_deref(), &workers),
             }

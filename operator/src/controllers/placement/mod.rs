@@ -1,6 +1,8 @@
 //! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget.
 
 pub mod controller;
+pub mod nudge;
+pub mod pause;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;

@@ -22,6 +22,7 @@ use serde_json::Value;
 use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus, condition::reason, document::Problem};
 
 use super::{
+    pause::{self, Pause},
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
     resources,
@@ -29,6 +30,7 @@ use super::{
 };
 use crate::{
     controllers::{
+        asked,
         assess::{ObservedWorker, UNDECIDED, WantedWorkers, assess},
         context::{self, Context},
         status_write::{self, FIELD_MANAGER, Gist},
@@ -137,6 +139,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     };
     let now = Timestamp::now();
     let mut plan = plan::plan(&observed, now);
+    let pause = asked::is_paused(&*placement).then(|| pause::hold_back(&mut plan, &observed.live));
     let ours = ask_for_names(&placement, &mut plan, &ctx).await?;
     let writes = std::mem::take(&mut plan.writes).into_iter();
     let mut writes = writes.map(|w| Write { exists: w.exists || ours.contains(&w.kind), ..w }).peekable();
@@ -154,8 +157,9 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         plan.document = observed.live.config_map.as_deref().and_then(resources::document_ref);
     }
     let mut failures = Vec::new();
-    // Nobody is told of a document that is not stored, and no pod is made that would wait for it.
-    if failed.is_none() {
+    // Nobody is told of a document that is not stored, and no pod is made that would wait for it. Of a placement that is
+    // paused nothing is left to write, and its workers have what is stored.
+    if failed.is_none() && pause.is_none() {
         failures = push_document(&key, &plan, &ctx).await;
         tell_conflicts(&placement, &failures, &ctx).await;
         for write in writes {
@@ -165,13 +169,22 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         }
     }
     let refused = failed.as_ref().and_then(ReconcileError::refused);
-    let looks = Looks { plan: &plan, workers: &observed.workers, live: &observed.live, refused, now };
+    let looks = Looks {
+        plan: &plan,
+        pause: pause.as_ref(),
+        workers: &observed.workers,
+        live: &observed.live,
+        refused,
+        now,
+    };
     let status_in = write_status(&placement, looks, &ctx).await?;
     if let Some(error) = failed {
         return Err(error);
     }
 
-    let behind = plan.compiled.document.is_some() && updates_are_under_way(&plan, &observed.workers);
+    let behind = pause.is_none()
+        && plan.compiled.document.is_some()
+        && updates_are_under_way(&plan, &observed.workers);
     let times = [
         Some(EVERY),
         plan.look_again,
@@ -317,6 +330,7 @@ fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
 /// What a status is made from.
 struct Looks<'a> {
     plan: &'a Plan,
+    pause: Option<&'a Pause>,
     workers: &'a [ObservedWorker],
     live: &'a Live,
     refused: Option<String>,
@@ -329,7 +343,7 @@ async fn write_status(
     looks: Looks<'_>,
     ctx: &Context,
 ) -> Result<Option<Duration>, ReconcileError> {
-    let Looks { plan, workers, live, refused, now } = looks;
+    let Looks { plan, pause, workers, live, refused, now } = looks;
     let wanted = WantedWorkers {
         replicas: placement.spec.replicas,
         template: plan.template.as_deref(),
@@ -350,6 +364,7 @@ async fn write_status(
         document: plan.compiled.document.as_ref(),
         sequence: plan.document.as_ref().map(|d| d.sequence),
         image: &plan.image,
+        pause,
     };
     let (new, look_again) = status::status(&facts, now);
     let old: ModelPlacementStatus = status::ours(placement.status.as_ref());
@@ -361,8 +376,12 @@ async fn write_status(
     if let Some(wait) = status_write::may_wait(gist(&old), gist(&new), last, now) {
         return Ok(Some(wait));
     }
-    let api =
-        Api::<ModelPlacement>::namespaced(ctx.client.clone(), &placement.namespace().unwrap_or_default());
+    let namespace = placement.namespace().unwrap_or_default();
+    // Before it is noted as handled: one too many does no harm.
+    if new.last_handled_reconcile_at != old.last_handled_reconcile_at {
+        ctx.look_again(&(namespace.clone(), placement.name_any())).await;
+    }
+    let api = Api::<ModelPlacement>::namespaced(ctx.client.clone(), &namespace);
     status_write::write(&api, placement, &new).await.map_err(ReconcileError::Status)?;
     ctx.count_status_write(KIND);
     ctx.tell_ready(placement, &old.conditions, &new.conditions).await;
