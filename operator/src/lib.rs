@@ -16,6 +16,7 @@ pub mod gateway;
 pub mod health;
 pub mod keys;
 pub mod leader;
+pub mod log_level;
 pub mod metrics;
 pub mod print;
 pub mod rbac;

@@ -37,6 +37,7 @@ use crate::{
     leader::Election,
     metrics::Metrics,
     rbac, secrets,
+    telemetry::LogFilter,
 };
 
 /// Finishing what is begun may take this long after SIGTERM.
@@ -80,13 +81,13 @@ pub struct RunArgs {
     /// Name of the Secret with the gateway's signing key.
     #[arg(long, default_value = rbac::GATEWAY_KEYS)]
     gateway_keys_secret: String,
-    /// Where /livez, /readyz and /metrics are served.
+    /// Where /livez, /readyz, /metrics and /loglevel are served.
     #[arg(long, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
 }
 
 /// Runs the controllers until SIGTERM or SIGINT, or until the leadership is lost.
-pub async fn run(args: RunArgs) -> anyhow::Result<()> {
+pub async fn run(args: RunArgs, log: LogFilter) -> anyhow::Result<()> {
     // Refused only when a provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut config =
@@ -104,9 +105,9 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("failed to listen on {} (--listen)", args.listen))?;
     let mut tasks = JoinSet::new();
-    let router = health.router();
+    let service = health.router(log).into_make_service_with_connect_info::<SocketAddr>();
     tasks.spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
+        if let Err(error) = axum::serve(listener, service).await {
             tracing::error!(%error, "health endpoints ended");
         }
     });
