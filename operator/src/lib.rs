@@ -18,6 +18,7 @@ pub mod keys;
 pub mod leader;
 pub mod log_level;
 pub mod metrics;
+pub mod namespaces;
 pub mod print;
 pub mod rbac;
 pub mod relisting;

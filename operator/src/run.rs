@@ -36,7 +36,7 @@ use crate::{
     health::Health,
     leader::Election,
     metrics::Metrics,
-    rbac, secrets,
+    namespaces, rbac, secrets,
     telemetry::LogFilter,
 };
 
@@ -50,9 +50,17 @@ const POD_COALESCE: Duration = Duration::from_millis(20);
 /// What `turret-operator run` is told.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RunArgs {
-    /// Serve this namespace only; absent: all.
-    #[arg(long, env = "TURRET_WATCH_NAMESPACE")]
-    namespace: Option<String>,
+    /// Serve these namespaces only, separated by commas; absent: all. Nothing outside of them and of the operator's own is
+    /// asked for.
+    #[arg(
+        long,
+        alias = "namespace",
+        env = "TURRET_WATCH_NAMESPACES",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        value_parser = namespaces::name
+    )]
+    namespaces: Vec<String>,
     /// Namespace of the Lease and of the key Secrets; absent: the operator's own.
     #[arg(long, env = "POD_NAMESPACE")]
     operator_namespace: Option<String>,
@@ -112,13 +120,14 @@ pub async fn run(args: RunArgs, log: LogFilter) -> anyhow::Result<()> {
         }
     });
 
-    let watched = start_caches(&mut tasks, &client, args.namespace.as_deref());
+    let served = namespaces::served(args.namespaces.clone());
+    let watched = start_caches(&mut tasks, &client, &served);
     let all = watched.caches.synced();
     tokio::select! {
         () = all => health.caches_are_synced(),
         () = stopped(stop.clone()) => return Ok(()),
     }
-    tracing::info!(%identity, namespace = args.namespace.as_deref().unwrap_or("all"), "caches are synced");
+    tracing::info!(%identity, namespaces = namespaces::text(&served), "caches are synced");
 
     let leases = Api::<Lease>::namespaced(client.clone(), &own_namespace);
     let election = Election::new(leases, &args.lease_name, &identity);
@@ -184,7 +193,7 @@ struct Watched {
     pods_changed: Arc<Notify>,
 }
 
-fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str>) -> Watched {
+fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespaces: &[String]) -> Watched {
     let (placement_wakes, group_wakes) = (Wakes::default(), Wakes::default());
     let pods_changed = Arc::new(Notify::new());
     let everything = watcher::Config::default();
@@ -193,13 +202,14 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
     let waker = Waker { placements: placement_wakes.clone(), groups: group_wakes.clone() };
     let wake = waker.clone();
     let placements =
-        cache::start(tasks, api(client, namespace), everything.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), everything.clone(), cache::shrink_metadata, move |t| {
             wake.placement_changed(&t);
         });
     let (wake, all_placements) = (waker.clone(), placements.clone());
-    let groups = cache::start(tasks, api(client, namespace), everything, cache::shrink_metadata, move |t| {
-        wake.group_changed(&t, &all_placements);
-    });
+    let groups =
+        cache::start(tasks, apis(client, namespaces), everything, cache::shrink_metadata, move |t| {
+            wake.group_changed(&t, &all_placements);
+        });
     // What a placement owns wakes the placement, and its groups through the placement's cache.
     let (wake, all_placements) = (waker, placements.clone());
     let owned_changed = move |key: Option<Key>| {
@@ -210,7 +220,7 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
     let touch = owned_changed.clone();
     let config_maps = cache::start(
         tasks,
-        api(client, namespace),
+        apis(client, namespaces),
         owned.clone(),
         |c: &mut k8s_openapi::api::core::v1::ConfigMap| {
             cache::shrink_metadata(c);
@@ -220,24 +230,24 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespace: Option<&str
     );
     let touch = owned_changed.clone();
     let services =
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
     let disruption_budgets =
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
     let deployments =
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let pods = Pods::default();
     let (index, notify) = (pods.clone(), pods_changed.clone());
     let pod_store = cache::start(
         tasks,
-        api(client, namespace),
+        apis(client, namespaces),
         owned,
         crate::controllers::pod::shrink,
         move |t: Touched<'_, k8s_openapi::api::core::v1::Pod>| {
@@ -337,12 +347,13 @@ fn follow_keys(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
     });
 }
 
-fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+/// One for each of these namespaces, with its name; none is all of them.
+fn apis<K>(client: &Client, namespaces: &[String]) -> Vec<(String, Api<K>)>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
 {
-    match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
+    if namespaces.is_empty() {
+        return vec![(String::new(), Api::all(client.clone()))];
     }
+    namespaces.iter().map(|name| (name.clone(), Api::namespaced(client.clone(), name))).collect()
 }

@@ -11,8 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, sources,
-    switches,
+    answers, deletion, device, faults, leadership, lenses, memory, namespaced, pauses, residency, rights,
+    rollouts, sources, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -62,6 +62,7 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, lenses::a_broken_lens_is_named_with_its_reason_and_heals),
         scenario!(runtime, release, device::a_worker_without_the_device_it_was_given_says_so),
         scenario!(runtime, release, device::kubectl_scale_changes_the_number_of_workers),
+        scenario!(runtime, release, pauses::a_paused_placement_is_left_alone_and_goes_on_afterwards),
         scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
         scenario!(runtime, release, faults::the_operator_is_killed_and_carries_on),
         scenario!(runtime, release, faults::a_worker_restarts_while_the_operator_is_down),
@@ -92,8 +93,10 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
         scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
         scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),
-        // These two look back at all the others, and the last one takes the chart away.
+        // The first looks back at all the others, the second takes rights away for a while, and the last one takes the chart
+        // away.
         scenario!(runtime, release, rights::rights_are_exactly_what_is_used),
+        scenario!(runtime, release, namespaced::a_release_of_one_namespace_asks_for_nothing_outside),
         scenario!(runtime, release, deletion::workers_serve_on_after_helm_uninstall),
     ]
 }

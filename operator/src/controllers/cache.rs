@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, fmt::Debug, sync::Arc};
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt, stream};
 use kube::{
     Api, Resource, ResourceExt,
     core::DeserializeGuard,
@@ -19,6 +19,7 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
+use super::merge::Merge;
 use crate::{relisting::relisting, telemetry::chain};
 
 /// Objects that a cache can hold.
@@ -46,31 +47,59 @@ impl<K> Touched<'_, K> {
     }
 }
 
-/// Starts to keep all objects of a kind. `shrink` drops what no decision needs; `touched` hears of
-/// every change after the store has it.
+/// Starts to keep all objects of a kind, of these namespaces or of all in one. `shrink` drops what no
+/// decision needs; `touched` hears of every change after the store has it.
 pub fn start<K: Cached>(
     tasks: &mut JoinSet<()>,
-    api: Api<DeserializeGuard<K>>,
+    apis: Vec<(String, Api<DeserializeGuard<K>>)>,
     config: watcher::Config,
     shrink: fn(&mut K),
     touched: impl Fn(Touched<'_, K>) + Send + Sync + 'static,
 ) -> Store<K> {
     let (reader, writer) = store::<K>();
-    let keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink };
-    let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
-    tasks.spawn(keep(events, keeper, touched));
+    let keeper = Keeper { reader: reader.clone(), writer, listed: None };
+    let merge = Merge::of(apis.iter().map(|(namespace, _)| namespace.clone()));
+    let watches = apis.into_iter().enumerate().map(|(number, (_, api))| {
+        let config = config.clone();
+        let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
+        events.map(move |event| (number, event.map(|event| shrunk(event, shrink)))).boxed()
+    });
+    tasks.spawn(keep(stream::select_all(watches), merge, keeper, touched));
     reader
 }
 
+/// An event whose object is without what no decision needs.
+fn shrunk<K>(
+    event: watcher::Event<DeserializeGuard<K>>,
+    shrink: fn(&mut K),
+) -> watcher::Event<DeserializeGuard<K>> {
+    use watcher::Event;
+    let shrunk = |mut guard: DeserializeGuard<K>| {
+        if let Ok(object) = &mut guard.0 {
+            shrink(object);
+        }
+        guard
+    };
+    match event {
+        Event::Apply(guard) => Event::Apply(shrunk(guard)),
+        Event::InitApply(guard) => Event::InitApply(shrunk(guard)),
+        other => other,
+    }
+}
+
 async fn keep<K: Cached>(
-    events: impl futures::Stream<Item = Result<watcher::Event<DeserializeGuard<K>>, watcher::Error>> + Send,
+    mut events: impl Stream<Item = Numbered<K>> + Unpin + Send,
+    mut merge: Merge<K>,
     mut keeper: Keeper<K>,
     touched: impl Fn(Touched<'_, K>) + Send + Sync,
 ) {
-    let mut events = std::pin::pin!(events);
-    while let Some(event) = events.next().await {
+    while let Some((number, event)) = events.next().await {
         match event {
-            Ok(event) => keeper.take(event, &touched),
+            Ok(event) => {
+                for event in merge.take(number, event) {
+                    keeper.take(event, &touched);
+                }
+            }
             // The watch retries by itself, with growing pauses.
             Err(error) => {
                 tracing::warn!(kind = %K::kind(&()), error = %chain(&error), "watch failed")
@@ -79,13 +108,15 @@ async fn keep<K: Cached>(
     }
 }
 
+/// What one of several watches shows, and its number.
+type Numbered<K> = (usize, Result<watcher::Event<DeserializeGuard<K>>, watcher::Error>);
+
 struct Keeper<K: Cached> {
     reader: Store<K>,
     writer: Writer<K>,
     /// While a new list comes in: what was there before it. An object that is not in the new list
     /// was deleted while nobody watched.
     listed: Option<HashMap<ObjectRef<K>, Arc<K>>>,
-    shrink: fn(&mut K),
 }
 
 impl<K: Cached> Keeper<K> {
@@ -135,10 +166,7 @@ impl<K: Cached> Keeper<K> {
     fn read(&self, guard: DeserializeGuard<K>) -> Option<K> {
         let (namespace, name) = (ResourceExt::namespace(&guard).unwrap_or_default(), guard.name_any());
         match guard.0 {
-            Ok(mut object) => {
-                (self.shrink)(&mut object);
-                Some(object)
-            }
+            Ok(object) => Some(object),
             Err(error) => {
                 tracing::warn!(kind = %K::kind(&()), %namespace, %name, error = %error.error, "skipped an object that cannot be read");
                 None
@@ -185,7 +213,7 @@ mod tests {
     /// Takes events and returns what was told, as `before>after`.
     fn told(events: Vec<watcher::Event<DeserializeGuard<ModelGroup>>>) -> (Vec<String>, Vec<String>) {
         let (reader, writer) = store::<ModelGroup>();
-        let mut keeper = Keeper { reader: reader.clone(), writer, listed: None, shrink: |_| {} };
+        let mut keeper = Keeper { reader: reader.clone(), writer, listed: None };
         let log = Mutex::new(Vec::new());
         let name = |o: Option<&ModelGroup>| o.map(|o| o.name_any()).unwrap_or_default();
         for event in events {

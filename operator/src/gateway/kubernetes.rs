@@ -32,8 +32,8 @@ use crate::{
 pub struct Watched {
     /// The way to the API server.
     pub client: Client,
-    /// The only namespace to look at; `None` is all of them.
-    pub namespace: Option<String>,
+    /// The only namespaces to look at; none is all of them.
+    pub namespaces: Vec<String>,
     /// The gateway's own namespace, where its Secret is.
     pub own_namespace: String,
     /// Name of that Secret.
@@ -41,42 +41,59 @@ pub struct Watched {
 }
 
 impl Watched {
-    fn api<K>(&self) -> Api<K>
+    /// The parts of the cluster that are watched, each by itself.
+    fn parts(&self) -> Vec<Part> {
+        if self.namespaces.is_empty() {
+            return vec![None];
+        }
+        self.namespaces.iter().map(|name| Some(name.as_str().into())).collect()
+    }
+
+    fn api<K>(&self, part: &Part) -> Api<K>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
     {
-        match &self.namespace {
+        match part {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         }
     }
 }
 
+/// A namespace, or all of them.
+type Part = Option<Arc<str>>;
+
 /// Objects of one kind, by namespace and name.
 struct Objects<K> {
     current: BTreeMap<(String, String), K>,
-    /// What a list that is being read has shown so far.
-    listing: Option<BTreeMap<(String, String), K>>,
-    listed: bool,
+    /// What lists that are being read have shown so far.
+    listing: BTreeMap<Part, BTreeMap<(String, String), K>>,
+    /// What has been listed.
+    listed: BTreeSet<Part>,
 }
 
 impl<K: ResourceExt> Objects<K> {
     fn new() -> Self {
-        Self { current: BTreeMap::new(), listing: None, listed: false }
+        Self { current: BTreeMap::new(), listing: BTreeMap::new(), listed: BTreeSet::new() }
     }
 
-    /// Takes an event in and notes the namespaces it touches.
-    fn take(&mut self, event: watcher::Event<K>, touched: &mut BTreeSet<String>) {
+    /// Takes an event of a watch in and notes the namespaces it touches.
+    fn take(&mut self, part: &Part, event: watcher::Event<K>, touched: &mut BTreeSet<String>) {
         match event {
-            watcher::Event::Init => self.listing = Some(BTreeMap::new()),
+            watcher::Event::Init => drop(self.listing.insert(part.clone(), BTreeMap::new())),
             watcher::Event::InitApply(object) => {
-                self.listing.get_or_insert_default().insert(key(&object), lean(object));
+                let listing = self.listing.entry(part.clone()).or_default();
+                listing.insert(key(&object), lean(object));
             }
             watcher::Event::InitDone => {
-                let listed = self.listing.take().unwrap_or_default();
-                touched.extend(self.current.keys().chain(listed.keys()).map(|(ns, _)| ns.clone()));
-                self.current = listed;
-                self.listed = true;
+                let mut listed = self.listing.remove(part).unwrap_or_default();
+                // A list tells nothing of other namespaces than its own.
+                let is_told = |namespace: &str| part.as_deref().is_none_or(|part| part == namespace);
+                let told = self.current.keys().chain(listed.keys()).map(|(namespace, _)| namespace);
+                touched.extend(told.filter(|namespace| is_told(namespace)).cloned());
+                self.current.retain(|(namespace, _), _| !is_told(namespace));
+                self.current.append(&mut listed);
+                self.listed.insert(part.clone());
             }
             watcher::Event::Apply(object) => {
                 let key = key(&object);
@@ -108,22 +125,15 @@ fn lean<K: ResourceExt>(mut object: K) -> K {
 }
 
 enum Seen {
-    Group(Box<watcher::Event<ModelGroup>>),
-    Placement(Box<watcher::Event<ModelPlacement>>),
-    Slice(Box<watcher::Event<EndpointSlice>>),
+    Group(Part, Box<watcher::Event<ModelGroup>>),
+    Placement(Part, Box<watcher::Event<ModelPlacement>>),
+    Slice(Part, Box<watcher::Event<EndpointSlice>>),
 }
 
 /// Watches for ever. `tokens` signs what workers ask for.
 pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Directory>) {
-    let events: [BoxStream<'static, Seen>; 3] = [
-        watch(watched.api(), watcher::Config::default()).map(|event| Seen::Group(Box::new(event))).boxed(),
-        watch(watched.api(), watcher::Config::default())
-            .map(|event| Seen::Placement(Box::new(event)))
-            .boxed(),
-        watch(watched.api(), watcher::Config::default().labels(label::PLACEMENT))
-            .map(|event| Seen::Slice(Box::new(event)))
-            .boxed(),
-    ];
+    let parts = watched.parts();
+    let events = parts.iter().flat_map(|part| watches(&watched, part));
     let mut events = futures::stream::select_all(events).ready_chunks(256);
     let mut groups = Objects::new();
     let mut placements = Objects::new();
@@ -133,12 +143,13 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
         let (mut declared, mut addresses) = (BTreeSet::new(), BTreeSet::new());
         for event in events {
             match event {
-                Seen::Group(event) => groups.take(*event, &mut declared),
-                Seen::Placement(event) => placements.take(*event, &mut declared),
-                Seen::Slice(event) => slices.take(*event, &mut addresses),
+                Seen::Group(part, event) => groups.take(&part, *event, &mut declared),
+                Seen::Placement(part, event) => placements.take(&part, *event, &mut declared),
+                Seen::Slice(part, event) => slices.take(&part, *event, &mut addresses),
             }
         }
-        let complete = groups.listed && placements.listed && slices.listed;
+        let listed = [groups.listed.len(), placements.listed.len(), slices.listed.len()];
+        let complete = listed == [parts.len(); 3];
         if complete && !catalog.complete {
             tracing::info!(
                 groups = groups.current.len(),
@@ -163,6 +174,24 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
             directory.declare(catalog.clone());
         }
     }
+}
+
+/// The watches of a part of the cluster.
+fn watches(watched: &Watched, part: &Part) -> [BoxStream<'static, Seen>; 3] {
+    let all = watcher::Config::default();
+    let of_placements = watcher::Config::default().labels(label::PLACEMENT);
+    let at = part.clone();
+    let groups = watch(watched.api(part), all.clone())
+        .map(move |event| Seen::Group(at.clone(), Box::new(event)))
+        .boxed();
+    let at = part.clone();
+    let placements =
+        watch(watched.api(part), all).map(move |event| Seen::Placement(at.clone(), Box::new(event))).boxed();
+    let at = part.clone();
+    let slices = watch(watched.api(part), of_placements)
+        .map(move |event| Seen::Slice(at.clone(), Box::new(event)))
+        .boxed();
+    [groups, placements, slices]
 }
 
 fn endpoints(
@@ -232,4 +261,62 @@ fn read_key(secret: &Secret) -> Option<SigningKey> {
         |error| tracing::warn!(secret = %secret.name_any(), %error, "the signing key cannot be used"),
     )
     .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+
+    use super::*;
+
+    fn slice(namespace: &str, name: &str) -> EndpointSlice {
+        serde_json::from_value(serde_json::json!({
+            "addressType": "IPv4", "metadata": {"name": name, "namespace": namespace}, "endpoints": [],
+        }))
+        .unwrap()
+    }
+
+    fn names(objects: &Objects<EndpointSlice>) -> Vec<String> {
+        objects.current.keys().map(|(namespace, name)| format!("{namespace}/{name}")).collect()
+    }
+
+    #[test]
+    fn a_list_of_one_namespace_says_nothing_of_another() {
+        let mut objects = Objects::new();
+        let mut touched = BTreeSet::new();
+        let (a, b): (Part, Part) = (Some("a".into()), Some("b".into()));
+        for (part, event) in [
+            (&a, Init),
+            (&b, Init),
+            (&a, InitApply(slice("a", "x"))),
+            (&b, InitApply(slice("b", "y"))),
+            (&a, InitDone),
+        ] {
+            objects.take(part, event, &mut touched);
+        }
+        assert_eq!((names(&objects), objects.listed.len()), (vec!["a/x".to_owned()], 1));
+        objects.take(&b, InitDone, &mut touched);
+        assert_eq!((names(&objects), objects.listed.len()), (vec!["a/x".to_owned(), "b/y".to_owned()], 2));
+        touched.clear();
+        for event in [Init, InitApply(slice("b", "z")), InitDone] {
+            objects.take(&b, event, &mut touched);
+        }
+        assert_eq!(names(&objects), ["a/x", "b/z"]);
+        assert_eq!(touched, BTreeSet::from(["b".to_owned()]));
+        objects.take(&a, Apply(slice("a", "w")), &mut touched);
+        objects.take(&a, Delete(slice("a", "x")), &mut touched);
+        assert_eq!(names(&objects), ["a/w", "b/z"]);
+    }
+
+    #[test]
+    fn one_list_of_everything_replaces_all() {
+        let mut objects = Objects::new();
+        let mut touched = BTreeSet::new();
+        for event in [Init, InitApply(slice("a", "x")), InitDone, Init, InitApply(slice("b", "y")), InitDone]
+        {
+            objects.take(&None, event, &mut touched);
+        }
+        assert_eq!(names(&objects), ["b/y"]);
+        assert_eq!(touched, BTreeSet::from(["a".to_owned(), "b".to_owned()]));
+    }
 }

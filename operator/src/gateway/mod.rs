@@ -32,7 +32,7 @@ use self::{
 use crate::{
     fleet::{Endpoint, WorkerId},
     keys::TokenSource,
-    rbac,
+    namespaces, rbac,
     telemetry::LogFilter,
 };
 
@@ -91,9 +91,17 @@ pub struct GatewayArgs {
     /// shows all namespaces: 127.0.0.1 is reached by `kubectl port-forward` only. Absent: there is none.
     #[arg(long, env = "TURRET_GATEWAY_ADMIN_LISTEN", value_name = "ADDRESS")]
     admin_listen: Option<SocketAddr>,
-    /// Serve what is declared in this namespace only. Absent: in all namespaces.
-    #[arg(long, env = "TURRET_WATCH_NAMESPACE", conflicts_with = "workers")]
-    namespace: Option<String>,
+    /// Serve what is declared in these namespaces only, separated by commas. Absent: in all namespaces.
+    #[arg(
+        long,
+        alias = "namespace",
+        env = "TURRET_WATCH_NAMESPACES",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        value_parser = namespaces::name,
+        conflicts_with = "workers"
+    )]
+    namespaces: Vec<String>,
     /// Namespace of requests that name none by X-Turret-Namespace or /ns/NAMESPACE. Absent: the
     /// one namespace that has the model. With --worker: the namespace that the workers are in.
     #[arg(long, env = "TURRET_GATEWAY_DEFAULT_NAMESPACE")]
@@ -184,8 +192,8 @@ pub async fn run(args: GatewayArgs, log: LogFilter) -> anyhow::Result<()> {
             "failed to find a Kubernetes cluster; set KUBECONFIG, or name workers with --worker URL",
         )?;
         let own_namespace = args.own_namespace.unwrap_or_else(|| client.default_namespace().to_owned());
-        let watched =
-            Watched { client, namespace: args.namespace, own_namespace, keys_secret: args.keys_secret };
+        let namespaces = namespaces::served(args.namespaces);
+        let watched = Watched { client, namespaces, own_namespace, keys_secret: args.keys_secret };
         let directory = Arc::new(Directory::declared(http));
         (settings.leave_time, settings.last_wait) = (LEAVE_TIME, LAST_WAIT);
         let _admin = serve_admin(&directory);
