@@ -89,6 +89,12 @@ pub struct RunArgs {
     /// Name of the Secret with the gateway's signing key.
     #[arg(long, default_value = rbac::GATEWAY_KEYS)]
     gateway_keys_secret: String,
+    /// Most objects of each kind that are looked at, and written, at the same time.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    concurrent_reconciles: u16,
+    /// Most workers whose first report is read at the same time, as after a start with thousands of them.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    concurrent_first_reports: u16,
     /// Where /livez, /readyz, /metrics and /loglevel are served.
     #[arg(long, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
@@ -147,10 +153,11 @@ pub async fn run(args: RunArgs, log: LogFilter) -> anyhow::Result<()> {
     let ctx = Arc::new(context(client, &args, identity, &watched, &keys, &health.metrics)?);
     follow_pods(&mut tasks, &ctx, &watched, &keys);
     follow_keys(&mut tasks, &ctx);
+    let at_once = args.concurrent_reconciles;
     let controllers = async {
         tokio::join!(
-            placement::controller::run(ctx.clone(), stopped(stop.clone())),
-            group::controller::run(ctx.clone(), stopped(stop.clone())),
+            placement::controller::run(ctx.clone(), at_once, stopped(stop.clone())),
+            group::controller::run(ctx.clone(), at_once, stopped(stop.clone())),
         )
     };
     tokio::select! {
@@ -305,7 +312,7 @@ fn context(
         recorder: Recorder::new(client.clone(), reporter),
         client,
         caches: watched.caches.clone(),
-        fleet: Fleet::new(http.clone(), changed),
+        fleet: Fleet::new(http.clone(), changed).reading_at_once(args.concurrent_first_reports.into()),
         public_keys: keys.public.clone(),
         worker_image: args.worker_image.clone(),
         // What workers do anyway is not written into their pods: a new operator is not to replace them.
