@@ -591,7 +591,7 @@ async fn drain_refuses_new_requests_and_closes_connections() {
 async fn what_failed_is_looked_at_again_when_somebody_asks() {
     let folder = tempfile::tempdir().unwrap();
     let late = folder.path().join("late");
-    let family = Family::default().group("a", &lens_uri("base")).lens("a", "late", &uri(&late));
+    let mut family = Family::default().group("a", &lens_uri("base")).lens("a", "late", &uri(&late));
     let worker = Worker::start(&family.document());
     let state = |report: &WorkerReport| report.lens("a", "late").map(|lens| lens.state.clone());
     worker.wait("the failure", |r| matches!(state(r), Some(ArtifactState::Failed { .. }))).await;
