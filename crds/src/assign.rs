@@ -38,11 +38,11 @@
 //!
 //! A worker whose stream is down for a moment stays in the list with what it last said, or its lenses move twice.
 //!
-//! The *operator* measures, calls with what it published last as `previous`, and publishes the answer:
-//! [`WorkerShare::preload`] is what a worker is told to preload. A *gateway* takes what was published as `previous` and
-//! the demands from it, and only `workers` from its own view: so all gateways have one answer, and a worker that is
-//! lost is replaced at once. [`Assignment::order`] is the order in which to try workers that are otherwise equal. A
-//! gateway without an operator measures too, and keeps its last answer as `previous`.
+//! The *operator* measures, calls with what it published last as `previous`, and publishes the answer as
+//! [`crate::hints`]: [`WorkerShare::preload`] is what a worker is told to preload, and it says so in its report. A
+//! *gateway* reads there who is assigned what, keeps no list of its own, and goes by [`affinity`] otherwise, which is what
+//! decides here where no bound is reached. [`Assignment::order`] is the same for somebody who has the whole answer: the
+//! order in which to try workers that are otherwise equal.
 
 mod bases;
 mod demand;
@@ -165,6 +165,11 @@ impl LensId {
     pub fn of(group: &str, name: &str) -> Self {
         Self(format!("{group}:{name}"))
     }
+
+    /// Its group as clients call it and its name; `None` for what is no id.
+    pub fn parts(&self) -> Option<(&str, &str)> {
+        self.0.split_once(':')
+    }
 }
 
 /// Who holds what.
@@ -244,6 +249,12 @@ impl Assignment {
     pub fn turns(&self) -> impl Iterator<Item = &BaseKey> {
         self.bases.iter().filter(|(_, share)| share.workers.is_empty()).map(|(key, _)| key)
     }
+}
+
+/// How much a lens (by its [`LensId`]) or a base (by its key) is drawn to a worker of weight 1; the highest is its first
+/// choice.
+pub fn affinity(key: &str, worker: &str) -> u64 {
+    rendezvous::affinity(rendezvous::hash(key), rendezvous::hash(worker), 1)
 }
 
 /// Decides who holds what, see the module. `previous` is the last answer, [`Assignment::default`] if there is none.

@@ -40,6 +40,8 @@ pub mod reason {
     pub const INVALID: &str = "Invalid";
     /// A memory budget is larger than what the container may use; the message has the numbers.
     pub const BUDGET_EXCEEDS_LIMIT: &str = "BudgetExceedsLimit";
+    /// What is declared needs an API that this cluster's API server does not serve; the message says which.
+    pub const API_NOT_SERVED: &str = "ApiNotServed";
     /// An object with the name the operator needs exists and belongs to somebody else.
     pub const NAME_TAKEN: &str = "NameTaken";
     /// Workers are being started, replaced or removed.

@@ -13,8 +13,10 @@ use sha2::{Digest, Sha256};
 use crate::{
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
+    hints::Hints,
     placement::{
-        EvictionPolicy, GroupResidency, ModelPlacement, ModelPlacementSpec, PlacedGroup, SwitchingMode,
+        EvictionPolicy, GroupResidency, LensPreload, ModelPlacement, ModelPlacementSpec, PlacedGroup,
+        SwitchingMode, cache::bytes_for_files,
     },
     quantity::{ByteQuantity, InvalidQuantity},
     source::Source,
@@ -36,7 +38,7 @@ pub struct WorkerDocument {
     /// Grows with every change; a worker ignores a smaller one and refuses the same one with
     /// another digest.
     pub sequence: u64,
-    /// `sha256:…` over everything else in the document, see [`WorkerDocument::compute_digest`].
+    /// `sha256:…` over everything else in the document but its hints, see [`WorkerDocument::compute_digest`].
     pub digest: String,
     /// The groups to serve, sorted by name. Empty once the last group is gone: then nothing is served,
     /// and what was in memory leaves it.
@@ -53,11 +55,17 @@ pub struct WorkerDocument {
     /// The group whose base is active, when requests do not decide it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_group: Option<String>,
+    /// Which lenses a worker brings to its device ahead of requests.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub lens_preload: LensPreload,
     /// Which lenses leave when there is need for room.
     #[serde(default, skip_serializing_if = "is_default")]
     pub eviction: EvictionRule,
     /// Limits of what waits.
     pub admission: AdmissionLimits,
+    /// How long a new worker whose base is active waits at most for its lenses before it is ready, seconds.
+    #[serde(default = "default_warmup_seconds", skip_serializing_if = "is_default_warmup_seconds")]
+    pub warmup_seconds: u32,
     /// Names of the volumes mounted below the worker's volumes folder, sorted.
     pub source_volumes: Vec<String>,
     /// Names of the Secrets whose tokens are below the worker's folder of Secrets, sorted.
@@ -68,6 +76,10 @@ pub struct WorkerDocument {
     pub source_secret_hosts: BTreeMap<String, Vec<String>>,
     /// Keys whose tokens are accepted, sorted. Empty without a cluster.
     pub public_keys: Vec<PublicKey>,
+    /// What the operator advises: not part of what is declared, and so not of the digest. Absent without an operator. In a
+    /// ConfigMap they are beside the document, under a key of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hints: Option<Hints>,
 }
 
 /// Which placement a document belongs to.
@@ -182,6 +194,17 @@ fn is_default_priority(priority: &u32) -> bool {
     *priority == DEFAULT_PRIORITY
 }
 
+/// How long a new worker waits for its lenses where nothing is said, seconds.
+pub const DEFAULT_WARMUP_SECONDS: u32 = 120;
+
+fn default_warmup_seconds() -> u32 {
+    DEFAULT_WARMUP_SECONDS
+}
+
+fn is_default_warmup_seconds(seconds: &u32) -> bool {
+    *seconds == DEFAULT_WARMUP_SECONDS
+}
+
 /// What says nothing new is not written, so that a worker of the version before computes the same digest.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -287,9 +310,9 @@ impl Default for AdmissionLimits {
 }
 
 impl WorkerDocument {
-    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0 and `digest` empty.
+    /// The digest the document should carry: SHA-256 of its JSON with `sequence` 0, `digest` empty and without `hints`.
     pub fn compute_digest(&self) -> String {
-        let bare = Self { sequence: 0, digest: String::new(), ..self.clone() };
+        let bare = Self { sequence: 0, digest: String::new(), hints: None, ..self.clone() };
         let json = serde_json::to_vec(&bare).expect("a document of strings and numbers is JSON");
         format!("sha256:{}", hex::encode(Sha256::digest(json)))
     }
@@ -343,7 +366,7 @@ pub struct Problem {
 impl Problem {
     /// Whether nothing is carried out before it is mended. Otherwise the rest of the placement is.
     pub fn stops_everything(&self) -> bool {
-        self.reason == reason::INVALID
+        matches!(self.reason, reason::INVALID | reason::API_NOT_SERVED)
     }
 }
 
@@ -455,12 +478,15 @@ fn assemble(
         batching: batching(spec),
         switching: switching(spec),
         active_group: active_group(spec),
+        lens_preload: spec.switching.as_ref().and_then(|s| s.lens_preload).unwrap_or_default(),
         eviction: eviction(spec),
         admission: admission(spec),
+        warmup_seconds: count(Some(spec.warmup_seconds()), DEFAULT_WARMUP_SECONDS),
         source_volumes,
         source_secrets,
         source_secret_hosts,
         public_keys,
+        hints: None,
     };
     document.digest = document.compute_digest();
     document.sequence = match &previous.stored {
@@ -515,7 +541,7 @@ fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
     let budgets = MemoryBudgets {
         device_bytes: read("deviceBudget", memory.and_then(|m| m.device_budget.as_ref()))?,
         lens_bytes: read("lensBudget", memory.and_then(|m| m.lens_budget.as_ref()))?,
-        disk_bytes: read("diskBudget", memory.and_then(|m| m.disk_budget.as_ref()))?,
+        disk_bytes: disk_bytes(spec, read("diskBudget", memory.and_then(|m| m.disk_budget.as_ref()))?)?,
     };
     if let (Some(device), Some(lens)) = (budgets.device_bytes, budgets.lens_bytes)
         && lens >= device
@@ -529,6 +555,24 @@ fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {
     }
     let device_bytes = budgets.device_bytes.filter(|_| beyond_limit(spec).is_none());
     Ok(MemoryBudgets { device_bytes, ..budgets })
+}
+
+/// Disk for fetched files: what is declared, or else what the cache is declared to hold.
+fn disk_bytes(spec: &ModelPlacementSpec, declared: Option<u64>) -> Result<Option<u64>, Problem> {
+    let Some((field, size)) = spec.cache.as_ref().and_then(|cache| cache.declared_size()) else {
+        return Ok(declared);
+    };
+    let invalid = |message: String| Problem { reason: reason::INVALID, message };
+    let unreadable = |e: InvalidQuantity| invalid(format!("spec.cache.{field}: {e}"));
+    let bytes = size.bytes().map_err(unreadable)?;
+    match declared {
+        Some(budget) if budget > bytes => Err(invalid(format!(
+            "spec.memory.diskBudget ({budget} bytes) is a part of the cache and must not be larger than spec.cache.{field} \
+             ({bytes} bytes)"
+        ))),
+        Some(budget) => Ok(Some(budget)),
+        None => bytes_for_files(size).map(Some).map_err(unreadable),
+    }
 }
 
 /// On a CPU worker memory is the device: a budget that the container's limit does not hold ends with the process being killed
@@ -609,7 +653,7 @@ fn admission(spec: &ModelPlacementSpec) -> AdmissionLimits {
 pub enum Verdict {
     /// Newer than what it has: take it.
     Take,
-    /// What it already has.
+    /// What it already has, but for its hints: those are taken when they are newer.
     Same,
     /// Older than what it has: ignore it.
     Stale,

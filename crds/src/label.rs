@@ -34,6 +34,8 @@ pub const CONTROL_PORT_NAME: &str = "control";
 
 /// Key in the ConfigMap's `binaryData`: the worker document as gzip of JSON.
 pub const DOCUMENT_KEY: &str = "document.json.gz";
+/// Key in the same `binaryData`: the hints as gzip of JSON, see [`crate::hints`].
+pub const HINTS_KEY: &str = "hints.json.gz";
 /// Where a worker pod finds its ConfigMap mounted.
 pub const DOCUMENT_DIR: &str = "/etc/turret/document";
 /// Where a worker pod finds its source volumes, one folder per name.

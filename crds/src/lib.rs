@@ -5,7 +5,8 @@
 //! [`compile`](document::compile) turns one placement and its groups into a
 //! [`WorkerDocument`], the only thing a worker is told; the worker answers with a
 //! [`WorkerReport`], the only thing anybody believes about what it holds. [`assign`](assign::assign) says which
-//! workers should hold what, so that operator and gateways pull in one direction.
+//! workers should hold what, so that operator and gateways pull in one direction; the operator's answer travels as
+//! [`hints`].
 //!
 //! [`validate`] says what the API server would say of an object, without an API server.
 //!
@@ -16,6 +17,7 @@ pub mod assign;
 pub mod condition;
 pub mod document;
 pub mod group;
+pub mod hints;
 pub mod host_pattern;
 pub mod label;
 pub mod model_name;

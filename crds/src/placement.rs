@@ -8,7 +8,13 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{group::never_observed, quantity::ByteQuantity};
+use crate::{assign, group::never_observed, quantity::ByteQuantity};
+
+pub mod cache;
+pub mod topology;
+
+use cache::Cache;
+use topology::TopologySpread;
 
 /// Most groups a placement may name.
 pub const MAX_GROUPS: usize = 16;
@@ -30,7 +36,7 @@ pub const MAX_GROUPS: usize = 16;
     scale(spec_replicas_path = ".spec.replicas", status_replicas_path = ".status.replicas", label_selector_path = ".status.selector"),
     validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("the name of a ModelPlacement names Services and Pods: at most 52 lower-case letters, digits and `-`"),
     printcolumn(name = "Groups", type_ = "string", json_path = ".status.groupSummary", description = "Groups that are served"),
-    printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Wanted workers"),
+    printcolumn(name = "Desired", type_ = "integer", json_path = ".status.desiredReplicas", description = "Wanted workers"),
     printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas", description = "Workers that take requests"),
     printcolumn(name = "Updated", type_ = "integer", json_path = ".status.updatedReplicas", description = "Workers that serve exactly the newest document"),
     printcolumn(name = "Active", type_ = "string", json_path = ".status.activeSummary", description = "Active base of each worker, counted; refreshed at most once a minute"),
@@ -43,18 +49,20 @@ pub const MAX_GROUPS: usize = 16;
 #[x_kube(
     validation = Rule::new("!has(self.defaultGroupName) || self.groups.exists(g, g.name == self.defaultGroupName)").message("defaultGroupName must be the name of one of the groups"),
     validation = Rule::new("!has(self.switching) || !has(self.switching.activeGroupName) || self.groups.exists(g, g.name == self.switching.activeGroupName)").message("switching.activeGroupName must be the name of one of the groups"),
+    validation = Rule::new("!has(self.memory) || !has(self.memory.diskBudget) || !has(self.cache) || ((!has(self.cache.ephemeral) || quantity(string(self.memory.diskBudget)).compareTo(quantity(string(self.cache.ephemeral.size))) <= 0) && (!has(self.cache.emptyDir) || !has(self.cache.emptyDir.sizeLimit) || quantity(string(self.memory.diskBudget)).compareTo(quantity(string(self.cache.emptyDir.sizeLimit))) <= 0))").message("memory.diskBudget is a part of the cache and must not be larger than its size"),
 )]
 pub struct ModelPlacementSpec {
     /// The groups that every worker of this placement can serve. 1 to 16.
     #[schemars(length(min = 1, max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub groups: Vec<PlacedGroup>,
-    /// The group whose base a new worker makes active first. Absent: the first group by name.
+    /// The group whose base a new worker makes active first, as long as other bases are not asked for more. Absent: the
+    /// first group by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub default_group_name: Option<String>,
     /// Wanted workers. Yours, or an autoscaler's through the scale subresource: the operator
-    /// never writes it.
+    /// never writes it. Ignored while `autoscaling` is set.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 1024))]
     pub replicas: i32,
@@ -73,9 +81,18 @@ pub struct ModelPlacementSpec {
     /// When a worker changes its active base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switching: Option<Switching>,
+    /// On how many workers one lens may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<Spread>,
     /// How many requests may wait, and how long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admission: Option<Admission>,
+    /// How many workers there are, decided by the operator from what runs and waits. Absent: `replicas`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
+    /// Where workers keep the files they fetch. Absent: a folder on the node's own disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
     /// Volumes that `pvc://NAME/path` sources read. Mounted read-only into every worker.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
@@ -87,13 +104,34 @@ pub struct ModelPlacementSpec {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub source_secrets: Vec<SourceSecret>,
+    /// How long a new worker whose base is active waits at most for its `Pinned` and `Preloaded` lenses before it is ready,
+    /// in seconds. A lens that fails, or finds no room, is not waited for. Once it was ready, loads and switches make it
+    /// unready no more. Default 120.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub warmup_seconds: Option<i32>,
     /// How long a worker that leaves may finish its running rows, in seconds. Default 120.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub termination_drain_seconds: Option<i32>,
+    /// Whether a new operator with another default worker image replaces the workers. `Manual`, the default: no, the new
+    /// image comes with the next change that replaces them anyway. `Rolling`: yes, at once. Says nothing where
+    /// `worker.image` names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade_policy: Option<UpgradePolicy>,
     /// The worker pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker: Option<Worker>,
+}
+
+/// Whether a new operator with another default worker image replaces the workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum UpgradePolicy {
+    /// It does not.
+    #[default]
+    Manual,
+    /// It does.
+    Rolling,
 }
 
 /// A group that a placement serves.
@@ -149,14 +187,33 @@ pub struct GroupRef {
     pub namespace: Option<String>,
 }
 
-/// The device a worker asks for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+/// The device a worker asks for: exactly one of the two.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.resourceName) != has(self.deviceClassName)").message("accelerator is exactly one of resourceName and deviceClassName"),
+)]
 pub struct Accelerator {
     /// An extended resource of a device plugin, such as `nvidia.com/gpu`. Each worker gets one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 3, max = 316))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$')").message("resourceName must be an extended resource such as nvidia.com/gpu"))]
-    pub resource_name: String,
+    pub resource_name: Option<String>,
+    /// A class of devices of a driver of dynamic resource allocation, such as `gpu.nvidia.com`. Each worker gets one, by a
+    /// claim of its own. Needs an API server that serves `resource.k8s.io/v1` (Kubernetes 1.34); on another one the
+    /// placement is refused with `Accepted=False`, reason `ApiNotServed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')").message("deviceClassName is the name of a DeviceClass: lower-case letters, digits, `-` and `.`"))]
+    pub device_class_name: Option<String>,
+}
+
+impl Accelerator {
+    /// What is asked for, for people.
+    pub fn name(&self) -> &str {
+        let name = self.resource_name.as_deref().or(self.device_class_name.as_deref());
+        name.unwrap_or_default()
+    }
 }
 
 /// Memory budgets of one worker.
@@ -174,8 +231,9 @@ pub struct Memory {
     /// Absent: an eighth of the device budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lens_budget: Option<ByteQuantity>,
-    /// Disk the worker may use for files it fetched. Absent: 64Gi, not set aside. When given it is
-    /// requested as ephemeral storage, so changing it replaces the pods.
+    /// Disk the worker may use for files it fetched. Absent: what `cache` is declared to hold, or else 64Gi, not set aside.
+    /// When given and the cache is on the node's own disk, it is requested as ephemeral storage, so changing it replaces
+    /// the pods; with a cache of another kind it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_budget: Option<ByteQuantity>,
 }
@@ -298,6 +356,38 @@ pub struct Switching {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: Option<i32>,
+    /// Which of the lenses that are declared `Preloaded` or `Pinned` a worker brings to its device ahead of requests.
+    /// `Assigned`, the default: those that the operator assigned to it, and what is asked for most. `Declared`: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lens_preload: Option<LensPreload>,
+}
+
+/// Which lenses a worker brings to its device ahead of requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum LensPreload {
+    /// Those that the operator assigned to it.
+    #[default]
+    Assigned,
+    /// All that are declared so.
+    Declared,
+}
+
+/// On how many workers one lens may be. A lens that is asked for much is assigned to more of them, up to `maxCopies`; one
+/// that is not, to `minCopies`. Any worker serves any lens all the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.minCopies) || !has(self.maxCopies) || self.minCopies <= self.maxCopies").message("minCopies must not be above maxCopies"),
+)]
+pub struct Spread {
+    /// On how many workers a lens is at least, as far as there are workers that prefer its base. Default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
+    pub min_copies: Option<i32>,
+    /// On how many workers a lens is at most. Default 4, or `minCopies` where that is more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
+    pub max_copies: Option<i32>,
 }
 
 /// Who decides which base is active.
@@ -322,6 +412,37 @@ pub struct Admission {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 3600))]
     pub hold_seconds: Option<i32>,
+}
+
+/// How many workers there are, by the requests that they compute and those that wait. Decisions go to
+/// `status.desiredReplicas`, never to `replicas`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.minReplicas <= self.maxReplicas").message("autoscaling.minReplicas must not be above maxReplicas"),
+    validation = Rule::new("!has(self.scaleToZeroAfterSeconds) || self.minReplicas == 0").message("scaleToZeroAfterSeconds belongs to minReplicas 0: with more, a worker always stays"),
+)]
+pub struct Autoscaling {
+    /// Fewest workers. With 0 none is left while nobody asks; the gateway then holds a request until the worker that it
+    /// wakes can answer it, at most `admission.holdSeconds`.
+    #[schemars(range(min = 0, max = 1000))]
+    pub min_replicas: i32,
+    /// Most workers.
+    #[schemars(range(min = 1, max = 1000))]
+    pub max_replicas: i32,
+    /// Requests, running or waiting, that one worker is there for: there are as many workers as it takes for no more
+    /// than this on each. Default 16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub target_running_per_replica: Option<i32>,
+    /// The last worker leaves when nobody has asked for so many seconds. Only with `minReplicas: 0`. Default 600.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 10, max = 604_800))]
+    pub scale_to_zero_after_seconds: Option<i32>,
+    /// Workers leave when fewer were enough for so many seconds without a break. Workers are added at once. Default 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 86_400))]
+    pub scale_down_delay_seconds: Option<i32>,
 }
 
 /// A volume that `pvc://NAME/path` sources read.
@@ -383,6 +504,11 @@ pub struct Worker {
     #[schemars(length(max = 32))]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub tolerations: Vec<Toleration>,
+    /// How the workers are spread over nodes, zones and the like. Absent: over nodes, as far as there is room.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 4))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["topologyKey".into()]))]
+    pub topology_spread_constraints: Vec<TopologySpread>,
     /// Priority class of the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
@@ -476,6 +602,9 @@ pub struct ModelPlacementStatus {
     /// Generation of the spec that this status speaks of; -1 before the operator has seen it.
     #[serde(default = "never_observed")]
     pub observed_generation: i64,
+    /// Wanted workers: `spec.replicas`, or what was decided last by `spec.autoscaling`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_replicas: Option<i32>,
     /// Worker pods that exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<i32>,
@@ -498,7 +627,7 @@ pub struct ModelPlacementStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_memory_summary: Option<String>,
     /// Image of the workers, as resolved when the placement was last changed: a newer operator
-    /// with another default does not replace running pods.
+    /// with another default does not replace running pods, unless `upgradePolicy` is `Rolling`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker_image: Option<String>,
     /// Sequence number of the newest worker document.
@@ -516,9 +645,43 @@ fn one() -> i32 {
     1
 }
 
+impl Autoscaling {
+    /// Requests that one worker is there for.
+    pub fn target_running_per_replica(&self) -> i32 {
+        self.target_running_per_replica.unwrap_or(16)
+    }
+
+    /// The last worker leaves when nobody has asked for so long, seconds.
+    pub fn scale_to_zero_after_seconds(&self) -> i32 {
+        self.scale_to_zero_after_seconds.unwrap_or(600)
+    }
+
+    /// Workers leave when fewer were enough for so long, seconds.
+    pub fn scale_down_delay_seconds(&self) -> i32 {
+        self.scale_down_delay_seconds.unwrap_or(300)
+    }
+}
+
 impl ModelPlacementSpec {
     /// How long a leaving worker may finish its rows, seconds.
     pub fn termination_drain_seconds(&self) -> i32 {
         self.termination_drain_seconds.unwrap_or(120)
+    }
+
+    /// How long a new worker waits at most for its lenses before it is ready, seconds.
+    pub fn warmup_seconds(&self) -> i32 {
+        self.warmup_seconds.unwrap_or(120)
+    }
+
+    /// On how many workers one lens may be, defaults filled in.
+    pub fn spread(&self) -> assign::Spread {
+        let default = assign::Spread::default();
+        let given = self.spread.unwrap_or_default();
+        let count =
+            |given: Option<i32>, default| given.and_then(|n| u32::try_from(n).ok()).unwrap_or(default);
+        assign::Spread {
+            min_copies: count(given.min_copies, default.min_copies),
+            max_copies: count(given.max_copies, default.max_copies),
+        }
     }
 }

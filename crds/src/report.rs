@@ -65,13 +65,19 @@ pub struct WorkerState {
     /// The document that is applied, in all its parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub document: Option<AppliedDocument>,
-    /// Whether it takes requests: its first base is active and it is not draining.
+    /// Whether it takes requests: its first base is active, the lenses that it waits for have come, and it is not draining.
     pub ready: bool,
     /// Whether it is leaving: it finishes what runs and takes nothing new.
     pub draining: bool,
     /// The active base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_base: Option<BaseKey>,
+    /// The base that it is advised to prefer, see [`crate::hints`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preferred_base: Option<BaseKey>,
+    /// Version of the hints that it has, 0 before it has any. Absent: a worker of a version that takes none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hints_version: Option<u64>,
     /// The switch of base that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch: Option<SwitchReport>,
@@ -246,6 +252,12 @@ pub struct BaseReport {
     /// Longest sequence over it in tokens, once its files are checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_context_tokens: Option<u32>,
+    /// Rows over it that are computed, with and without a lens.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub running_rows: u32,
+    /// Requests that wait to be, for whatever reason.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub waiting_rows: u32,
 }
 
 /// A lens on a worker.
@@ -274,6 +286,9 @@ pub struct LensReport {
     pub fetch: Option<FetchReport>,
     /// Rows that use it now.
     pub active_rows: u32,
+    /// Requests that wait to be served with it, for whatever reason.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub waiting_rows: u32,
     /// Requests it has answered.
     pub served: u64,
     /// Requests that ended without an answer because of the worker: a failed row, an end of the drain.
@@ -303,6 +318,9 @@ pub struct LensReport {
     /// Whether it never leaves: by declaration, or by hand until the worker restarts.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
+    /// Whether the operator assigned it to this worker: its requests are best sent here, see [`crate::hints`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub assigned: bool,
     /// Leases that keep it, see [`LeaseReport`].
     #[serde(default, skip_serializing_if = "is_zero")]
     pub leases: u64,
@@ -331,8 +349,8 @@ impl Feedback {
     }
 }
 
-fn is_zero(number: &u64) -> bool {
-    *number == 0
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
 }
 
 /// Why a lens left the device.
@@ -470,6 +488,7 @@ impl LensReport {
             bytes: None,
             fetch: None,
             active_rows: 0,
+            waiting_rows: 0,
             served: 0,
             errors: 0,
             loads: 0,
@@ -480,6 +499,7 @@ impl LensReport {
             time_per_output_token_micros: None,
             feedback: None,
             pinned: false,
+            assigned: false,
             leases: 0,
             last_eviction: None,
         }

@@ -15,7 +15,7 @@ use ed25519_dalek::{
     SigningKey as Ed25519Key,
     pkcs8::{DecodePrivateKey, EncodePrivateKey, spki::der::pem::LineEnding},
 };
-use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use turret_crds::token::{Claims, LIFETIME_SECONDS, PublicKey, Scope};
@@ -180,6 +180,17 @@ impl Signer {
         }
     }
 
+    /// Whether a token was made by `issuer` for `audience` with the key in use: by somebody who holds the same
+    /// private half.
+    pub fn admits(&self, token: &str, issuer: &str, audience: &str) -> bool {
+        let mut validation = Validation::new(Algorithm::EdDSA);
+        validation.set_audience(&[audience]);
+        validation.set_issuer(&[issuer]);
+        validation.validate_nbf = true;
+        let key = DecodingKey::from_ed_components(&self.public().x);
+        key.is_ok_and(|key| jsonwebtoken::decode::<Claims>(token, &key, &validation).is_ok())
+    }
+
     /// A token of the key before the last replacement, if there was one.
     fn previous_token(&self, placement_uid: &str) -> Result<Option<Arc<str>>, KeyError> {
         let claims = self.claims(placement_uid, seconds_since_epoch());
@@ -229,8 +240,6 @@ impl TokenSource {
 
 #[cfg(test)]
 mod tests {
-    use jsonwebtoken::{DecodingKey, Validation};
-
     use super::*;
 
     /// Verifies a token as a worker does: by the public half alone.
@@ -258,6 +267,19 @@ mod tests {
         let claims = verify(&token, &signer.public(), "uid-1").unwrap();
         assert_eq!((claims.iss.as_str(), claims.scope), (OPERATOR_ISSUER, Scope::Control));
         assert!(verify(&token, &signer.public(), "uid-2").is_err());
+    }
+
+    #[test]
+    fn only_a_token_of_the_same_key_and_issuer_for_the_same_audience_is_admitted() {
+        let key = SigningKey::generate();
+        let operator = Signer::new(OPERATOR_ISSUER, Scope::Serve, key.clone());
+        let gateway = Signer::new(GATEWAY_ISSUER, Scope::Serve, key);
+        let token = operator.token("a").unwrap();
+        assert!(gateway.admits(&token, OPERATOR_ISSUER, "a"));
+        assert!(!gateway.admits(&token, OPERATOR_ISSUER, "b"));
+        assert!(!gateway.admits(&token, GATEWAY_ISSUER, "a"));
+        assert!(!signer().admits(&token, OPERATOR_ISSUER, "a"));
+        assert!(!gateway.admits("", OPERATOR_ISSUER, "a"));
     }
 
     #[test]

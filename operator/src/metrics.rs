@@ -22,6 +22,13 @@ pub struct Outcome {
     pub outcome: &'static str,
 }
 
+/// Which way a number of workers went.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Direction {
+    /// `up` or `down`.
+    pub direction: &'static str,
+}
+
 /// The metrics. Cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
@@ -35,8 +42,14 @@ pub struct Metrics {
     pub status_writes: Family<Kind, Counter>,
     /// Documents given to workers.
     pub pushes: Family<Outcome, Counter>,
+    /// Hints that were published.
+    pub hints_published: Counter,
     /// State streams that are open.
     pub worker_streams: Gauge,
+    /// Gateways that tell what waits.
+    pub gateway_streams: Gauge,
+    /// Changes of a number of workers by autoscaling.
+    pub rescales: Family<Direction, Counter>,
     /// Whether this replica is the leader.
     pub leader: Gauge,
 }
@@ -54,7 +67,10 @@ impl Default for Metrics {
             applies: Family::default(),
             status_writes: Family::default(),
             pushes: Family::default(),
+            hints_published: Counter::default(),
             worker_streams: Gauge::default(),
+            gateway_streams: Gauge::default(),
+            rescales: Family::default(),
             leader: Gauge::default(),
         };
         registry.register("reconciles", "Looks at an object", metrics.reconciles.clone());
@@ -72,9 +88,24 @@ impl Default for Metrics {
         registry.register("status_writes", "Statuses written, by kind", metrics.status_writes.clone());
         registry.register("document_pushes", "Worker documents given to workers", metrics.pushes.clone());
         registry.register(
+            "hints_published",
+            "Times that a placement's workers were advised otherwise which lenses to hold",
+            metrics.hints_published.clone(),
+        );
+        registry.register(
             "worker_streams",
             "Worker state streams that are open",
             metrics.worker_streams.clone(),
+        );
+        registry.register(
+            "gateway_streams",
+            "Gateways that tell what waits; without any, nothing is scaled to zero, and nothing wakes",
+            metrics.gateway_streams.clone(),
+        );
+        registry.register(
+            "rescales",
+            "Changes of a placement's number of workers by its autoscaling, by direction",
+            metrics.rescales.clone(),
         );
         registry.register(
             "leader",
@@ -97,6 +128,7 @@ impl Metrics {
         }
         drop(metrics.reconcile_seconds.get_or_create(&kind));
         drop(metrics.pushes.get_or_create(&Outcome { outcome: "" }));
+        drop(metrics.rescales.get_or_create(&Direction { direction: "" }));
         metrics.text()
     }
 

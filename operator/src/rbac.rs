@@ -48,7 +48,9 @@ fn named(group: &str, resource: &str, names: &[&str], verbs: &[&str]) -> PolicyR
 ///
 /// Owned objects are made and changed by server-side apply: the API server asks for `patch`, and
 /// for `create` when the object did not exist (in the audit log that is a `patch` answered 201).
-/// `get` asks, before an object is first made, whether its name is taken.
+/// `get` asks, before an object is first made, whether its name is taken. A pod is patched with an annotation when there are
+/// to be fewer workers: the one that loses least is to leave. The slices of the operator's own namespace name the gateways,
+/// which are asked what waits.
 pub fn rules() -> Rules {
     let owned = ["get", "list", "watch", "create", "patch"];
     Rules {
@@ -58,13 +60,20 @@ pub fn rules() -> Rules {
             rule("", &["configmaps", "services"], &owned),
             rule("apps", &["deployments"], &owned),
             rule("policy", &["poddisruptionbudgets"], &owned),
-            rule("", &["pods"], &["list", "watch"]),
+            // Their content never changes, so another one is another object, and the old one is removed.
+            rule(
+                "resource.k8s.io",
+                &["resourceclaimtemplates"],
+                &["get", "list", "watch", "create", "patch", "delete"],
+            ),
+            rule("", &["pods"], &["list", "watch", "patch"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
         ],
         operator_own_namespace: vec![
             rule("coordination.k8s.io", &["leases"], &["create"]),
             named("coordination.k8s.io", "leases", &[LEASE], &["get", "update"]),
             named("", "secrets", &[OPERATOR_KEYS, GATEWAY_KEYS], &["list", "watch", "patch"]),
+            rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
         ],
         gateway: vec![
             rule("turret.dev", &["modelgroups", "modelplacements"], &["list", "watch"]),

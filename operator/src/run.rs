@@ -3,12 +3,14 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret};
+use futures::StreamExt;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Config, Resource, ResourceExt,
     core::NamespaceResourceScope,
     runtime::{
-        events::{Recorder, Reporter},
+        events::{EventType, Recorder, Reporter},
+        reflector::Store,
         watcher,
     },
 };
@@ -18,6 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 use turret_crds::{
+    ModelPlacement,
     host_pattern::{self, HostPattern},
     label,
 };
@@ -25,18 +28,21 @@ use turret_crds::{
 use crate::{
     controllers::{
         cache::{self, Touched},
-        context::{Caches, Context, Pods, placement_of},
+        context::{self, Caches, Context, Pods, placement_of},
         group,
         placement::{self, plan::shrink_config_map, resources::MANAGED_BY},
         retry::Retries,
         waker::Waker,
         wakes::{Key, Wakes},
     },
+    demand::{self, Gateways},
     fleet::{Endpoint, Fleet, Link, Moved},
     health::Health,
     leader::Election,
     metrics::Metrics,
-    namespaces, rbac, secrets,
+    namespaces,
+    optional_apis::OptionalApis,
+    rbac, secrets,
     telemetry::LogFilter,
 };
 
@@ -46,6 +52,10 @@ const GRACE: Duration = Duration::from_secs(10);
 const API_SILENCE: Duration = Duration::from_secs(150);
 /// Pods that change within this time are followed at once.
 const POD_COALESCE: Duration = Duration::from_millis(20);
+/// What is asked of a placement is judged at most once in this time.
+const LOAD_COALESCE: Duration = Duration::from_millis(25);
+/// Placements whose load is judged before others get a turn.
+const LOADS_AT_ONCE: usize = 1024;
 
 /// What `turret-operator run` is told.
 #[derive(Clone, Debug, clap::Args)]
@@ -126,8 +136,12 @@ pub async fn run(args: RunArgs, log: LogFilter) -> anyhow::Result<()> {
         }
     });
 
+    let optional = tokio::select! {
+        optional = OptionalApis::find(&client) => optional,
+        () = stopped(stop.clone()) => return Ok(()),
+    };
     let served = namespaces::served(args.namespaces.clone());
-    let watched = start_caches(&mut tasks, &client, &served);
+    let watched = start_caches(&mut tasks, &client, &served, optional);
     let all = watched.caches.synced();
     tokio::select! {
         () = all => health.caches_are_synced(),
@@ -153,6 +167,10 @@ pub async fn run(args: RunArgs, log: LogFilter) -> anyhow::Result<()> {
     let ctx = Arc::new(context(client, &args, identity, &watched, &keys, &health.metrics)?);
     follow_pods(&mut tasks, &ctx, &watched, &keys);
     follow_keys(&mut tasks, &ctx);
+    tell_unreadable(&mut tasks, &ctx);
+    follow_demand(&mut tasks, &ctx);
+    follow_gateways(&mut tasks, &ctx, &own_namespace);
+    follow_load(&mut tasks, &ctx);
     let at_once = args.concurrent_reconciles;
     let controllers = async {
         tokio::join!(
@@ -200,7 +218,12 @@ struct Watched {
     pods_changed: Arc<Notify>,
 }
 
-fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespaces: &[String]) -> Watched {
+fn start_caches(
+    tasks: &mut JoinSet<()>,
+    client: &Client,
+    namespaces: &[String],
+    optional: OptionalApis,
+) -> Watched {
     let (placement_wakes, group_wakes) = (Wakes::default(), Wakes::default());
     let pods_changed = Arc::new(Notify::new());
     let everything = watcher::Config::default();
@@ -208,12 +231,12 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespaces: &[String])
 
     let waker = Waker { placements: placement_wakes.clone(), groups: group_wakes.clone() };
     let wake = waker.clone();
-    let placements =
+    let (placements, unreadable_placements) =
         cache::start(tasks, apis(client, namespaces), everything.clone(), cache::shrink_metadata, move |t| {
             wake.placement_changed(&t);
         });
     let (wake, all_placements) = (waker.clone(), placements.clone());
-    let groups =
+    let (groups, unreadable_groups) =
         cache::start(tasks, apis(client, namespaces), everything, cache::shrink_metadata, move |t| {
             wake.group_changed(&t, &all_placements);
         });
@@ -225,7 +248,7 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespaces: &[String])
         }
     };
     let touch = owned_changed.clone();
-    let config_maps = cache::start(
+    let (config_maps, _) = cache::start(
         tasks,
         apis(client, namespaces),
         owned.clone(),
@@ -236,23 +259,31 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespaces: &[String])
         move |t| touch(t.both().next().and_then(placement_of)),
     );
     let touch = owned_changed.clone();
-    let services =
+    let (services, _) =
         cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
-    let disruption_budgets =
+    let (disruption_budgets, _) =
         cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
-    let deployments =
+    let (deployments, _) =
         cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
+    let touch = owned_changed.clone();
+    let claim_templates = optional.resource_claim_templates.then(|| {
+        let (claim_templates, _) =
+            cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
+                touch(t.both().next().and_then(placement_of));
+            });
+        claim_templates
+    });
     let pods = Pods::default();
     let (index, notify) = (pods.clone(), pods_changed.clone());
-    let pod_store = cache::start(
+    let (pod_store, _) = cache::start(
         tasks,
         apis(client, namespaces),
         owned,
@@ -269,11 +300,14 @@ fn start_caches(tasks: &mut JoinSet<()>, client: &Client, namespaces: &[String])
     );
     let caches = Caches {
         groups,
+        unreadable_groups,
         placements,
+        unreadable_placements,
         config_maps,
         services,
         disruption_budgets,
         deployments,
+        claim_templates,
         pods,
         pod_store,
     };
@@ -298,15 +332,26 @@ fn context(
     let waker = Waker { placements: watched.placement_wakes.clone(), groups: watched.group_wakes.clone() };
     let placements = watched.caches.placements.clone();
     let links_changed = watched.pods_changed.clone();
+    let load_wakes = Wakes::default();
+    let (traffic, asked) = (load_wakes.clone(), load_wakes.clone());
     let changed = move |endpoint: &Endpoint<Key>, moved: Moved| {
-        // What moves with traffic is looked at once a minute anyway.
+        let (namespace, name) = &endpoint.attached;
         if moved > Moved::Traffic {
             waker.placement_and_groups(&endpoint.attached, &placements);
+        } else if is_autoscaled(&placements, namespace, name) {
+            traffic.wake(namespace, name);
         }
+        // What else moves with traffic is looked at once a minute anyway.
         if moved == Moved::Link {
             links_changed.notify_one();
         }
     };
+    let gateways = Gateways::new(
+        http.clone(),
+        keys.gateway_signer.clone(),
+        metrics.gateway_streams.clone(),
+        move |(namespace, name)| asked.wake(namespace, name),
+    );
     let reporter = Reporter { controller: "turret-operator".into(), instance: Some(identity) };
     Ok(Context {
         recorder: Recorder::new(client.clone(), reporter),
@@ -323,9 +368,17 @@ fn context(
         group_retries: Retries::default(),
         http,
         pushes: Default::default(),
+        demands: Default::default(),
         placement_wakes: watched.placement_wakes.clone(),
         group_wakes: watched.group_wakes.clone(),
+        gateways,
+        scaling: Default::default(),
+        load_wakes,
     })
+}
+
+fn is_autoscaled(placements: &Store<ModelPlacement>, namespace: &str, name: &str) -> bool {
+    context::get(placements, namespace, name).is_some_and(|placement| placement.spec.autoscaling.is_some())
 }
 
 /// Follows the state streams of all worker pods that there are.
@@ -342,6 +395,57 @@ fn follow_pods(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, watched: &Watched, k
     });
 }
 
+/// Looks every few seconds how much is asked for.
+fn follow_demand(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::time::sleep(placement::demand::EVERY).await;
+            ctx.observe_demand();
+        }
+    });
+}
+
+/// Follows what waits at all gateways that there are.
+fn follow_gateways(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, own_namespace: &str) {
+    let changed = Arc::new(Notify::new());
+    let notify = changed.clone();
+    let (slices, _) = cache::start(
+        tasks,
+        apis(&ctx.client, &[own_namespace.to_owned()]),
+        watcher::Config::default().labels(&demand::endpoint::selector()),
+        cache::shrink_metadata,
+        move |_: Touched<'_, EndpointSlice>| notify.notify_one(),
+    );
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        loop {
+            changed.notified().await;
+            let slices = slices.state();
+            ctx.gateways.follow_exactly(demand::endpoint::gateways(slices.iter().map(|slice| &**slice)));
+            tokio::time::sleep(POD_COALESCE).await;
+        }
+    });
+}
+
+/// Looks at placements whose load asks for another number of workers.
+fn follow_load(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    let ctx = ctx.clone();
+    tasks.spawn(async move {
+        let moved = ctx.load_wakes.stream::<ModelPlacement>().ready_chunks(LOADS_AT_ONCE);
+        let mut moved = std::pin::pin!(moved);
+        while let Some(placements) = moved.next().await {
+            for placement in placements {
+                let key: Key = (placement.namespace.unwrap_or_default(), placement.name);
+                if ctx.is_to_be_rescaled(&key) {
+                    ctx.placement_wakes.wake(key.0, key.1);
+                }
+            }
+            tokio::time::sleep(LOAD_COALESCE).await;
+        }
+    });
+}
+
 /// New keys go into all documents.
 fn follow_keys(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
     let (ctx, mut keys) = (ctx.clone(), ctx.public_keys.clone());
@@ -352,6 +456,21 @@ fn follow_keys(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
             }
         }
     });
+}
+
+/// Whoever looks at an object that cannot be read finds an event there, one for each version of it.
+fn tell_unreadable(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
+    for unreadable in [&ctx.caches.unreadable_groups, &ctx.caches.unreadable_placements] {
+        let (ctx, unreadable) = (ctx.clone(), unreadable.clone());
+        tasks.spawn(async move {
+            loop {
+                for fault in unreadable.untold().await {
+                    let note = format!("skipped, since it cannot be read: {}", fault.error);
+                    ctx.tell_of(&fault.reference, EventType::Warning, "Unreadable", "Read", note).await;
+                }
+            }
+        });
+    }
 }
 
 /// One for each of these namespaces, with its name; none is all of them.

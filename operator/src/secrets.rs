@@ -130,6 +130,8 @@ async fn fill(api: &Api<Secret>, name: &str, seen: Option<&Secret>) -> kube::Res
 pub struct Keys {
     /// The operator's signer.
     pub signer: Arc<Signer>,
+    /// Signs what gateways are shown: with their own key, since they know no other.
+    pub gateway_signer: Arc<Signer>,
     /// What goes into every document.
     pub public: watch::Receiver<Vec<PublicKey>>,
 }
@@ -156,7 +158,8 @@ pub async fn start(
     let mut theirs = first(&mut gateway).await;
     let signer = Arc::new(Signer::new(crate::keys::OPERATOR_ISSUER, Scope::Control, own));
     let (sender, public) = watch::channel(vec![signer.public(), theirs.public(Scope::Serve)]);
-    let shared = signer.clone();
+    let gateway_signer = Arc::new(Signer::new(crate::keys::OPERATOR_ISSUER, Scope::Serve, theirs.clone()));
+    let (shared, for_gateways) = (signer.clone(), gateway_signer.clone());
     tasks.spawn(async move {
         loop {
             tokio::select! {
@@ -167,6 +170,7 @@ pub async fn start(
                 }
                 Ok(()) = gateway.changed() => {
                     if let Some(key) = gateway.borrow_and_update().clone() {
+                        for_gateways.replace(key.clone());
                         theirs = key;
                     }
                 }
@@ -175,7 +179,7 @@ pub async fn start(
             sender.send_replace(vec![shared.public(), theirs.public(Scope::Serve)]);
         }
     });
-    Keys { signer, public }
+    Keys { signer, gateway_signer, public }
 }
 
 #[cfg(test)]

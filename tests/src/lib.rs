@@ -2,5 +2,7 @@
 
 pub mod cluster;
 pub mod faults;
+pub mod numbers;
 pub mod parity;
+pub mod scale;
 pub mod worker;

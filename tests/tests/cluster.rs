@@ -12,7 +12,7 @@ use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
     answers, deletion, device, faults, leadership, lenses, memory, namespaced, pauses, residency, rights,
-    rollouts, sources, switches,
+    rollouts, scaling, sources, spread, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -61,8 +61,11 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, lenses::ready_turns_true_only_when_every_worker_reports_the_document),
         scenario!(runtime, release, lenses::a_broken_lens_is_named_with_its_reason_and_heals),
         scenario!(runtime, release, device::a_worker_without_the_device_it_was_given_says_so),
+        scenario!(runtime, release, device::a_worker_claims_a_device_of_a_class),
         scenario!(runtime, release, device::kubectl_scale_changes_the_number_of_workers),
         scenario!(runtime, release, pauses::a_paused_placement_is_left_alone_and_goes_on_afterwards),
+        scenario!(runtime, release, scaling::the_worker_that_loses_least_leaves),
+        scenario!(runtime, release, scaling::autoscaling_follows_the_load_to_zero_and_back),
         scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
         scenario!(runtime, release, faults::the_operator_is_killed_and_carries_on),
         scenario!(runtime, release, faults::a_worker_restarts_while_the_operator_is_down),
@@ -85,18 +88,25 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
             release,
             residency::a_zipf_load_on_two_groups_with_room_for_a_third_of_their_lenses
         ),
+        scenario!(
+            runtime,
+            release,
+            spread::each_lens_is_where_it_is_assigned_and_a_third_worker_takes_its_share
+        ),
         scenario!(runtime, release, sources::a_full_disk_is_told_and_what_is_there_is_served),
         scenario!(runtime, release, sources::a_source_that_disappears_is_told_once_it_is_missed_and_heals),
         scenario!(runtime, release, sources::a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart),
+        scenario!(runtime, release, sources::a_new_worker_finds_on_a_claim_what_the_one_before_fetched),
         scenario!(runtime, release, leadership::another_replica_leads_when_the_leader_goes),
         scenario!(runtime, release, rollouts::the_rollout_ends_with_one_worker_less_meanwhile),
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
         scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
         scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),
-        // The first looks back at all the others, the second takes rights away for a while, and the last one takes the chart
-        // away.
+        // It looks back at all the others. Then rights are taken away for a while, the kinds go and come back, and at last the
+        // chart goes.
         scenario!(runtime, release, rights::rights_are_exactly_what_is_used),
         scenario!(runtime, release, namespaced::a_release_of_one_namespace_asks_for_nothing_outside),
+        scenario!(runtime, release, deletion::kinds_deleted_first_take_everything_along_and_may_come_back),
         scenario!(runtime, release, deletion::workers_serve_on_after_helm_uninstall),
     ]
 }

@@ -8,7 +8,12 @@ use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 use turret_tests::cluster::environment::{Environment, KUBECONFIG};
+use turret_tests::faults::deletion::whatever_is_deleted_and_however_nothing_hangs_and_nothing_is_left;
+use turret_tests::faults::malformed::malformed_objects_are_skipped_with_an_event;
 use turret_tests::faults::plan::Fault;
+use turret_tests::faults::random::{
+    random_objects_are_judged_the_same_without_a_cluster, random_objects_come_to_the_same_end_in_any_order,
+};
 use turret_tests::faults::real_pods::real_workers_are_told_what_a_killed_operator_had_begun;
 use turret_tests::faults::world::World;
 
@@ -49,6 +54,26 @@ fn trials(runtime: &Arc<Runtime>, world: Option<&Arc<World>>) -> Vec<Trial> {
             "real_workers_are_told_what_a_killed_operator_had_begun",
             async |world: &World| real_workers_are_told_what_a_killed_operator_had_begun(world).await,
         ),
+        trial(
+            runtime,
+            world,
+            "whatever_is_deleted_and_however_nothing_hangs_and_nothing_is_left",
+            async |world: &World| {
+                whatever_is_deleted_and_however_nothing_hangs_and_nothing_is_left(world).await
+            },
+        ),
+        trial(runtime, world, "random_objects_come_to_the_same_end_in_any_order", async |world: &World| {
+            random_objects_come_to_the_same_end_in_any_order(world).await
+        }),
+        trial(
+            runtime,
+            world,
+            "random_objects_are_judged_the_same_without_a_cluster",
+            async |world: &World| random_objects_are_judged_the_same_without_a_cluster(world).await,
+        ),
+        trial(runtime, world, "malformed_objects_are_skipped_with_an_event", async |world: &World| {
+            malformed_objects_are_skipped_with_an_event(world).await
+        }),
     ];
     trials.extend(Fault::ALL.map(|fault| {
         let name = format!("every_step_ends_the_same_though_{}", fault.slug().replace('-', "_"));

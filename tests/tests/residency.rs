@@ -1,6 +1,7 @@
 //! What stays in memory and what leaves it: pins, leases, policies, watermarks, and what is asked by hand. The worker's
 //! real binary over HTTP, with the trained demo family.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::time::Duration;
 
@@ -122,6 +123,70 @@ async fn pinned_and_preloaded_lenses_come_before_any_request_and_only_pinned_one
     worker.push(&family.document()).await;
     worker.settled().await;
     ask(&worker, "json").await;
+}
+
+#[tokio::test]
+async fn a_new_worker_is_ready_with_what_comes_ahead_and_waits_for_nothing_that_cannot_come() {
+    let mut family = five();
+    declare(&mut family, "pirate", json!({"residency": "Pinned"}));
+    declare(&mut family, "terse", json!({"residency": "Preloaded"}));
+    let gone = json!({"uri": lens_uri("lenses/none")});
+    family.set_lens("a", "shout", json!({"name": "shout", "source": gone, "residency": "Preloaded"}));
+    let worker = Worker::start(&family.document());
+    let report = worker.wait("ready", |r| r.state.ready).await;
+    assert_eq!(resident(&report), ["pirate", "terse"]);
+    assert!(matches!(report.lens("a", "shout").unwrap().state, ArtifactState::Failed { .. }), "{report:#?}");
+
+    // Once it is, nothing that is declared later makes it unready.
+    declare(&mut family, "french", json!({"residency": "Pinned"}));
+    worker.push(&family.document()).await;
+    let unready = Cell::new(false);
+    // A change of readiness would be in the stream before the lens that comes.
+    worker
+        .wait("the other one", |r| {
+            unready.set(unready.get() || !r.state.ready);
+            resident(r).contains(&"french")
+        })
+        .await;
+    assert!(!unready.get(), "it was unready while a lens came");
+}
+
+#[tokio::test]
+async fn a_new_worker_with_room_for_half_of_what_is_preloaded_is_ready_with_that_half() {
+    let mut family = five();
+    let bytes = lens_bytes(&Worker::start(&family.document())).await;
+    for lens in LENSES {
+        declare(&mut family, lens, json!({"residency": "Preloaded"}));
+    }
+    family.placement["memory"]["lensBudget"] = json!(bytes * 2 + bytes / 2);
+    let worker = Worker::start(&family.document());
+    let report = worker.wait("ready", |r| r.state.ready).await;
+    let (count, all) = (resident(&report).len(), LENSES.len());
+    assert!((2..all).contains(&count), "{:?}", resident(&report));
+}
+
+#[tokio::test]
+async fn a_new_worker_waits_no_longer_than_its_warm_up_for_a_server_that_does_not_answer() {
+    // It takes connections, and says nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let scratch = tempfile::tempdir().unwrap();
+    let mut family = five();
+    let source = json!({"uri": "hf://demo-org/family/pirate", "revision": "0".repeat(40)});
+    family.set_lens("a", "pirate", json!({"name": "pirate", "source": source, "residency": "Pinned"}));
+    family.placement["warmupSeconds"] = json!(1);
+    let env = [
+        ("HF_ENDPOINT", endpoint),
+        ("HF_HOME", scratch.path().display().to_string()),
+        ("HF_TOKEN", String::new()),
+        ("NO_PROXY", "*".to_owned()),
+    ];
+    let env = env.map(|(name, value)| (name.to_owned(), value)).into();
+    let worker = Worker::start_with(&family.document(), Options { env, ..Options::default() });
+    let report = worker.wait("ready", |r| r.state.ready).await;
+    let pirate = report.lens("a", "pirate").unwrap();
+    assert!(matches!(pirate.state, ArtifactState::Resolving), "{pirate:#?}");
+    ask(&worker, "french").await;
 }
 
 #[tokio::test]

@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use turret_crds::document::{MAX_JSON_BYTES, PROTOCOL, Previous, WorkerDocument, compile};
+use turret_crds::hints::Hints;
 use turret_crds::placement::PlacedGroup;
 use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementSpec, label};
+
+use crate::telemetry::chain;
 
 /// Where a document is read from.
 #[derive(Clone, Debug)]
@@ -83,7 +86,9 @@ pub type InputVersion = Vec<Option<(u64, u64, u64, i64, i64)>>;
 impl DocumentInput {
     fn paths(&self) -> Vec<PathBuf> {
         match self {
-            Self::Document(path) if path.is_dir() => vec![path.join(label::DOCUMENT_KEY)],
+            Self::Document(path) if path.is_dir() => {
+                vec![path.join(label::DOCUMENT_KEY), path.join(label::HINTS_KEY)]
+            }
             Self::Document(path) => vec![path.clone()],
             Self::Objects(paths) => paths.clone(),
         }
@@ -102,7 +107,13 @@ impl DocumentInput {
     /// file becomes a newer document.
     pub fn read(&self, previous: Option<(u64, String)>) -> Result<WorkerDocument, DocumentError> {
         let document = match self {
-            Self::Document(_) => read_document(&self.paths()[0])?,
+            Self::Document(path) => {
+                let mut document = read_document(&self.paths()[0])?;
+                if path.is_dir() {
+                    document.hints = read_hints(&path.join(label::HINTS_KEY));
+                }
+                document
+            }
             Self::Objects(paths) => compile_objects(paths, previous)?,
         };
         check(&document)?;
@@ -130,6 +141,14 @@ fn read_document(path: &Path) -> Result<WorkerDocument, DocumentError> {
         Some("yaml" | "yml") => serde_yaml::from_slice(&bytes).map_err(|e| malformed(e.to_string())),
         _ => serde_json::from_slice(&bytes).map_err(|e| malformed(e.to_string())),
     }
+}
+
+/// The hints that lie beside a document. They are advice: without them, or with damaged ones, it is served all the same.
+fn read_hints(path: &Path) -> Option<Hints> {
+    let bytes = path.exists().then(|| read_bytes(path))?;
+    let hints =
+        bytes.map_err(|error| chain(&error)).and_then(|b| Hints::from_gzip(&b).map_err(|e| chain(&e)));
+    hints.inspect_err(|error| tracing::warn!(error, "the hints beside the document cannot be read")).ok()
 }
 
 /// Namespace of objects that do not say theirs.
@@ -297,5 +316,22 @@ spec:
         document.groups[0].name = "other".into();
         std::fs::write(&path, document.to_gzip()).unwrap();
         assert!(matches!(input.read(None), Err(DocumentError::Digest { .. })));
+    }
+
+    #[test]
+    fn hints_are_read_beside_a_document_and_damaged_ones_are_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let document = read(&GROUP.replace("NAME", "a"), None).unwrap();
+        let input = DocumentInput::Document(folder.path().into());
+        std::fs::write(folder.path().join(label::DOCUMENT_KEY), document.to_gzip()).unwrap();
+        let alone = input.version();
+        let hints = Hints { version: 3, ..Hints::default() };
+        std::fs::write(folder.path().join(label::HINTS_KEY), hints.to_gzip()).unwrap();
+        assert_ne!(input.version(), alone, "they are looked for again and again");
+        let advised = input.read(None).unwrap();
+        assert_eq!((advised.hints.clone(), &advised.digest), (Some(hints), &document.digest));
+        assert_eq!(advised.compute_digest(), document.digest, "they are not part of what is declared");
+        std::fs::write(folder.path().join(label::HINTS_KEY), b"other").unwrap();
+        assert_eq!(input.read(None).unwrap(), document);
     }
 }

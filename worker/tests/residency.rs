@@ -16,8 +16,10 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
+use turret_crds::assign::{LensId, WorkerShare};
 use turret_crds::document::{Previous, WorkerDocument, compile};
 use turret_crds::group::Dtype;
+use turret_crds::hints::Hints;
 use turret_crds::model_name::ModelName;
 use turret_crds::report::{
     DeviceReport, EvictionReason, LensReport, Tier, TierReport, WorkerIdentity, WorkerReport,
@@ -481,6 +483,82 @@ fn document(folder: &Path, declared: &Declared, sequence: u64) -> WorkerDocument
     let compiled = compile(&placement, &by_name, &[], &previous);
     assert_eq!(compiled.problems, []);
     compiled.document.unwrap()
+}
+
+/// Hints that give lenses of the first group to this worker and to another one.
+fn hints(version: u64, ours: &[&str], theirs: &[&str]) -> Hints {
+    let share = |lenses: &[&str]| {
+        let preload = lenses.iter().map(|lens| LensId::of(GROUPS[0], lens)).collect();
+        WorkerShare { base: None, weight: 1, preload }
+    };
+    let workers = [("test".to_owned(), share(ours)), ("other".to_owned(), share(theirs))].into();
+    Hints { version, workers, ..Hints::default() }
+}
+
+fn in_memory(report: &WorkerReport, lens: &str) -> bool {
+    report.lens(GROUPS[0], lens).is_some_and(|lens| lens.tier == Tier::Device)
+}
+
+#[tokio::test]
+async fn workers_that_share_load_ahead_only_what_is_assigned_to_them() {
+    let mut world = World::new().await;
+    for lens in 0..LENSES.len() {
+        world.declared.lenses.insert((0, lens), "Preloaded");
+    }
+    world.declared.lenses.insert((0, 2), "Pinned");
+    world.document = document(world.folder.path(), &world.declared, world.sequence);
+    world.document.hints = Some(hints(1, &["b"], &["c", "d"]));
+    let is_assigned = |report: &WorkerReport, lens: &str| report.lens(GROUPS[0], lens).unwrap().assigned;
+    world.wait("the first share", |report| in_memory(report, "b") && is_assigned(report, "b")).await;
+
+    // Only the hints are others.
+    world.document.hints = Some(hints(2, &["a"], &["b", "c"]));
+    world.wait("the second share", |report| in_memory(report, "a") && is_assigned(report, "a")).await;
+    let report = world.report().await;
+    assert_eq!(report.state.hints_version, Some(2));
+    assert!(report.serves(world.document.sequence, &world.document.digest));
+    assert!(
+        in_memory(&report, "b") && !is_assigned(&report, "b"),
+        "it stays as long as nobody needs its room"
+    );
+    let loads: Vec<u64> = ["c", "d", "e"].map(|lens| report.lens(GROUPS[0], lens).unwrap().loads).into();
+    assert_eq!(loads, [0, 0, 0], "others have them");
+
+    // A pinned one that is assigned elsewhere comes with a request, and then stays.
+    let model = ModelName { group: GROUPS[0].into(), lens: Some("c".into()) };
+    drop(world.residency.acquire(model).await.unwrap());
+    let evict = Order::Evict { lens: name(0, 2) };
+    assert!(world.residency.order(evict).await.is_err());
+
+    world.document.hints = Some(hints(1, &["d"], &[]));
+    assert_eq!(world.report().await.state.hints_version, Some(2), "older hints are late");
+    let mut alone = hints(3, &["a"], &[]);
+    alone.workers.remove("other");
+    world.document.hints = Some(alone);
+    world.wait("all that is declared", |report| in_memory(report, "d")).await;
+    world.engine.shutdown().await;
+}
+
+#[tokio::test]
+async fn who_runs_and_who_waits_is_told_of_bases_and_lenses() {
+    let world = World::new().await;
+    let model = |group: usize| ModelName { group: GROUPS[group].into(), lens: Some("a".into()) };
+    let runs = world.residency.acquire(model(0)).await.unwrap();
+    let residency = world.residency.clone();
+    let other = model(1);
+    let waits = tokio::spawn(async move { residency.acquire(other).await });
+    let rows = |report: &WorkerReport, group: &str| {
+        let (base, lens) = (report.base_of(group).unwrap(), report.lens(group, "a").unwrap());
+        [base.running_rows, base.waiting_rows, lens.active_rows, lens.waiting_rows]
+    };
+    let both = |report: &WorkerReport| [rows(report, GROUPS[0]), rows(report, GROUPS[1])];
+    world.wait("one that waits", |report| both(report) == [[1, 0, 1, 0], [0, 1, 0, 1]]).await;
+    drop(runs);
+    let runs = tokio::time::timeout(PATIENCE, waits).await.expect("an answer").unwrap().unwrap();
+    world.wait("nobody who waits", |report| both(report) == [[0; 4], [1, 0, 1, 0]]).await;
+    drop(runs);
+    world.wait("nobody", |report| both(report) == [[0; 4]; 2]).await;
+    world.engine.shutdown().await;
 }
 
 proptest! {

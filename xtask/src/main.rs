@@ -28,7 +28,7 @@ enum Command {
     Demo(demo::Args),
     /// Run the tests: lint, unit, parity, api, cluster, faults
     Test(test::TestArguments),
-    /// Measure: engine (beside peers), residency
+    /// Measure: engine (beside peers), residency, operator
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     /// A local Kubernetes, built from source: up, down, status, kubeconfig

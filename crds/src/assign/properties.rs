@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use proptest::{collection::vec, option, prelude::*};
 
 use super::{fixtures::*, *};
+use crate::hints::Hints;
 
 const BASES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 
@@ -133,6 +134,17 @@ proptest! {
         prop_assert_eq!(&assign(&situation, &assignment), &assignment);
         // A gateway that knows the demands only from what the operator published.
         prop_assert_eq!(&assign(&as_published(&situation, &assignment), &assignment), &assignment);
+    }
+
+    /// Its previous answer is all that an operator remembers, and of that only the hints.
+    #[test]
+    fn hints_carry_all_of_an_answer_that_the_next_one_depends_on(
+        situation in situation(), previous in previous(),
+    ) {
+        let hints = Hints::of(previous.clone(), 1, 0);
+        let assignment = assign(&situation, &hints.previous());
+        prop_assert_eq!(&assignment, &assign(&situation, &previous));
+        prop_assert!(hints.says_the_same(&Hints::of(hints.previous(), 2, 60)));
     }
 
     #[test]

@@ -17,13 +17,13 @@ pub struct Bound {
 /// Every bound below `spec` of a kind.
 ///
 /// # Panics
-/// When the complete example lacks a field, since then the field's bounds would go untried.
+/// When no complete example has a field, since then the field's bounds would go untried.
 pub fn bounds(kind: &Kind) -> Vec<Bound> {
     let mut all = Vec::new();
+    let examples = kind.complete();
     walk(&kind.schema()["properties"]["spec"], "spec", &mut |path, schema| {
-        let complete = &kind.examples.complete;
-        let here = resolve(complete, path)
-            .unwrap_or_else(|| panic!("the complete {} does not set {path}", kind.name()));
+        let found = examples.iter().find_map(|example| Some((example, resolve(example, path)?)));
+        let (complete, here) = found.unwrap_or_else(|| panic!("no complete {} sets {path}", kind.name()));
         let at = |name: &str, beyond: Value, refusal: &'static str| Bound {
             name: format!("{path} {name}"),
             beyond: replaced(complete, path, beyond),
@@ -83,8 +83,10 @@ pub fn bounds(kind: &Kind) -> Vec<Bound> {
 pub(super) fn grown(list: &Value, count: usize) -> Value {
     let element = |n: usize| {
         let mut element = list[0].clone();
-        if element.get("name").is_some() {
-            element["name"] = json!(format!("n{n}"));
+        for key in ["name", "topologyKey"] {
+            if element.get(key).is_some() {
+                element[key] = json!(format!("n{n}"));
+            }
         }
         element
     };

@@ -70,6 +70,14 @@ fn placement() -> Value {
     let env: Vec<_> =
         (0..64).map(|n| json!({"name": padded(&format!("N{n}_"), 128), "value": "a".repeat(4096)})).collect();
     let toleration = json!({"key": "a".repeat(317), "operator": "Equal", "value": "a".repeat(63), "effect": "NoExecute", "tolerationSeconds": 30});
+    let domain = |n: usize| {
+        json!({
+            "maxSkew": 1024,
+            "topologyKey": format!("{}/{}", named(n, 253), "a".repeat(63)),
+            "whenUnsatisfiable": "DoNotSchedule",
+            "minDomains": 1024,
+        })
+    };
     json!({
         "apiVersion": "turret.dev/v1alpha1",
         "kind": "ModelPlacement",
@@ -83,8 +91,13 @@ fn placement() -> Value {
             "memory": {"deviceBudget": padded("1", 1).repeat(18), "lensBudget": "9".repeat(17), "diskBudget": "1Pi"},
             "batching": {"maxContextTokens": 10_485_760, "maxRunningRows": 4096, "prefillChunkTokens": 65_536},
             "eviction": {"policy": "Specialization", "highWatermarkPercent": 100, "lowWatermarkPercent": 100, "idleSeconds": 604_800, "sweepSeconds": 3600},
-            "switching": {"mode": "Manual", "activeGroupName": named(15, 63), "minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600},
+            "switching": {"mode": "Manual", "activeGroupName": named(15, 63), "minHoldSeconds": 3600, "maxWaitSeconds": 3600, "drainSeconds": 3600, "lensPreload": "Declared"},
+            "spread": {"minCopies": 64, "maxCopies": 64},
             "admission": {"maxQueuedRequests": 65_536, "holdSeconds": 3600},
+            "autoscaling": {"minReplicas": 0, "maxReplicas": 1000, "targetRunningPerReplica": 4096, "scaleToZeroAfterSeconds": 604_800, "scaleDownDelaySeconds": 86_400},
+            "cache": {"ephemeral": {"storageClassName": "a".repeat(253), "size": "1Pi"}},
+            "warmupSeconds": 3600,
+            "upgradePolicy": "Rolling",
             "sourceVolumes": volumes,
             "sourceSecrets": secrets,
             "terminationDrainSeconds": 3600,
@@ -93,6 +106,7 @@ fn placement() -> Value {
                 "resources": {"requests": map(16, |_| json!("999999999.999999999m")), "limits": map(16, |_| json!("999999999.999999999Ti"))},
                 "nodeSelector": map(32, |_| json!("a".repeat(63))),
                 "tolerations": vec![toleration; 32],
+                "topologySpreadConstraints": (0..4).map(domain).collect::<Vec<_>>(),
                 "priorityClassName": "a".repeat(253),
                 "serviceAccountName": "a".repeat(253),
                 "runtimeClassName": "a".repeat(253),

@@ -19,8 +19,11 @@ pub use largest::largest;
 pub struct Examples {
     /// The smallest valid object.
     pub smallest: Value,
-    /// A valid object with every field set once.
+    /// A valid object with every field set once, of fields that exclude each other one.
     pub complete: Value,
+    /// Merge patches on it, each with a field that excludes one of its own.
+    #[serde(default)]
+    pub alternatives: Vec<Value>,
     /// Examples of each CEL rule.
     pub rules: Vec<RuleExamples>,
 }
@@ -72,6 +75,12 @@ impl Kind {
         merged(self.examples.complete.clone(), patch)
     }
 
+    /// The complete object and its alternatives: every field there is is set in one of them.
+    pub fn complete(&self) -> Vec<Value> {
+        let alternatives = self.examples.alternatives.iter().map(|patch| self.patched(patch));
+        std::iter::once(self.examples.complete.clone()).chain(alternatives).collect()
+    }
+
     /// Every valid object there is: smallest, complete, largest, the repository's samples and the
     /// valid examples of each rule.
     pub fn valid(&self) -> Vec<(String, Value)> {
@@ -80,6 +89,7 @@ impl Kind {
             ("the complete object".to_owned(), self.examples.complete.clone()),
             ("the largest object".to_owned(), largest(self.name())),
         ];
+        all.extend(self.complete().into_iter().skip(1).map(|object| ("an alternative".to_owned(), object)));
         all.extend(samples().into_iter().filter(|(_, object)| object["kind"] == self.name()));
         for rule in &self.examples.rules {
             all.extend(

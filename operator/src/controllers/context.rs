@@ -8,10 +8,11 @@ use std::{
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
-        core::v1::{ConfigMap, Pod, Service},
+        core::v1::{ConfigMap, ObjectReference, Pod, Service},
         policy::v1::PodDisruptionBudget,
     },
     apimachinery::pkg::apis::meta::v1::Condition,
+    jiff::Timestamp,
 };
 use kube::{
     Client, Resource, ResourceExt,
@@ -22,19 +23,26 @@ use kube::{
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use turret_crds::{ModelGroup, ModelPlacement, WorkerDocument, condition, label, token::PublicKey};
+use turret_crds::{
+    ModelGroup, ModelPlacement, WorkerDocument, condition, hints::Hints, label, token::PublicKey,
+};
 
 use super::{
     assess::ObservedWorker,
     placement::{
+        claims::ResourceClaimTemplate,
+        demand::Demands,
         nudge,
-        push::{self, PushError, Pushes, Recipient},
+        push::{self, Offer, PushError, Pushes, Recipient},
+        scaling::Scaling,
     },
     pod::PodFacts,
     retry::Retries,
+    unreadable::Unreadable,
     wakes::{Key, Wakes},
 };
 use crate::{
+    demand::Gateways,
     fleet::{Endpoint, Fleet, Link, WorkerId},
     keys::{Signer, TokenSource},
     metrics::{Kind, Metrics, Outcome},
@@ -67,10 +75,18 @@ pub struct Context {
     pub http: reqwest::Client,
     /// What was given to workers a moment ago.
     pub pushes: Pushes,
+    /// How much is asked for, by placement.
+    pub demands: Demands,
     /// Groups to look at.
     pub group_wakes: Wakes,
     /// Placements to look at.
     pub placement_wakes: Wakes,
+    /// What waits at gateways.
+    pub gateways: Gateways,
+    /// What autoscaling goes by.
+    pub scaling: Scaling,
+    /// Placements with autoscaling of which something else is asked than before.
+    pub load_wakes: Wakes,
 }
 
 /// The object caches.
@@ -78,8 +94,12 @@ pub struct Context {
 pub struct Caches {
     /// Groups.
     pub groups: Store<ModelGroup>,
+    /// Groups that are there and cannot be read.
+    pub unreadable_groups: Unreadable,
     /// Placements.
     pub placements: Store<ModelPlacement>,
+    /// Placements that are there and cannot be read.
+    pub unreadable_placements: Unreadable,
     /// ConfigMaps of placements, their data replaced by hashes.
     pub config_maps: Store<ConfigMap>,
     /// Services of placements.
@@ -88,6 +108,8 @@ pub struct Caches {
     pub disruption_budgets: Store<PodDisruptionBudget>,
     /// Deployments of placements.
     pub deployments: Store<Deployment>,
+    /// Templates of claims for placements that ask for a class of devices; `None` where the API server has none.
+    pub claim_templates: Option<Store<ResourceClaimTemplate>>,
     /// Worker pods.
     pub pods: Pods,
     /// What `pods` is made from.
@@ -99,11 +121,14 @@ impl Caches {
     pub fn synced(&self) -> impl Future<Output = ()> + Send + use<> {
         let Self {
             groups,
+            unreadable_groups: _,
             placements,
+            unreadable_placements: _,
             config_maps,
             services,
             disruption_budgets,
             deployments,
+            claim_templates,
             pods: _,
             pod_store,
         } = self.clone();
@@ -116,6 +141,12 @@ impl Caches {
                 services.wait_until_ready(),
                 disruption_budgets.wait_until_ready(),
                 deployments.wait_until_ready(),
+                async {
+                    match &claim_templates {
+                        Some(templates) => templates.wait_until_ready().await,
+                        None => Ok(()),
+                    }
+                },
                 pod_store.wait_until_ready(),
             );
         }
@@ -220,21 +251,41 @@ impl Context {
             .collect()
     }
 
-    /// Gives a document to all workers of a placement that can be reached and do not have it.
-    pub async fn push(&self, key: &Key, document: &WorkerDocument) -> Vec<(WorkerId, PushError)> {
+    /// Looks how many rows the workers of all placements have.
+    pub fn observe_demand(&self) {
+        let fleet = self.fleet.snapshot();
+        let reports = fleet.values().filter_map(|w| Some((&w.endpoint.attached, &**w.believed()?)));
+        let exists = |key: &Key| get(&self.caches.placements, &key.0, &key.1).is_some();
+        self.demands.observe(reports, exists, Timestamp::now());
+    }
+
+    /// Gives a document with its hints to all workers of a placement that can be reached and do not have them.
+    pub async fn push(
+        &self,
+        key: &Key,
+        document: &WorkerDocument,
+        hints: Option<&Hints>,
+    ) -> Vec<(WorkerId, PushError)> {
         let fleet = self.fleet.snapshot();
         let recipients: Vec<Recipient> = fleet
             .values()
             .filter(|w| w.endpoint.attached == *key)
             .filter_map(|w| Some(Recipient { endpoint: w.endpoint.clone(), report: w.believed()?.clone() }))
-            .filter(|r| !r.report.serves(document.sequence, &document.digest))
+            .filter(|r| {
+                !r.report.serves(document.sequence, &document.digest) || push::lacks_hints(&r.report, hints)
+            })
             .collect();
         if recipients.is_empty() {
             return Vec::new();
         }
-        let json = serde_json::to_vec(document).expect("a document of strings and numbers is JSON");
-        let wanted = (document.sequence, document.digest.as_str());
-        let (failures, sent) = push::push(&self.http, &self.pushes, wanted, json.into(), recipients).await;
+        let advised = WorkerDocument { hints: hints.cloned(), ..document.clone() };
+        let json = serde_json::to_vec(&advised).expect("a document of strings and numbers is JSON");
+        let offer = Offer {
+            sequence: document.sequence,
+            digest: &document.digest,
+            hints_version: hints.map_or(0, |hints| hints.version),
+        };
+        let (failures, sent) = push::push(&self.http, &self.pushes, offer, json.into(), recipients).await;
         self.metrics.pushes.get_or_create(&Outcome { outcome: "ok" }).inc_by(sent as u64);
         self.metrics.pushes.get_or_create(&Outcome { outcome: "failed" }).inc_by(failures.len() as u64);
         failures
@@ -267,10 +318,22 @@ impl Context {
     }
 
     /// Publishes an event.
-    pub async fn tell<K>(&self, object: &K, type_: EventType, reason: &str, action: &str, mut note: String)
+    pub async fn tell<K>(&self, object: &K, type_: EventType, reason: &str, action: &str, note: String)
     where
         K: Resource<DynamicType = ()>,
     {
+        self.tell_of(&object.object_ref(&()), type_, reason, action, note).await;
+    }
+
+    /// Publishes an event on what is known by its name only.
+    pub async fn tell_of(
+        &self,
+        object: &ObjectReference,
+        type_: EventType,
+        reason: &str,
+        action: &str,
+        mut note: String,
+    ) {
         // The API server takes at most 1 KiB.
         note.truncate(
             note.char_indices()
@@ -281,7 +344,7 @@ impl Context {
         );
         let event =
             Event { type_, reason: reason.into(), note: Some(note), action: action.into(), secondary: None };
-        if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
+        if let Err(error) = self.recorder.publish(&event, object).await {
             tracing::warn!(reason, error = %chain(&error), "failed to publish an event");
         }
     }

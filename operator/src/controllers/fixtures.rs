@@ -16,7 +16,11 @@ use turret_crds::{
 
 use super::{
     assess::ObservedWorker,
-    placement::plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    placement::{
+        claims::ResourceClaimTemplate,
+        demand::Averages,
+        plan::{Live, Observed, OwnedKind, Plan, plan, shrink_config_map},
+    },
     pod::PodFacts,
 };
 
@@ -54,9 +58,15 @@ pub fn placement(groups: &[&str]) -> ModelPlacement {
 pub struct World {
     pub placement: ModelPlacement,
     pub groups: Vec<ModelGroup>,
+    /// Names of groups that cannot be read, and why.
+    pub unreadable: BTreeMap<(String, String), String>,
     pub live: Live,
     pub workers: Vec<ObservedWorker>,
+    pub demand: Averages,
     pub default_image: String,
+    /// How many workers `autoscaling` wants.
+    pub decided: Option<i32>,
+    pub serves_claim_templates: bool,
 }
 
 impl World {
@@ -65,10 +75,19 @@ impl World {
         Self {
             placement: placement(&["a"]),
             groups: vec![group("a", &["pirate"])],
+            unreadable: BTreeMap::new(),
             live: Live::default(),
             workers: Vec::new(),
+            demand: Averages::default(),
             default_image: "worker:1".into(),
+            decided: None,
+            serves_claim_templates: true,
         }
+    }
+
+    /// How many workers are wanted.
+    pub fn replicas(&self) -> i32 {
+        self.decided.unwrap_or(self.placement.spec.replicas)
     }
 
     /// What there is to do.
@@ -77,12 +96,16 @@ impl World {
         let groups: BTreeMap<_, _> = self.groups.iter().map(|g| (key(g), g)).collect();
         let observed = Observed {
             placement: &self.placement,
+            replicas: self.replicas(),
             groups,
+            unreadable: self.unreadable.clone(),
             live: self.live.clone(),
             workers: self.workers.clone(),
+            demand: self.demand.clone(),
             public_keys: &[],
             default_image: &self.default_image,
             allowed_source_hosts: None,
+            serves_claim_templates: self.serves_claim_templates,
         };
         plan(&observed, at(second))
     }
@@ -93,7 +116,12 @@ impl World {
 
     /// Does what there is to do, as the API server would, and returns what was written.
     pub fn carry_out(&mut self) -> Vec<OwnedKind> {
-        let plan = self.plan();
+        self.carry_out_at(0)
+    }
+
+    /// The same at a later time.
+    pub fn carry_out_at(&mut self, second: i64) -> Vec<OwnedKind> {
+        let plan = self.plan_at(second);
         for write in &plan.writes {
             let object = write.object.clone();
             let read = "what is applied can be read";
@@ -109,11 +137,18 @@ impl World {
                 OwnedKind::PodDisruptionBudget => {
                     self.live.disruption_budget = Some(Arc::new(serde_json::from_value(object).expect(read)));
                 }
+                OwnedKind::ResourceClaimTemplate => {
+                    let template: ResourceClaimTemplate = serde_json::from_value(object).expect(read);
+                    let templates = &mut self.live.claim_templates;
+                    templates.retain(|there| there.metadata.name != template.metadata.name);
+                    templates.push(Arc::new(template));
+                }
                 OwnedKind::Deployment => {
                     self.live.deployment = Some(Arc::new(serde_json::from_value(object).expect(read)))
                 }
             }
         }
+        self.live.claim_templates.retain(|template| !plan.stale_claim_templates.contains(template));
         plan.writes.iter().map(|w| w.kind).collect()
     }
 
@@ -185,6 +220,8 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
                 bytes: Some(1 << 20),
                 fetch: None,
                 max_context_tokens: Some(512),
+                running_rows: 0,
+                waiting_rows: 0,
                 key,
                 groups,
                 state: ArtifactState::Ready,

@@ -19,5 +19,6 @@ pub mod placement;
 pub mod pod;
 pub mod retry;
 pub mod status_write;
+pub mod unreadable;
 pub mod waker;
 pub mod wakes;

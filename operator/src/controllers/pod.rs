@@ -9,6 +9,10 @@ use turret_crds::{condition::reason, label};
 
 /// Annotation on a worker pod: hash of the template it was made from.
 pub const TEMPLATE: &str = "turret.dev/pod-template";
+/// Annotation on a pod by which a ReplicaSet chooses: of two pods that are both ready, the one with less leaves first.
+pub const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
+/// Its value on a worker that is to leave first.
+pub const LEAVES_FIRST: &str = "-1000";
 /// Name of the container that runs the worker.
 pub const CONTAINER: &str = "worker";
 
@@ -31,6 +35,10 @@ pub struct PodFacts {
     pub trouble: Option<Trouble>,
     /// Since when it cannot be scheduled.
     pub unschedulable_since: Option<Timestamp>,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+    /// Whether it is marked as one that leaves first when there are to be fewer.
+    pub leaves_first: bool,
 }
 
 /// What keeps a pod from running.
@@ -73,6 +81,8 @@ impl PodFacts {
             ready: condition("Ready").is_some_and(|c| c.status == "True"),
             trouble: unschedulable.or_else(|| container.and_then(|c| container_trouble(&pod.name_any(), c))),
             unschedulable_since: unscheduled.and_then(|c| c.last_transition_time.as_ref()).map(|t| t.0),
+            created: pod.metadata.creation_timestamp.as_ref().map(|t| t.0),
+            leaves_first: pod.annotations().get(DELETION_COST).is_some_and(|cost| cost == LEAVES_FIRST),
         }
     }
 

@@ -27,10 +27,9 @@ impl Waker {
         }
     }
 
-    /// A group changed: it, and the placements that name it.
+    /// A group changed, or cannot be read: it, and the placements that name it.
     pub fn group_changed(&self, touched: &Touched<'_, ModelGroup>, placements: &Store<ModelPlacement>) {
-        let Some(group) = touched.both().next() else { return };
-        let (namespace, name) = (group.namespace().unwrap_or_default(), group.name_any());
+        let (namespace, name) = touched.key.clone();
         self.groups.wake(&namespace, &name);
         // A write of the status alone changes nothing for a placement.
         let is_status_only = matches!((touched.before, touched.after), (Some(before), Some(after))

@@ -21,7 +21,7 @@ use turret_crds::{
 
 use super::*;
 use crate::{
-    controllers::placement::push::{PushError, Pushes, Recipient, push},
+    controllers::placement::push::{Offer, PushError, Pushes, Recipient, push},
     keys::{OPERATOR_ISSUER, Signer, SigningKey},
 };
 
@@ -135,8 +135,8 @@ fn endpoint(url: &Arc<str>, token: &str) -> Endpoint<Attached> {
 }
 
 /// Sequence and digest of a document.
-fn id(document: &WorkerDocument) -> (u64, &str) {
-    (document.sequence, &document.digest)
+fn offer(document: &WorkerDocument) -> Offer<'_> {
+    Offer { sequence: document.sequence, digest: &document.digest, hints_version: 0 }
 }
 
 fn json(document: &WorkerDocument) -> Bytes {
@@ -268,18 +268,21 @@ async fn a_pushed_document_is_reported_back_and_a_conflict_is_told() {
         vec![Recipient { endpoint: worker.endpoint.clone(), report: worker.believed().unwrap().clone() }]
     };
     let document = document();
-    let (wanted, json) = (id(&document), json(&document));
+    let (wanted, json) = (offer(&document), json(&document));
     let (failures, sent) = push(&http, &pushes, wanted, json.clone(), to(&worker)).await;
     assert!(failures.is_empty() && sent == 1, "{failures:?}");
     // Before it reports it, it is not given it again.
-    assert_eq!(push(&http, &pushes, wanted, json, to(&worker)).await.1, 0);
-    let serves = |w: &Worker<Attached>| w.believed().is_some_and(|r| r.serves(wanted.0, wanted.1));
+    assert_eq!(push(&http, &pushes, wanted, json.clone(), to(&worker)).await.1, 0);
+    let advised = Offer { hints_version: 1, ..wanted };
+    assert_eq!(push(&http, &pushes, advised, json, to(&worker)).await.1, 1, "newer hints are something else");
+    let serves =
+        |w: &Worker<Attached>| w.believed().is_some_and(|r| r.serves(wanted.sequence, wanted.digest));
     let worker = until(&fleet, &mut moves, serves).await;
 
     let mut other = document.clone();
     other.default_group = Some("llama".into());
     other.digest = other.compute_digest();
-    let (failures, _) = push(&http, &pushes, id(&other), self::json(&other), to(&worker)).await;
+    let (failures, _) = push(&http, &pushes, offer(&other), self::json(&other), to(&worker)).await;
     assert!(
         matches!(&failures[..], [(_, PushError::Conflict(says))] if says.contains("another digest")),
         "{failures:?}"

@@ -57,8 +57,10 @@ pub struct Placement {
     pub uid: String,
     /// The group that is meant when a request names none; `None` where there is no such rule.
     pub default_group: Option<String>,
-    /// How many workers are wanted.
+    /// How many workers are wanted, where nobody but the spec says so.
     pub replicas: i32,
+    /// Whether a request that waits makes a worker come.
+    pub is_autoscaled: bool,
     /// Limits of what waits.
     pub admission: AdmissionLimits,
 }
@@ -163,6 +165,7 @@ impl Namespace {
                     uid: placement.metadata.uid.clone().unwrap_or_default(),
                     default_group: default_group.map(str::to_owned),
                     replicas: placement.spec.replicas,
+                    is_autoscaled: placement.spec.autoscaling.is_some(),
                     admission: admission(placement),
                 },
             );
@@ -195,6 +198,7 @@ impl Namespace {
                 uid: String::new(),
                 default_group: None,
                 replicas: workers,
+                is_autoscaled: false,
                 admission: AdmissionLimits::default(),
             },
         );
@@ -270,9 +274,9 @@ impl Namespace {
         limit.unwrap_or(AdmissionLimits::default().max_queued_requests)
     }
 
-    /// Whether every placement of a group wants no worker at all.
+    /// Whether every placement of a group wants no worker at all, whoever waits.
     pub fn is_scaled_to_zero(&self, group: &str) -> bool {
-        self.placements_of(group).all(|p| p.replicas == 0)
+        self.placements_of(group).all(|p| p.replicas == 0 && !p.is_autoscaled)
     }
 
     fn placements_of(&self, group: &str) -> impl Iterator<Item = &Placement> {

@@ -157,6 +157,11 @@ impl<K: Ord + Clone, W> HoldQueue<K, W> {
         self.lines.values().flatten().map(|w| w.deadline).min()
     }
 
+    /// How many wait in each line.
+    pub fn lengths(&self) -> impl Iterator<Item = (&K, usize)> {
+        self.lines.iter().map(|(key, line)| (key, line.len()))
+    }
+
     /// Everyone who waits, in no special order.
     pub fn iter(&self) -> impl Iterator<Item = &W> {
         self.lines.values().flatten().map(|w| &w.item)
@@ -279,6 +284,7 @@ mod tests {
                 }
                 prop_assert!(q.len() <= limit);
                 prop_assert_eq!(q.len(), q.iter().count());
+                prop_assert_eq!(q.len(), q.lengths().map(|(_, length)| length).sum::<usize>());
                 prop_assert_eq!(u32::try_from(q.len()).unwrap(), entered - left);
                 prop_assert!(q.lines.values().all(|l| !l.is_empty()));
             }

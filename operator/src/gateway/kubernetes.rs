@@ -1,5 +1,8 @@
 //! Keeps the [`Directory`] in step with the Kubernetes API: ModelGroups, ModelPlacements and
 //! EndpointSlices, and the Secret with the gateway's signing key.
+//!
+//! An object that cannot be read (an older or broken version of it) never keeps the others from being served, and what it was
+//! when it could be read is served on.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,6 +14,7 @@ use futures::{Stream, StreamExt, stream::BoxStream};
 use k8s_openapi::{NamespaceResourceScope, api::core::v1::Secret, api::discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Resource, ResourceExt,
+    core::DeserializeGuard,
     runtime::{WatchStreamExt, watcher},
 };
 use serde::de::DeserializeOwned;
@@ -72,18 +76,25 @@ struct Objects<K> {
     listed: BTreeSet<Part>,
 }
 
-impl<K: ResourceExt> Objects<K> {
+impl<K: Resource<DynamicType = ()> + Clone> Objects<K> {
     fn new() -> Self {
         Self { current: BTreeMap::new(), listing: BTreeMap::new(), listed: BTreeSet::new() }
     }
 
     /// Takes an event of a watch in and notes the namespaces it touches.
-    fn take(&mut self, part: &Part, event: watcher::Event<K>, touched: &mut BTreeSet<String>) {
+    fn take(
+        &mut self,
+        part: &Part,
+        event: watcher::Event<DeserializeGuard<K>>,
+        touched: &mut BTreeSet<String>,
+    ) {
         match event {
             watcher::Event::Init => drop(self.listing.insert(part.clone(), BTreeMap::new())),
-            watcher::Event::InitApply(object) => {
-                let listing = self.listing.entry(part.clone()).or_default();
-                listing.insert(key(&object), lean(object));
+            watcher::Event::InitApply(guard) => {
+                let key = key(&guard);
+                if let Some(object) = read(&key, guard).or_else(|| self.current.get(&key).cloned()) {
+                    self.listing.entry(part.clone()).or_default().insert(key, object);
+                }
             }
             watcher::Event::InitDone => {
                 let mut listed = self.listing.remove(part).unwrap_or_default();
@@ -95,13 +106,14 @@ impl<K: ResourceExt> Objects<K> {
                 self.current.append(&mut listed);
                 self.listed.insert(part.clone());
             }
-            watcher::Event::Apply(object) => {
-                let key = key(&object);
+            watcher::Event::Apply(guard) => {
+                let key = key(&guard);
+                let Some(object) = read(&key, guard) else { return };
                 touched.insert(key.0.clone());
-                self.current.insert(key, lean(object));
+                self.current.insert(key, object);
             }
-            watcher::Event::Delete(object) => {
-                let key = key(&object);
+            watcher::Event::Delete(guard) => {
+                let key = key(&guard);
                 self.current.remove(&key);
                 touched.insert(key.0);
             }
@@ -118,6 +130,16 @@ fn key(object: &impl ResourceExt) -> (String, String) {
     (object.namespace().unwrap_or_default(), object.name_any())
 }
 
+fn read<K: Resource<DynamicType = ()>>(key: &(String, String), guard: DeserializeGuard<K>) -> Option<K> {
+    match guard.0 {
+        Ok(object) => Some(lean(object)),
+        Err(error) => {
+            tracing::warn!(kind = %K::kind(&()), namespace = key.0, name = key.1, %error, "passed over an object that cannot be read");
+            None
+        }
+    }
+}
+
 /// Without the part of an object that is of no use here and often the largest.
 fn lean<K: ResourceExt>(mut object: K) -> K {
     object.managed_fields_mut().clear();
@@ -125,9 +147,9 @@ fn lean<K: ResourceExt>(mut object: K) -> K {
 }
 
 enum Seen {
-    Group(Part, Box<watcher::Event<ModelGroup>>),
-    Placement(Part, Box<watcher::Event<ModelPlacement>>),
-    Slice(Part, Box<watcher::Event<EndpointSlice>>),
+    Group(Part, Box<watcher::Event<DeserializeGuard<ModelGroup>>>),
+    Placement(Part, Box<watcher::Event<DeserializeGuard<ModelPlacement>>>),
+    Slice(Part, Box<watcher::Event<DeserializeGuard<EndpointSlice>>>),
 }
 
 /// Watches for ever. `tokens` signs what workers ask for.
@@ -265,18 +287,27 @@ fn read_key(secret: &Secret) -> Option<SigningKey> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
     use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
 
     use super::*;
 
-    fn slice(namespace: &str, name: &str) -> EndpointSlice {
-        serde_json::from_value(serde_json::json!({
+    fn slice(namespace: &str, name: &str) -> DeserializeGuard<EndpointSlice> {
+        serde_json::from_value(json!({
             "addressType": "IPv4", "metadata": {"name": name, "namespace": namespace}, "endpoints": [],
         }))
         .unwrap()
     }
 
-    fn names(objects: &Objects<EndpointSlice>) -> Vec<String> {
+    fn group(name: &str, spec: &Value) -> DeserializeGuard<ModelGroup> {
+        serde_json::from_value(json!({
+            "apiVersion": "turret.dev/v1alpha1", "kind": "ModelGroup",
+            "metadata": {"name": name, "namespace": "n"}, "spec": spec,
+        }))
+        .unwrap()
+    }
+
+    fn names<K>(objects: &Objects<K>) -> Vec<String> {
         objects.current.keys().map(|(namespace, name)| format!("{namespace}/{name}")).collect()
     }
 
@@ -318,5 +349,29 @@ mod tests {
         }
         assert_eq!(names(&objects), ["b/y"]);
         assert_eq!(touched, BTreeSet::from(["a".to_owned(), "b".to_owned()]));
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_keeps_none_of_the_others_from_being_served() {
+        let (good, broken) = (json!({"base": {"source": {"uri": "file:///m"}}}), json!({"base": null}));
+        let parts: [Part; 2] = [None, Some("n".into())];
+        for part in parts {
+            let (mut groups, mut touched) = (Objects::new(), BTreeSet::new());
+            for event in [Init, InitApply(group("a", &good)), InitApply(group("b", &broken)), InitDone] {
+                groups.take(&part, event, &mut touched);
+            }
+            assert_eq!((names(&groups), groups.listed.len()), (vec!["n/a".to_owned()], 1));
+            assert_eq!(touched, BTreeSet::from(["n".to_owned()]));
+            // It can be read, and then it cannot: what it was is served, over a new list too.
+            for event in [Apply(group("b", &good)), Apply(group("b", &broken)), Init] {
+                groups.take(&part, event, &mut touched);
+            }
+            for event in [InitApply(group("b", &broken)), InitDone] {
+                groups.take(&part, event, &mut touched);
+            }
+            assert_eq!(names(&groups), ["n/b"]);
+            groups.take(&part, Delete(group("b", &broken)), &mut touched);
+            assert_eq!(names(&groups), [""; 0]);
+        }
     }
 }

@@ -8,10 +8,15 @@
 //! What it knows comes from two places, joined in [`directory`]: what is *declared*, from the
 //! Kubernetes API ([`kubernetes`]), and what each worker *says* on its own state stream
 //! ([`crate::fleet`]). It has no state of its own that a restart would lose, so any number of
-//! replicas can run side by side. [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`], [`listing`] and [`fleet_view`]
+//! replicas can run side by side. [`demand`] counts what is asked of
+//! placements that scale by it. [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`], [`listing`] and [`fleet_view`]
 //! are pure.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use anyhow::Context;
 use clap::ValueEnum;
@@ -31,12 +36,13 @@ use self::{
 };
 use crate::{
     fleet::{Endpoint, WorkerId},
-    keys::TokenSource,
+    keys::{Signer, TokenSource},
     namespaces, rbac,
     telemetry::LogFilter,
 };
 
 pub mod catalog;
+pub mod demand;
 pub mod directory;
 pub mod endpoint;
 pub mod fleet_view;
@@ -137,6 +143,8 @@ pub struct Settings {
     pub leave_time: Duration,
     /// How long, after that, held requests may go on waiting.
     pub last_wait: Duration,
+    /// The gateway's signer, once its key is read. Who shows a token of the same key is told what waits.
+    pub signer: Arc<OnceLock<Arc<Signer>>>,
 }
 
 impl Default for Settings {
@@ -147,6 +155,7 @@ impl Default for Settings {
             max_body_bytes: 4 << 20,
             leave_time: Duration::ZERO,
             last_wait: Duration::ZERO,
+            signer: Arc::default(),
         }
     }
 }
@@ -197,9 +206,11 @@ pub async fn run(args: GatewayArgs, log: LogFilter) -> anyhow::Result<()> {
         let directory = Arc::new(Directory::declared(http));
         (settings.leave_time, settings.last_wait) = (LEAVE_TIME, LAST_WAIT);
         let _admin = serve_admin(&directory);
-        let followed = directory.clone();
+        let (followed, read) = (directory.clone(), settings.signer.clone());
         let following = tokio::spawn(async move {
             let signer = kubernetes::signer(&watched).await;
+            // Nobody else sets it.
+            let _ = read.set(signer.clone());
             kubernetes::follow(watched, signer, followed).await;
         });
         serve(settings, directory, listener, stop).await;
@@ -263,6 +274,7 @@ pub async fn serve(
         max_body_bytes: settings.max_body_bytes,
         body_memory: Arc::new(Semaphore::new(BODY_MEMORY_KIB)),
         stopping: is_stopping,
+        signer: settings.signer,
     });
     if let Ok(address) = listener.local_addr() {
         tracing::info!(%address, "gateway listens");

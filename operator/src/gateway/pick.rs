@@ -10,7 +10,7 @@
 use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
 
 use turret_crds::{
-    ModelName, WorkerReport,
+    ModelName, WorkerReport, assign,
     condition::FailureReason,
     document::BaseKey,
     report::{ArtifactState, Tier},
@@ -27,19 +27,26 @@ pub type Moment = Duration;
 pub struct Score<'a> {
     /// Whether the base is active there.
     pub base: BaseRank,
+    /// Where a switch is needed: whether it is advised to prefer another base.
+    pub switch: SwitchRank,
     /// Where the base is held: a base parked in memory is soon active.
     pub base_tier: Reverse<Tier>,
     /// How full it is, in steps of [`CROWD`] requests: loading a lens a second time (milliseconds) is better than
     /// letting one worker answer everybody who wants a popular lens.
     pub crowd: u32,
+    /// Whether the lens is usable there, or soon will be: who holds it answers, whoever it is assigned to by now.
+    pub reach: Reach,
+    /// Whom the operator assigned the lens to: of those who hold it, and of those who would have to load it. So several
+    /// gateways pull in one direction, and the lens comes where it is to stay.
+    pub advice: AdviceRank,
     /// Where the lens is held.
     pub lens: LensRank,
     /// Requests it has: the larger of what it reports and of what this gateway has sent, since
     /// the first lags behind and the second does not see other gateways.
     pub queue: u32,
     /// A hash of worker and lens (of worker and base, where a switch is needed): spreads lenses over
-    /// equal workers, and several gateways choose alike without talking.
-    pub affinity: u64,
+    /// equal workers, and several gateways choose alike without talking. The operator assigns by the same.
+    pub affinity: Reverse<u64>,
     /// The worker.
     pub id: &'a WorkerId,
 }
@@ -60,6 +67,39 @@ pub enum BaseRank {
     OtherIdle,
     /// Another base is active and busy.
     OtherBusy,
+}
+
+/// What a worker is advised to do with its base, where a request needs another one to be active; best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SwitchRank {
+    /// To prefer the request's. Also where nothing is to be switched.
+    Wanted,
+    /// Nothing.
+    Free,
+    /// To prefer another one.
+    Unwanted,
+}
+
+/// Whether a request's lens is near on a worker, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reach {
+    /// Usable at once.
+    Here,
+    /// On its way.
+    Coming,
+    /// It has to be loaded.
+    Away,
+}
+
+/// What a worker is advised to hold of what a request needs, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AdviceRank {
+    /// The lens.
+    Lens,
+    /// The base.
+    Base,
+    /// Neither.
+    Nothing,
 }
 
 /// What a request's lens is on a worker, best first.
@@ -316,18 +356,29 @@ fn judge<'a, A>(model: &ModelName, worker: &'a Worker<A>, in_flight: &InFlight) 
     };
     let reported = report.state.running_rows.saturating_add(report.state.waiting_rows);
     let queue = reported.max(load.map_or(0, |l| l.total));
+    let lens_rank = match lens {
+        None => LensRank::Device,
+        Some(lens) => lens_rank(&lens.state, lens.tier, load.is_some_and(|l| l.models.contains_key(model))),
+    };
+    let preferred = report.state.preferred_base.as_ref();
     let score = Score {
         base: base_rank,
+        switch: switch_rank(base_rank, preferred, &base.key),
         base_tier: Reverse(base.tier),
         crowd: queue / CROWD,
-        lens: match lens {
-            None => LensRank::Device,
-            Some(lens) => {
-                lens_rank(&lens.state, lens.tier, load.is_some_and(|l| l.models.contains_key(model)))
-            }
+        reach: match lens_rank {
+            LensRank::Device => Reach::Here,
+            LensRank::Arriving => Reach::Coming,
+            LensRank::Host | LensRank::Disk | LensRank::Remote | LensRank::Resolving => Reach::Away,
         },
+        advice: match lens {
+            Some(lens) if lens.assigned => AdviceRank::Lens,
+            _ if preferred == Some(&base.key) => AdviceRank::Base,
+            _ => AdviceRank::Nothing,
+        },
+        lens: lens_rank,
         queue,
-        affinity: affinity(&spread, &report.worker.name),
+        affinity: Reverse(assign::affinity(&spread, &report.worker.name)),
         id,
     };
     Verdict::Serves(Choice { worker, base: &base.key, score })
@@ -358,6 +409,15 @@ fn base_rank(report: &WorkerReport, wanted: &BaseKey, load: Option<&WorkerLoad>)
     }
 }
 
+fn switch_rank(rank: BaseRank, preferred: Option<&BaseKey>, wanted: &BaseKey) -> SwitchRank {
+    match (rank, preferred) {
+        (BaseRank::Active | BaseRank::Coming | BaseRank::Leaving, _) => SwitchRank::Wanted,
+        (BaseRank::OtherIdle | BaseRank::OtherBusy, Some(base)) if base == wanted => SwitchRank::Wanted,
+        (BaseRank::OtherIdle | BaseRank::OtherBusy, Some(_)) => SwitchRank::Unwanted,
+        (BaseRank::OtherIdle | BaseRank::OtherBusy, None) => SwitchRank::Free,
+    }
+}
+
 fn lens_rank(state: &ArtifactState, tier: Tier, asked_for: bool) -> LensRank {
     match (state, tier) {
         (_, Tier::Device) => LensRank::Device,
@@ -368,17 +428,6 @@ fn lens_rank(state: &ArtifactState, tier: Tier, asked_for: bool) -> LensRank {
         (_, Tier::Disk) => LensRank::Disk,
         (_, Tier::Remote) => LensRank::Remote,
     }
-}
-
-/// Rendezvous hash (FNV-1a with a final mix): each worker gets a number per key, the smallest wins.
-fn affinity(key: &str, worker: &str) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in key.bytes().chain([0]).chain(worker.bytes()) {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    hash ^= hash >> 33;
-    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
-    hash ^ (hash >> 33)
 }
 
 #[cfg(test)]

@@ -23,6 +23,8 @@ fn worker(name: &str) -> Worker<()> {
         bytes: None,
         fetch: None,
         max_context_tokens: None,
+        running_rows: 0,
+        waiting_rows: 0,
     };
     let report = WorkerReport {
         protocol: 1,
@@ -156,6 +158,71 @@ fn the_worker_that_holds_the_lens_is_preferred_until_it_is_crowded() {
     let workers = [worker("a"), with(warm, |r| r.state.running_rows = CROWD - 1)];
     assert_eq!(order("north:cold", &workers, &InFlight::default()), ["b", "a"]);
     assert_eq!(order("north:cold", &workers, &sent(&[("b", "n", "north:cold", CROWD)])), ["a", "b"]);
+}
+
+#[test]
+fn who_holds_the_lens_answers_and_else_whom_it_is_assigned_to() {
+    let assigned = |name: &str| with(worker(name), |r| set_lens(r, "cold", |l| l.assigned = true));
+    let holding = |worker: Worker<()>| with(worker, |r| set_lens(r, "cold", |l| l.tier = Tier::Device));
+    let busy = |worker: Worker<()>, rows: u32| with(worker, |r| r.state.running_rows = rows);
+    let first = |workers: &[Worker<()>]| order("north:cold", workers, &InFlight::default())[0].clone();
+    for (a, b) in [("a", "b"), ("b", "a")] {
+        assert_eq!(first(&[busy(assigned(a), 9), worker(b)]), a, "it comes where it is to stay");
+        assert_eq!(first(&[assigned(a), holding(worker(b))]), b, "it is there already");
+        assert_eq!(first(&[holding(busy(assigned(a), 9)), holding(worker(b))]), a, "of those who hold it");
+        assert_eq!(first(&[holding(busy(assigned(a), CROWD)), worker(b)]), b, "nobody waits for advice");
+        let remote = with(assigned(a), |r| set_lens(r, "cold", |l| l.tier = Tier::Remote));
+        assert_eq!(first(&[remote.clone(), worker(b)]), a, "also where it is farther away");
+        let in_flight = sent(&[(b, "n", "north:cold", 1)]);
+        assert_eq!(order("north:cold", &[remote, worker(b)], &in_flight)[0], b, "it is on its way there");
+    }
+}
+
+#[test]
+fn a_switch_is_made_where_the_base_is_to_stay() {
+    let prefers =
+        |name: &str, base: &str| with(worker(name), |r| r.state.preferred_base = Some(BaseKey(base.into())));
+    for (a, b) in [("a", "b"), ("b", "a")] {
+        let workers = [prefers(a, "s"), prefers(b, "n")];
+        assert_eq!(order("south", &workers, &InFlight::default())[0], a);
+        assert_eq!(order("north", &workers, &InFlight::default())[0], b, "and leaves the other one alone");
+        let free = [worker(a), prefers(b, "n")];
+        assert_eq!(order("south", &free, &InFlight::default())[0], a);
+        let busy = with(prefers(a, "s"), |r| r.state.running_rows = 1);
+        assert_eq!(order("south", &[busy, worker(b)], &InFlight::default())[0], b, "it need not wait");
+    }
+}
+
+#[test]
+fn without_advice_a_lens_comes_where_it_would_be_assigned() {
+    use turret_crds::assign::{Assignment, LensDemand, LensId, Situation, WorkerRoom, assign};
+    let names = ["a", "b", "c"];
+    let room = |name: &&str| WorkerRoom {
+        name: (*name).into(),
+        lens_budget_bytes: u64::MAX,
+        weight: 1,
+        availability: turret_crds::assign::Availability::Available,
+        active_base: None,
+    };
+    let key = BaseKey("n".into());
+    let id = LensId::of("north", "cold");
+    let situation = Situation {
+        bases: vec![turret_crds::assign::BaseDemand { key: key.clone(), demand_millirows: 0 }],
+        lenses: vec![LensDemand {
+            id: id.clone(),
+            base: key.clone(),
+            bytes: 1,
+            residency: turret_crds::group::LensResidency::Preloaded,
+            priority: 100,
+            demand_millirows: 0,
+        }],
+        workers: names.iter().map(room).collect(),
+        ..Situation::default()
+    };
+    let assigned = assign(&situation, &Assignment::default());
+    let workers = names.map(worker);
+    let best = order("north:cold", &workers, &InFlight::default());
+    assert_eq!(best, assigned.order(&key, Some(&id)));
 }
 
 #[test]

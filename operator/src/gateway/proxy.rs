@@ -17,10 +17,12 @@ use hyper_util::{
     rt::{TokioExecutor, TokioTimer},
 };
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use turret_crds::{document::BaseKey, label};
 
 use super::{
     catalog::{ResolveError, Target},
+    demand::{Demands, Sends, demands},
     directory::{Directory, NEWS_GRACE, Place, View},
     headers,
     metrics::{Metrics, Trouble},
@@ -176,6 +178,7 @@ pub struct Proxy {
     directory: Arc<Directory>,
     waiting: Waiting,
     in_flight: Mutex<InFlight>,
+    sends: Sends,
     metrics: Arc<Metrics>,
     clock: Clock,
     own: Weak<Self>,
@@ -231,6 +234,7 @@ impl Proxy {
             directory,
             waiting,
             in_flight: Mutex::default(),
+            sends: Sends::default(),
             metrics,
             clock,
             own: own.clone(),
@@ -250,6 +254,18 @@ impl Proxy {
     /// What is declared and what the workers say.
     pub fn directory(&self) -> &Directory {
         &self.directory
+    }
+
+    /// What is asked of each placement with autoscaling.
+    pub fn demands(&self) -> Demands {
+        demands(&self.directory.view().catalog, &self.waiting.lengths(), |namespace, placement| {
+            self.sends.of(namespace, placement)
+        })
+    }
+
+    /// Wake when what is asked may have changed: other requests wait, or one was sent.
+    pub fn demand_changes(&self) -> [watch::Receiver<u64>; 2] {
+        [self.waiting.changes(), self.sends.changes()]
     }
 
     /// The metrics.
@@ -351,6 +367,7 @@ impl Proxy {
         let (worker, base) = (best.worker.clone(), best.base.clone());
         tracing::debug!(worker = %worker.endpoint.id, model = %target.model, score = ?best.score, "picked");
         in_flight.add(&worker.endpoint.id, &base, &target.model);
+        self.sends.count(&worker.endpoint.attached);
         self.metrics.in_flight.inc();
         let proxy = self.own.upgrade().expect("a proxy that forwards is alive");
         Ok(Sent { proxy, worker, base, target: target.clone() })

@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{Notify, oneshot, watch},
     time::Instant,
 };
 
@@ -89,6 +89,8 @@ pub struct Waiting {
     is_stopping: AtomicBool,
     clock: Clock,
     metrics: Arc<Metrics>,
+    /// Moves whenever other requests wait than before.
+    moved: watch::Sender<u64>,
 }
 
 /// Takes a waiter out when its request is dropped, which is when its client leaves.
@@ -117,10 +119,22 @@ impl Waiting {
             is_stopping: AtomicBool::new(false),
             clock,
             metrics,
+            moved: watch::Sender::new(0),
         }
     }
 
+    /// How many wait in each line.
+    pub fn lengths(&self) -> Vec<(Line, usize)> {
+        self.queue.lock().lengths().map(|(line, length)| (line.clone(), length)).collect()
+    }
+
+    /// Wakes whenever other requests wait than before.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.moved.subscribe()
+    }
+
     fn gauge(&self, queue: &HoldQueue<Line, Waiter>) {
+        self.moved.send_modify(|version| *version += 1);
         self.metrics.held.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
     }
 

@@ -112,6 +112,8 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
                 bytes: None,
                 fetch: None,
                 max_context_tokens: None,
+                running_rows: 0,
+                waiting_rows: 0,
             }),
         }
         lenses.extend(names.iter().map(|name| lens(group, name)));

@@ -4,6 +4,7 @@
 mod fake_worker;
 mod harness;
 
+mod demand;
 mod fleet;
 mod holding;
 mod listing;

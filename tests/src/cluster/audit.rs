@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::rbac::v1::PolicyRule;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use serde::Deserialize;
 
 /// One request, as the API server wrote it down.
@@ -26,6 +27,10 @@ pub struct Request {
     /// Where it came from: a pod's address.
     #[serde(rename = "sourceIPs")]
     pub source_ips: Vec<String>,
+    /// When it came.
+    pub request_received_timestamp: Option<MicroTime>,
+    /// When it was answered.
+    pub stage_timestamp: Option<MicroTime>,
 }
 
 /// Who asked.
@@ -88,21 +93,27 @@ impl AuditLog {
     }
 
     /// All requests of `user` since `mark`.
-    pub fn of(&self, user: &str, mark: Mark) -> Result<Vec<Request>> {
+    pub fn of(&self, user: &str, mut mark: Mark) -> Result<Vec<Request>> {
+        self.read_on(user, &mut mark)
+    }
+
+    /// The same; `mark` moves to the end of what was read.
+    pub fn read_on(&self, user: &str, mark: &mut Mark) -> Result<Vec<Request>> {
         let unreadable = || format!("failed to read {}", self.file.display());
         let mut file = File::open(&self.file).with_context(unreadable)?;
         file.seek(SeekFrom::Start(mark.0)).with_context(unreadable)?;
-        let mut text = String::new();
-        file.read_to_string(&mut text).with_context(unreadable)?;
-        requests(&text, user)
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(unreadable)?;
+        // A line that is being written has no end yet; it belongs to the next look.
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let found = requests(&String::from_utf8_lossy(&bytes[..whole]), user)?;
+        mark.0 += whole as u64;
+        Ok(found)
     }
 }
 
 fn requests(text: &str, user: &str) -> Result<Vec<Request>> {
-    // A line that is being written has no end yet; it belongs to the next look.
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    whole
-        .lines()
+    text.lines()
         .filter(|line| line.contains(user))
         .map(|line| serde_json::from_str::<Request>(line).with_context(|| format!("no audit line: {line}")))
         .filter(|request| request.as_ref().map_or(true, |request| request.user.username == user))
@@ -232,16 +243,36 @@ mod tests {
 
     #[test]
     fn only_whole_lines_of_the_user_count() {
-        let requests = requests(LOG, "a").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("log");
+        std::fs::write(&file, LOG).unwrap();
+        let (log, mut mark) = (AuditLog::at(&file), AuditLog::beginning());
+        let requests = log.read_on("a", &mut mark).unwrap();
         assert_eq!(requests.len(), 2);
         assert_eq!(requests[0].to_string(), "patch services n/s → 201");
         assert!(requests[0].is_write() && !requests[1].is_write());
-        assert!(!requests[0].is_forbidden() && super::requests(LOG, "ab").unwrap()[0].is_forbidden());
+        assert!(!requests[0].is_forbidden());
+        assert!(log.of("ab", AuditLog::beginning()).unwrap()[0].is_forbidden());
+
+        // The rest of the last line is written: it is read once.
+        std::fs::write(&file, format!("{LOG}ectRef\":{{\"resource\":\"pods\"}}}}\n")).unwrap();
+        let rest = log.read_on("a", &mut mark).unwrap();
+        assert_eq!(rest.iter().map(Request::rbac_resource).collect::<Vec<_>>(), ["pods"]);
+        assert_eq!(log.read_on("a", &mut mark).unwrap(), []);
+    }
+
+    #[test]
+    fn a_request_says_when_it_came_and_when_it_was_answered() {
+        let line = r#"{"verb":"get","requestReceivedTimestamp":"2026-01-02T03:04:05.000250Z","stageTimestamp":"2026-01-02T03:04:05.001750Z"}"#;
+        let request: Request = serde_json::from_str(line).unwrap();
+        let (came, answered) = (request.request_received_timestamp, request.stage_timestamp);
+        assert_eq!(answered.unwrap().0.duration_since(came.unwrap().0).as_micros(), 1500);
     }
 
     #[test]
     fn a_patch_that_makes_an_object_uses_the_right_to_create() {
-        let requests = requests(LOG, "a").unwrap();
+        let whole = LOG.rsplit_once('\n').unwrap().0;
+        let requests = requests(whole, "a").unwrap();
         let rules = [
             rule("", "services", &["create", "patch", "get"], &["s", "t"]),
             rule("turret.dev", "modelgroups", &["list", "watch"], &[]),

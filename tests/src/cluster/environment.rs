@@ -28,6 +28,10 @@ pub struct Environment {
     pub worker_image: String,
     /// How long the Zipf load goes on.
     pub zipf_load: Duration,
+    /// What random objects are made from.
+    pub random_seed: u64,
+    /// How many cases of random objects are tried.
+    pub random_cases: usize,
 }
 
 /// Set to run the suite; absent means that there is no cluster to run on.
@@ -35,7 +39,16 @@ pub const KUBECONFIG: &str = "TURRET_TEST_KUBECONFIG";
 /// Seconds for which the scenario with the Zipf load asks. Absent: as short as the others, to be run with all of them;
 /// `TURRET_ZIPF_SECONDS=600 cargo xtask test cluster --only zipf` is the long run.
 pub const ZIPF_SECONDS: &str = "TURRET_ZIPF_SECONDS";
+/// Seed of random objects. Absent: always the same, so that what fails fails again.
+pub const RANDOM_SEED: &str = "TURRET_RANDOM_SEED";
+/// Cases of random objects. Absent: few enough to be run with all other tests;
+/// `TURRET_RANDOM_SEED=$RANDOM TURRET_RANDOM_CASES=50 cargo xtask test faults --only random` is a long run.
+pub const RANDOM_CASES: &str = "TURRET_RANDOM_CASES";
 
+/// The seed where nobody says otherwise.
+const SEED: u64 = 20_240_607;
+/// The cases where nobody says otherwise.
+const CASES: usize = 4;
 /// The Zipf load where nobody says otherwise.
 const SHORT_LOAD: Duration = Duration::from_secs(20);
 
@@ -55,7 +68,9 @@ impl Environment {
             repository: path("TURRET_TEST_REPOSITORY")?,
             operator_image: text("TURRET_TEST_OPERATOR_IMAGE")?,
             worker_image: text("TURRET_TEST_WORKER_IMAGE")?,
-            zipf_load: seconds(ZIPF_SECONDS)?.unwrap_or(SHORT_LOAD),
+            zipf_load: number(ZIPF_SECONDS)?.map_or(SHORT_LOAD, Duration::from_secs),
+            random_seed: number(RANDOM_SEED)?.unwrap_or(SEED),
+            random_cases: number(RANDOM_CASES)?.map_or(Ok(CASES), usize::try_from)?,
         };
         Ok(Some(environment))
     }
@@ -66,11 +81,10 @@ fn text(variable: &str) -> Result<String> {
         .with_context(|| format!("{variable} is not set; run this suite with `cargo xtask test cluster`"))
 }
 
-fn seconds(variable: &str) -> Result<Option<Duration>> {
+fn number(variable: &str) -> Result<Option<u64>> {
     let Ok(text) = std::env::var(variable) else { return Ok(None) };
-    let seconds = text.parse::<u64>();
-    let seconds = seconds.with_context(|| format!("{variable} is `{text}`, not a number of seconds"))?;
-    Ok(Some(Duration::from_secs(seconds)))
+    let number = text.parse::<u64>();
+    number.map(Some).with_context(|| format!("{variable} is `{text}`, not a whole number"))
 }
 
 fn path(variable: &str) -> Result<PathBuf> {

@@ -52,6 +52,14 @@ impl Group {
         self
     }
 
+    /// With all of its lenses in memory ahead of requests.
+    pub fn preloaded(mut self) -> Self {
+        for lens in &mut self.lenses {
+            lens["residency"] = json!("Preloaded");
+        }
+        self
+    }
+
     /// Without a lens.
     pub fn without(mut self, name: &str) -> Self {
         self.lenses.retain(|lens| lens["name"] != name);
@@ -100,9 +108,27 @@ impl Placement {
         self
     }
 
+    /// On as many workers as the load takes, within these limits.
+    pub fn autoscaled(mut self, limits: Value) -> Self {
+        self.spec["autoscaling"] = limits;
+        self
+    }
+
     /// Each worker asks for an accelerator.
     pub fn on_gpu(mut self) -> Self {
         self.spec["accelerator"] = json!({"resourceName": "nvidia.com/gpu"});
+        self
+    }
+
+    /// Each worker asks for a device of a class.
+    pub fn with_device_class(mut self, class: &str) -> Self {
+        self.spec["accelerator"] = json!({"deviceClassName": class});
+        self
+    }
+
+    /// Workers keep what they fetch on a claim.
+    pub fn caching_on(mut self, claim: &str) -> Self {
+        self.spec["cache"] = json!({"persistentVolumeClaim": {"claimName": claim}});
         self
     }
 
@@ -146,6 +172,12 @@ impl Placement {
     /// Workers that leave may go on for so long. Another value replaces the pods.
     pub fn draining_for(mut self, seconds: u32) -> Self {
         self.spec["terminationDrainSeconds"] = json!(seconds);
+        self
+    }
+
+    /// One lens is assigned to so many workers, at least and at most.
+    pub fn spreading(mut self, min_copies: u32, max_copies: u32) -> Self {
+        self.spec["spread"] = json!({"minCopies": min_copies, "maxCopies": max_copies});
         self
     }
 
@@ -283,5 +315,8 @@ mod tests {
             serde_json::from_value(workers.with_lens_budget("1Mi").manifest()).unwrap();
         assert_eq!((made.spec.worker.unwrap().env.len(), made.spec.source_secrets.len()), (2, 1));
         assert_eq!(made.spec.memory.unwrap().lens_budget.unwrap().0, "1Mi");
+        let made: ModelPlacement =
+            serde_json::from_value(placement("p", &["a"]).spreading(1, 2).manifest()).unwrap();
+        assert_eq!(made.spec.spread().max_copies, 2);
     }
 }

@@ -29,17 +29,10 @@ impl Zipf {
     }
 }
 
-/// Numbers that look random: each is a function of the seed and its place alone (SplitMix64).
-pub fn scattered(seed: u64, place: u64) -> u64 {
-    let mut mixed = seed.wrapping_add((place + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numbers::scattered;
 
     #[test]
     fn ranks_are_chosen_in_inverse_proportion_to_their_place() {

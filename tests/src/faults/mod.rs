@@ -7,13 +7,19 @@
 //!
 //! What there is in the end ([`end_state`]) must be what there is without any fault, and when everything is deleted, nothing may
 //! be left. [`world`] tells all stories.
+//!
+//! Without faults, the same world tries what users do: [`random`] objects, objects that are [`malformed`], and every way of
+//! [`deletion`].
 
+pub mod deletion;
 pub mod end_state;
 pub mod lines;
+pub mod malformed;
 pub mod node;
 pub mod operator;
 pub mod plan;
 pub mod proxy;
+pub mod random;
 pub mod real_pods;
 pub mod record;
 pub mod step;

@@ -28,7 +28,7 @@ use super::worker::Worker;
 use crate::cluster::eventually::PATIENCE;
 
 /// Its name.
-const NAME: &str = "simulated";
+pub const NAME: &str = "simulated";
 /// Its label, and its taint.
 pub const LABEL: &str = "turret.test/simulated";
 /// Who applies what is the kubelet's.

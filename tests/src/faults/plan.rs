@@ -5,6 +5,8 @@ use std::fmt;
 
 use axum::http::{Method, Uri};
 
+use crate::numbers::mixed;
+
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
@@ -230,9 +232,7 @@ impl Roll {
         let folded = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        let mixed = (folded ^ (folded >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Self { number: mixed ^ (mixed >> 31), nth }
+        Self { number: mixed(folded), nth }
     }
 
     /// Whether the fault strikes: one in two, and at most two in a row, so that what is tried again succeeds.

@@ -78,6 +78,13 @@ impl<'w> Story<'w> {
         Ok(())
     }
 
+    /// Kills the operator, until it is started again.
+    pub async fn halt(&mut self) {
+        if let Some(operator) = self.operator.take() {
+            operator.stop().await;
+        }
+    }
+
     /// Objects of a kind in the namespace.
     pub fn all<K>(&self) -> Api<K>
     where
@@ -259,9 +266,7 @@ impl<'w> Story<'w> {
 
     /// Kills the operator, and deletes the namespace without waiting.
     pub async fn remove(mut self) -> Result<()> {
-        if let Some(operator) = self.operator.take() {
-            operator.stop().await;
-        }
+        self.halt().await;
         delete(&Api::<Namespace>::all(self.world.client.clone()), &self.namespace).await
     }
 }

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ struct Inner {
     name: String,
     document: Mutex<WorkerDocument>,
     report: watch::Sender<WorkerReport>,
+    /// Documents that were offered.
+    offers: AtomicU64,
     complaints: Mutex<Vec<String>>,
     stop: CancellationToken,
 }
@@ -58,6 +61,7 @@ impl Worker {
             name: name.to_owned(),
             report: watch::Sender::new(report(name, &document)),
             document: Mutex::new(document),
+            offers: AtomicU64::default(),
             complaints: Mutex::default(),
             stop: stop.clone(),
         });
@@ -69,6 +73,21 @@ impl Worker {
         let server = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned());
         tokio::spawn(async move { server.await });
         Ok(Self { inner })
+    }
+
+    /// Its name: that of its pod.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Has it say something else of itself, until it takes another document. Its streams tell what changed.
+    pub fn change(&self, change: impl FnOnce(&mut WorkerReport)) {
+        self.inner.report.send_modify(change);
+    }
+
+    /// How many documents it was offered so far, whether it took them or not.
+    pub fn offers(&self) -> u64 {
+        self.inner.offers.load(Ordering::Relaxed)
     }
 
     /// What it says of itself.
@@ -136,6 +155,7 @@ fn verify(headers: &HeaderMap, document: &WorkerDocument) -> Result<(), String> 
 }
 
 async fn take(State(inner): State<Arc<Inner>>, headers: HeaderMap, body: Bytes) -> Response {
+    inner.offers.fetch_add(1, Ordering::Relaxed);
     if let Err(refused) = inner.check(&headers, "a document") {
         return *refused;
     }
@@ -200,6 +220,8 @@ pub fn report(name: &str, document: &WorkerDocument) -> WorkerReport {
                 bytes: Some(BASE_BYTES),
                 fetch: None,
                 max_context_tokens: None,
+                running_rows: 0,
+                waiting_rows: 0,
             }),
         }
         let ready = group.lenses.iter();

@@ -11,6 +11,7 @@ use kube::{Api, Client, Config, ResourceExt as _};
 use tokio::sync::OnceCell;
 
 use super::end_state::EndState;
+use super::malformed;
 use super::node::Node;
 use super::plan::{Crash, Fault};
 use super::step::Step;
@@ -65,7 +66,10 @@ impl World {
         let client = Client::try_from(config.clone())?;
         let mut passing = config;
         passing.default_retry = false;
+        // Before there is anybody whom it could disturb.
+        malformed::store(&client).await?;
         install_kinds(&client).await?;
+        malformed::is_refused_from_now_on(&client).await?;
         Ok(Self {
             environment,
             upstream: Client::try_from(passing)?,
@@ -176,20 +180,25 @@ impl World {
 }
 
 /// The CRDs of the contract under test.
-async fn install_kinds(client: &Client) -> Result<()> {
-    let definitions = Api::<CustomResourceDefinition>::all(client.clone());
+pub async fn install_kinds(client: &Client) -> Result<()> {
     for definition in turret_crds::crds() {
-        let name = definition.name_any();
-        let params = PatchParams::apply("turret-test-user").force();
-        definitions.patch(&name, &params, &Patch::Apply(&definition)).await?;
-        let what = format!("the API server serves {name}");
-        eventually(PATIENCE, &what, async || {
-            let status = definitions.get(&name).await?.status;
-            let conditions = status.and_then(|status| status.conditions).unwrap_or_default();
-            let is_served = conditions.iter().any(|c| c.type_ == "Established" && c.status == "True");
-            Ok(when(is_served, || format!("{conditions:?}")))
-        })
-        .await?;
+        apply_kind(client, &definition).await?;
     }
     Ok(())
+}
+
+/// Installs or changes a kind, and waits until it is served.
+pub async fn apply_kind(client: &Client, definition: &CustomResourceDefinition) -> Result<()> {
+    let definitions = Api::<CustomResourceDefinition>::all(client.clone());
+    let name = definition.name_any();
+    let params = PatchParams::apply("turret-test-user").force();
+    definitions.patch(&name, &params, &Patch::Apply(definition)).await?;
+    let what = format!("the API server serves {name}");
+    eventually(PATIENCE, &what, async || {
+        let status = definitions.get(&name).await?.status;
+        let conditions = status.and_then(|status| status.conditions).unwrap_or_default();
+        let is_served = conditions.iter().any(|c| c.type_ == "Established" && c.status == "True");
+        Ok(when(is_served, || format!("{conditions:?}")))
+    })
+    .await
 }

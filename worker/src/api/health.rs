@@ -51,7 +51,7 @@ pub async fn livez(State(app): State<App>) -> Response {
     }
 }
 
-/// `GET /readyz` and `GET /health`: the first base is active, and the worker is not leaving.
+/// `GET /readyz` and `GET /health`: the worker's warm-up is over, and it is not leaving.
 pub async fn readyz(State(app): State<App>) -> Response {
     let view = app.residency.view();
     let state = &view.report.state;
@@ -65,7 +65,10 @@ pub async fn readyz(State(app): State<App>) -> Response {
                 }
                 _ => None,
             });
-            failed.unwrap_or_else(|| "the base is being loaded\n".to_owned())
+            failed.unwrap_or_else(|| match state.active_base {
+                Some(_) => "lenses are being loaded ahead of requests\n".to_owned(),
+                None => "the base is being loaded\n".to_owned(),
+            })
         }
     };
     (StatusCode::SERVICE_UNAVAILABLE, why).into_response()

@@ -46,10 +46,11 @@ fn state_facts(report: &WorkerReport) -> Vec<(&'static str, String)> {
 }
 
 fn readiness(state: &WorkerState) -> &'static str {
-    match (state.ready, state.draining) {
-        (true, _) => "yes",
-        (false, true) => "no, it is draining",
-        (false, false) => "no, its first base is not active yet",
+    match (state.ready, state.draining, &state.active_base) {
+        (true, ..) => "yes",
+        (false, true, _) => "no, it is draining",
+        (false, false, None) => "no, its first base is not active yet",
+        (false, false, Some(_)) => "no, lenses are being loaded ahead of requests",
     }
 }
 
@@ -472,7 +473,7 @@ b:slow     Remote, fetched 3.0 MiB of 12.0 MiB   -         -                0   
         let cases: [(Edit, &[&str]); 17] = [
             (|_| {}, &[]),
             (|r| r.state.tiers[1].lens_bytes = 5, &[]),
-            (|r| r.state.ready = false, &["ready: no, its first base is not active yet"]),
+            (|r| r.state.ready = false, &["ready: no, lenses are being loaded ahead of requests"]),
             (|r| r.state.draining = true, &[]),
             (|r| r.state.switch = None, &[]),
             (

@@ -45,6 +45,7 @@ use crate::lens::{Effects, FilledLens};
 use crate::model::block_pool::{LensContent, Seed};
 use crate::model::kv_cache::BLOCK_TOKENS;
 use crate::model::weights::{BaseLayout, FilledBase};
+use crate::telemetry::chain;
 use turret_threads::{Pool, allowed_threads};
 
 /// Why the engine does not start.
@@ -643,11 +644,4 @@ fn check_row(row: &RowRequest, limit: u32, base: &FilledBase, vocab: u32) -> Res
 
 fn system(error: ArenaError) -> ReserveError {
     ReserveError::System(chain(&error))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
-    }
 }

@@ -70,6 +70,7 @@ impl Owner {
         self.end_leases(now);
         let demand = self.admit(now);
         self.bring_ahead(&demand, now);
+        self.warm_up(&demand, now);
         // What somebody waits for is known by now.
         self.start_resolutions(now);
         let wake = self.turn_base(&demand, now);
@@ -95,7 +96,7 @@ impl Owner {
         let times = self.resolve_at.into_iter().chain(wake).chain(given_up).chain(draining).chain(limits);
         let lease = self.leases.next_end().map(|end| self.began + end);
         let sweep = self.eviction_rule().sweep.map(|_| self.sweep_at);
-        let times = times.chain(lease).chain(sweep);
+        let times = times.chain(lease).chain(sweep).chain(self.warmup_ends());
         let next = times.chain([self.recheck_at]).min()?;
         // A time that has passed and changed nothing waits for something else; it must not make a busy loop.
         let now = Instant::now();
@@ -526,13 +527,17 @@ impl Owner {
         }
     }
 
-    /// The base to make active when none is and nobody asks: the default group's, or while that one fails the next.
+    /// The base to make active when none is and nobody asks: the one that it is advised to prefer, the default group's, or
+    /// while that one fails the next.
     fn fallback(&self) -> Option<BaseKey> {
         let document = self.document.as_ref()?;
         if let Some((_, declared)) = self.declared_active() {
             return self.is_servable(declared).then(|| declared.clone());
         }
         let default = &document.default_group()?.base.key;
+        if let Some(preferred) = self.advice.base().filter(|key| self.is_servable(key)) {
+            return Some(preferred.clone());
+        }
         match &self.bases.get(default)?.stage {
             Stage::Ready(_) => Some(default.clone()),
             Stage::Resolving => None,

@@ -2,6 +2,10 @@
 //!
 //! Ahead of requests come, in this order: what is leased, what is pinned, what somebody asked for by hand, what is
 //! declared `Preloaded`. Requests come before all of these; `Preloaded` lenses only take room that is free.
+//!
+//! Where workers share the lenses ([`super::advice`]), only those that are assigned to this one come ahead, in the order in
+//! which they are, and among them what is asked for much though it is `OnDemand`. A pinned lens that is assigned elsewhere
+//! is not loaded here; once a request has brought it, it stays.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -68,22 +72,26 @@ impl Owner {
     }
 
     /// Lenses to be in memory ahead of requests, and whether others may leave for them.
-    fn ahead(&self) -> Vec<(LensName, bool)> {
+    pub(super) fn ahead(&self) -> Vec<(LensName, bool)> {
+        let share = self.advice.share();
         let mut pinned = Vec::new();
         let mut preloaded = Vec::new();
         for (name, lens) in self.lenses.iter() {
             let rank = Reverse(lens.lens.priority);
-            if self.is_pinned(name, lens) {
+            if self.pins.contains(name) || self.is_pinned(name, lens) && self.advice.keeps(name) {
                 pinned.push((rank, name));
-            } else if lens.lens.residency == LensResidency::Preloaded {
+            } else if lens.lens.residency == LensResidency::Preloaded && share.is_none() {
                 preloaded.push((rank, name));
             }
         }
         pinned.sort();
         preloaded.sort();
+        // Those of them that are pinned have come before.
+        let shared = share.unwrap_or_default().iter();
         let kept = self.leases.lenses().into_iter().chain(pinned.into_iter().map(|(_, name)| name));
         let asked = kept.chain(self.awaited.keys()).map(|name| (name.clone(), true));
-        asked.chain(preloaded.into_iter().map(|(_, name)| (name.clone(), false))).collect()
+        let free = preloaded.into_iter().map(|(_, name)| name).chain(shared);
+        asked.chain(free.map(|name| (name.clone(), false))).collect()
     }
 
     /// Lets idle lenses leave beyond the watermarks, where these are declared.
@@ -181,8 +189,12 @@ impl Owner {
         at.and_then(|at| u16::try_from(at).ok()).unwrap_or(0)
     }
 
-    /// What is declared `Pinned` beyond what there is room for can never be in memory beside the others.
+    /// What is declared `Pinned` beyond what there is room for can never be in memory beside the others. Where workers share,
+    /// each is assigned no more than it has room for, and what is declared may be more than one of them holds.
     pub(super) fn refuse_what_cannot_be_pinned(&mut self) {
+        if self.advice.share().is_some() {
+            return;
+        }
         let budget = self.coming_limits().lens_bytes;
         let mut pinned: Vec<(Reverse<u32>, &LensName, &DeclaredLens)> = self
             .lenses

@@ -179,7 +179,7 @@ impl Owner {
                 if before.is_some() {
                     self.last_switch = Some((to.clone(), (since, now) as Span));
                 }
-                self.has_served = true;
+                self.begin_warmup(now);
                 if let Some(base) = self.bases.get_mut(&to) {
                     base.failures = 0;
                 }

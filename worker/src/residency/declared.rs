@@ -40,6 +40,7 @@ pub(super) struct DeclaredLens {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counts {
     pub(super) active_rows: u32,
+    pub(super) waiting_rows: u32,
     pub(super) served: u64,
     pub(super) errors: u64,
     /// Seconds since the epoch.
@@ -114,6 +115,8 @@ impl DeclaredLens {
 pub(super) struct Lenses {
     by_name: BTreeMap<LensName, DeclaredLens>,
     by_key: BTreeMap<LensKey, BTreeSet<LensName>>,
+    /// Those that somebody waited for when that was last counted.
+    waited_for: BTreeSet<LensName>,
     changed: Changed,
 }
 
@@ -199,6 +202,20 @@ impl Lenses {
         }
     }
 
+    /// Takes in how many wait for each lens; for those that are not named, nobody does.
+    pub(super) fn count_waiting(&mut self, waiting: BTreeMap<LensName, u32>) {
+        let before = std::mem::take(&mut self.waited_for);
+        for name in before.iter().filter(|name| !waiting.contains_key(*name)) {
+            self.count(name, |counts| counts.waiting_rows = 0);
+        }
+        for (name, rows) in &waiting {
+            if self.get(name).is_some_and(|lens| lens.counts.waiting_rows != *rows) {
+                self.count(name, |counts| counts.waiting_rows = *rows);
+            }
+        }
+        self.waited_for = waiting.into_keys().collect();
+    }
+
     /// Notes that something is to be published of these files, such as where they are.
     pub(super) fn mark_key(&mut self, key: &LensKey) {
         if let (Changed::These(changed), Some(names)) = (&mut self.changed, self.by_key.get(key)) {
@@ -267,6 +284,25 @@ mod tests {
             4 => (0u8..6, digest()).prop_map(|(n, d)| Step::Change(n, d)),
             1 => (0u8..6).prop_map(Step::Count),
         ]
+    }
+
+    #[test]
+    fn who_waits_is_counted_anew_and_only_what_changed_is_published() {
+        let mut lenses = Lenses::default();
+        lenses.declare(|_| (0..3).map(|n| (name(n), lens(None))).collect());
+        let mut count = |waiting: &[(u8, u32)]| {
+            lenses.take_changed();
+            lenses.count_waiting(waiting.iter().map(|&(n, rows)| (name(n), rows)).collect());
+            let rows: Vec<u32> = lenses.iter().map(|(_, lens)| lens.counts.waiting_rows).collect();
+            (rows, lenses.take_changed())
+        };
+        let these = |names: &[u8]| Changed::These(names.iter().map(|&n| name(n)).collect());
+        // One that is not declared is refused soon.
+        assert_eq!(count(&[(0, 2), (1, 1), (9, 4)]), (vec![2, 1, 0], these(&[0, 1])));
+        assert_eq!(count(&[(0, 2), (1, 3)]), (vec![2, 3, 0], these(&[1])));
+        assert_eq!(count(&[(1, 3)]), (vec![0, 3, 0], these(&[0])));
+        assert_eq!(count(&[]), (vec![0, 0, 0], these(&[1])));
+        assert_eq!(count(&[]), (vec![0, 0, 0], these(&[])));
     }
 
     proptest! {

@@ -7,6 +7,7 @@ use turret_crds::report::AppliedDocument;
 
 use super::owner::{Owner, Turn};
 use super::table::Phase;
+use super::warmup::Warmup;
 use super::work::Event;
 use crate::engine::handle::{ChangeError, EngineConfig};
 
@@ -26,7 +27,9 @@ impl Owner {
                 if self.applied.as_ref() != Some(&applied) {
                     tracing::info!(sequence = applied.sequence, digest = applied.digest, "document applied");
                     // Nothing declared is nothing to wait for.
-                    self.has_served |= document.groups.is_empty();
+                    if document.groups.is_empty() {
+                        self.warmup = Warmup::Warm;
+                    }
                     self.applied = Some(applied);
                 }
             }

@@ -11,16 +11,15 @@ use turret_crds::document::BaseKey;
 
 use super::cache::Cache;
 use super::failure::Failure;
-use super::prepared::{Identity, Prepared, Unusable, layout_digest};
+use super::prepared::{Identity, Prepared, PreparedLens, Unusable, layout_digest};
 use super::preparing::{Lent, OnPrepared, Preparer, Resident};
 use super::resolve::{
     CheckedFiles, ResolvedBase, ResolvedLens, base_failure, lens_failure, on_loader_thread,
 };
 use super::table::LensKey;
-use crate::engine::arena::Region;
 use crate::engine::handle::{ActivateError, BaseId, EngineHandle, LensId, RemoveError, ReserveError};
+use crate::lens::FilledLens;
 use crate::lens::lora::LoraFolder;
-use crate::lens::{FilledLens, LensLayout};
 use crate::model::tensor_file::Progress;
 use crate::model::weights::{BaseFolder, FilledBase};
 use crate::telemetry::chain;
@@ -132,17 +131,18 @@ impl Loader {
         identity: &Identity,
         on_percent: OnPercent,
     ) -> Result<Option<FilledLens>, LoadError> {
-        let layout = serde_json::from_str::<LensLayout>(prepared.layout()).ok();
-        let is_that_of_the_files = |layout: &LensLayout| {
-            layout_digest(prepared.layout()) == lens.layout_digest && layout.bytes == prepared.bytes()
+        let is_of_the_files = layout_digest(prepared.layout()) == lens.layout_digest;
+        let prepared = match PreparedLens::new(prepared) {
+            Ok(prepared) if is_of_the_files => prepared,
+            other => {
+                let why = other.err().unwrap_or(Unusable::Altered("its layout is another one"));
+                self.forget_prepared(identity, why).await;
+                return Ok(None);
+            }
         };
-        let Some(layout) = layout.filter(is_that_of_the_files) else {
-            self.forget_prepared(identity, Unusable::Altered("its layout is another one")).await;
-            return Ok(None);
-        };
-        let region = self.engine.reserve_lens(&layout).await.map_err(|e| reserve_error(&e))?;
-        let region = self.read_prepared(prepared, region, identity, on_percent).await;
-        Ok(region.map(|region| FilledLens::new(base.config.clone(), layout, region)))
+        let region = self.engine.reserve_lens(prepared.layout()).await.map_err(|e| reserve_error(&e))?;
+        let config = base.config.clone();
+        Ok(self.read_prepared(identity, move || prepared.fill(config, region, &*on_percent)).await)
     }
 
     /// Loads a base; it is resident then, not active.
@@ -157,8 +157,11 @@ impl Loader {
         let (identity, layout) = (base.identity(), base.layout.fingerprint());
         let prepared = match self.open_prepared(&identity).await {
             Some(prepared) if prepared.layout() == layout && prepared.bytes() == base.layout.bytes => {
-                let region = self.engine.reserve_base(&base.layout).await.map_err(|e| reserve_error(&e))?;
-                self.read_prepared(prepared, region, &identity, on_percent.clone()).await
+                let mut region =
+                    self.engine.reserve_base(&base.layout).await.map_err(|e| reserve_error(&e))?;
+                let on_percent = on_percent.clone();
+                let read = move || prepared.read(region.bytes_mut(), &*on_percent).map(|()| region);
+                self.read_prepared(&identity, read).await
             }
             Some(_) => {
                 self.forget_prepared(&identity, Unusable::Altered("its layout is another one")).await;
@@ -209,16 +212,14 @@ impl Loader {
     }
 
     /// Fills a region. `None` when the prepared file is damaged; it is gone then.
-    async fn read_prepared(
+    /// What reading a prepared file gives, on a thread where it may take its time; `None` when the file is of no use.
+    async fn read_prepared<T: Send + 'static>(
         &self,
-        prepared: Prepared,
-        mut region: Region,
         identity: &Identity,
-        on_percent: OnPercent,
-    ) -> Option<Region> {
-        let read = move || prepared.read(region.bytes_mut(), &*on_percent).map(|()| region);
+        read: impl FnOnce() -> Result<T, Unusable> + Send + 'static,
+    ) -> Option<T> {
         match tokio::task::spawn_blocking(read).await.ok()? {
-            Ok(region) => Some(region),
+            Ok(filled) => Some(filled),
             Err(unusable) => {
                 self.forget_prepared(identity, unusable).await;
                 None

@@ -11,6 +11,7 @@
 //!   told why.
 
 mod admit;
+mod advice;
 mod ahead;
 mod bases;
 pub mod cache;
@@ -41,6 +42,7 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 pub mod token;
+mod warmup;
 mod work;
 
 use std::collections::BTreeMap;

@@ -13,6 +13,7 @@ use turret_crds::document::{
 use turret_crds::model_name::ModelName;
 use turret_crds::report::{AppliedDocument, CannotFit, EvictionReason, FetchReport};
 
+use super::advice::Advice;
 use super::declared::{Counts, DeclaredLens, LensName, Lenses};
 use super::failure::{Failure, backoff};
 use super::lease::Leases;
@@ -24,6 +25,7 @@ use super::resolve::{ResolvedBase, Wish};
 use super::resolving::{Checks, Supplier};
 use super::source::Listed;
 use super::table::{LensKey, Table};
+use super::warmup::Warmup;
 use super::work::Event;
 use super::{DEFAULT_DISK_BYTES, Measured, Message, Outcome, Permit, Refusal, Start, View};
 use crate::engine::handle::{BaseId, EngineConfig, EngineHandle};
@@ -185,6 +187,8 @@ pub(super) struct Owner {
     pub(super) created: u64,
 
     pub(super) document: Option<Arc<WorkerDocument>>,
+    /// What the document's hints say to this worker.
+    pub(super) advice: Advice,
     pub(super) applied: Option<AppliedDocument>,
     /// Limits in force, and those the document asks for while they are not.
     pub(super) limits: EngineConfig,
@@ -228,7 +232,7 @@ pub(super) struct Owner {
     pub(super) uses: u64,
     pub(super) turn: Turn,
     pub(super) active_since: Instant,
-    pub(super) has_served: bool,
+    pub(super) warmup: Warmup,
     pub(super) last_switch: Option<(BaseKey, Span)>,
     pub(super) last_loads: BTreeMap<LensKey, Span>,
     /// Bases that the engine had no room for beside the active one.
@@ -275,6 +279,7 @@ impl Owner {
             began: now,
             created,
             document: None,
+            advice: Advice::default(),
             applied: None,
             limits,
             wanted_limits: None,
@@ -305,7 +310,7 @@ impl Owner {
             uses: 0,
             turn: Turn::Steady,
             active_since: now,
-            has_served: false,
+            warmup: Warmup::Cold,
             last_switch: None,
             last_loads: BTreeMap::new(),
             not_beside: BTreeSet::new(),
@@ -421,14 +426,18 @@ impl Owner {
             true => Verdict::Take,
             false => judge(known, (document.sequence, &document.digest)),
         };
-        if verdict == Verdict::Take {
-            tracing::info!(
-                sequence = document.sequence,
-                digest = document.digest,
-                groups = document.groups.len(),
-                "document taken"
-            );
-            self.take(document);
+        match verdict {
+            Verdict::Take => {
+                tracing::info!(
+                    sequence = document.sequence,
+                    digest = document.digest,
+                    groups = document.groups.len(),
+                    "document taken"
+                );
+                self.take(document);
+            }
+            Verdict::Same => self.take_hints(document.hints),
+            Verdict::Stale | Verdict::Conflict => {}
         }
         verdict
     }
@@ -454,6 +463,7 @@ impl Owner {
         self.declare_lenses(&document, same_listed);
         self.not_beside.clear();
         self.document = Some(Arc::new(document));
+        self.follow_hints();
         self.cannot_fit = self.unfit_budgets();
         if let Some(short) = &self.cannot_fit {
             tracing::warn!(error = short.message, "the document's budgets cannot be met, those before stay");

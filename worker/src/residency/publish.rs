@@ -15,6 +15,7 @@ use super::declared::{Changed, DeclaredLens, LensName, RecentMean};
 use super::owner::{DeclaredBase, Owner, Stage, Turn, Waiter};
 use super::resolve::CheckedFiles;
 use super::table::Phase;
+use super::warmup::Warmup;
 use super::{SpokenLens, Start, View};
 
 /// The view before there is any document.
@@ -93,6 +94,7 @@ impl Owner {
 
     /// Publishes what changed, if anything did.
     pub(super) fn publish(&mut self) {
+        self.count_waiting();
         self.follow_lenses();
         let report = WorkerReport {
             protocol: PROTOCOL,
@@ -145,6 +147,17 @@ impl Owner {
         };
     }
 
+    /// Counts who waits for which lens.
+    fn count_waiting(&mut self) {
+        let mut waiting: BTreeMap<LensName, u32> = BTreeMap::new();
+        for model in self.waiters.values().map(|waiter| &waiter.model) {
+            if let Some(lens) = &model.lens {
+                *waiting.entry((model.group.clone(), lens.clone())).or_default() += 1;
+            }
+        }
+        self.lenses.count_waiting(waiting);
+    }
+
     /// Makes the reports of those lenses anew of which something changed.
     fn follow_lenses(&mut self) {
         let changed = self.lenses.take_changed();
@@ -193,9 +206,11 @@ impl Owner {
         let draining = self.leaving || self.drained;
         WorkerState {
             document: self.applied.clone(),
-            ready: self.has_served && !draining,
+            ready: self.warmup == Warmup::Warm && !draining,
             draining,
             active_base: self.table.active.clone(),
+            preferred_base: self.advice.base().cloned(),
+            hints_version: Some(self.advice.version()),
             switch: self.switch_report(),
             tiers: self.tiers(),
             running_rows: self.permits.len() as u32,
@@ -217,14 +232,18 @@ impl Owner {
             Some(Phase::Resident) => 100,
             _ => base.map_or(0, |base| base.percent),
         };
-        let waits = |waiter: &Waiter| base.is_some_and(|base| base.groups.contains(&waiter.model.group));
         Some(SwitchReport {
             from: self.table.active.clone(),
             to: to.clone(),
             phase,
             percent,
-            waiting_requests: self.waiters.values().filter(|waiter| waits(waiter)).count() as u32,
+            waiting_requests: base.map_or(0, |base| self.waiting_over(base)),
         })
+    }
+
+    fn waiting_over(&self, base: &DeclaredBase) -> u32 {
+        let waits = |waiter: &&Waiter| base.groups.contains(&waiter.model.group);
+        self.waiters.values().filter(waits).count() as u32
     }
 
     fn tiers(&self) -> Vec<TierReport> {
@@ -265,6 +284,8 @@ impl Owner {
             bytes: resolved.map(|r| r.layout.bytes),
             fetch: base.fetch,
             max_context_tokens: resolved.map(|r| r.context_tokens(self.coming_limits().max_context_tokens)),
+            running_rows: self.permits.values().filter(|permitted| permitted.base == *key).count() as u32,
+            waiting_rows: self.waiting_over(base),
         }
     }
 
@@ -282,12 +303,14 @@ impl Owner {
             bytes: resolved.map(|r| r.bytes),
             fetch: lens.fetch,
             active_rows: lens.counts.active_rows,
+            waiting_rows: lens.counts.waiting_rows,
             served: lens.counts.served,
             errors: lens.counts.errors,
             last_used: lens.counts.last_used,
             loads: lens.counts.loads,
             load_millis: lens.counts.load_millis,
             pinned: self.is_pinned(name, lens),
+            assigned: self.advice.assigns(name),
             leases: u64::from(self.leases.on(name)),
             last_eviction: lens.counts.last_eviction.clone(),
             generated_tokens: lens.counts.generated_tokens,

@@ -66,6 +66,7 @@ impl Owner {
         lens.lens.residency != LensResidency::OnDemand
             || self.is_pinned(name, lens)
             || self.leases.on(name) > 0
+            || self.advice.share().is_some() && self.advice.assigns(name)
     }
 
     /// Has the files of a lens fetched that was only looked at, since somebody waits for it.

@@ -1,5 +1,5 @@
-//! `cargo xtask bench`: what Turret takes on this machine. `residency`: [`residency`]. `engine`: its engine and its peers on
-//! the same weights, round by round.
+//! `cargo xtask bench`: what Turret takes on this machine. `residency`: [`residency`]. `operator`: [`operator`]. `engine`: its
+//! engine and its peers on the same weights, round by round.
 //!
 //! Every engine is a process of its own that loads the same weights once and then takes what it is asked for ([`asked`]).
 //! Rounds go through all takes, and through all engines for each of them, so that what is compared was measured within
@@ -9,9 +9,11 @@ mod asked;
 mod budgets;
 mod engines;
 mod machine;
+mod operator;
 mod python;
 mod residency;
 mod rounds;
+mod scratch;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -34,6 +36,8 @@ pub enum BenchCommand {
     Engine(EngineArguments),
     /// Many lenses: decisions who leaves, requests past 4096 declared lenses, working sets beyond the memory for lenses
     Residency(residency::ResidencyArguments),
+    /// The operator with thousands of groups, placements and simulated workers, on a real API server
+    Operator(operator::OperatorArguments),
 }
 
 /// Options of `cargo xtask bench engine`.
@@ -71,6 +75,7 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Engine(arguments) => engine(arguments),
         BenchCommand::Residency(arguments) => residency::run(arguments),
+        BenchCommand::Operator(arguments) => operator::run(arguments),
     }
 }
 

@@ -15,12 +15,13 @@ mod sets;
 mod stream;
 mod worker;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use super::machine::Machine;
+use super::scratch::Scratch;
 use super::{build_worker, command, show, write};
 use crate::folders;
 use crate::stage;
@@ -45,26 +46,6 @@ pub struct ResidencyArguments {
     /// Write the table into docs/benchmarks as well.
     #[arg(long)]
     write: bool,
-}
-
-/// A folder of one run: documents, logs and caches of its workers. Nothing of it is left.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    /// An empty one. What a run left that was killed is removed.
-    fn new(path: PathBuf) -> Result<Self> {
-        if path.exists() {
-            std::fs::remove_dir_all(&path).with_context(|| format!("failed to remove {}", path.display()))?;
-        }
-        std::fs::create_dir_all(&path).with_context(|| format!("failed to make {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// Measures everything, and shows what was found.

@@ -195,12 +195,12 @@ pub fn kubeconfig_file(client: &str) -> String {
 }
 
 /// A kubeconfig that holds its certificates itself, so that it can be copied.
-pub fn kubeconfig(name: &str, server: &Subnets, authority: &str, identity: &Identity) -> Value {
+pub fn kubeconfig(name: &str, server: &str, authority: &str, identity: &Identity) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": name, "cluster": {
-            "server": server_url(server),
+            "server": server,
             "certificate-authority-data": BASE64.encode(authority),
         }}],
         "users": [{"name": name, "user": {
@@ -457,7 +457,7 @@ mod tests {
     fn a_kubeconfig_carries_its_certificates() {
         let (_, subnets) = sample();
         let identity = Identity { certificate: "CERT".into(), key: "KEY".into() };
-        let config = kubeconfig("turret-local", &subnets, "CA", &identity);
+        let config = kubeconfig("turret-local", &server_url(&subnets), "CA", &identity);
         assert_eq!(config["clusters"][0]["cluster"]["server"], "https://10.123.0.2:6443");
         assert_eq!(config["users"][0]["user"]["client-key-data"], BASE64.encode("KEY"));
     }

@@ -196,7 +196,7 @@ fn write_identities(cluster: &Cluster, state: &State) -> Result<()> {
     };
     let context = format!("turret-{}", cluster.name);
     let kubeconfig = |identity: &Identity| {
-        config::kubeconfig(&context, subnets, authority.certificate(), identity).to_string()
+        config::kubeconfig(&context, &cluster.server, authority.certificate(), identity).to_string()
     };
     write(&state.pki("ca.crt"), authority.certificate())?;
 

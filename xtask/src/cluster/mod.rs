@@ -5,7 +5,7 @@
 //! whichever of them ends, everything ends, and nothing is left behind. All files of a
 //! cluster lie in one folder ([`state`]). What each component is started with is decided in
 //! [`config`] and [`subnets`]; [`lifecycle`] carries it out, as root, and is all that needs
-//! root.
+//! root. [`api_server`] is only its storage and its API server, without root and without a node.
 //!
 //! ```no_run
 //! let cluster = cluster::up(&Options::default())?;
@@ -14,6 +14,7 @@
 //! cluster::down("local")?;
 //! ```
 
+pub mod api_server;
 mod binaries;
 mod cgroups;
 pub mod command;

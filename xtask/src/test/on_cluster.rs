@@ -23,8 +23,9 @@ pub struct ClusterArguments {
     keep: bool,
 }
 
-/// How long the scenario with the Zipf load asks: see `tests/src/cluster/environment.rs`.
-const ZIPF_SECONDS: &str = "TURRET_ZIPF_SECONDS";
+/// How long the scenario with the Zipf load asks, and what random objects are made from: see
+/// `tests/src/cluster/environment.rs`.
+const PASSED_ON: [&str; 3] = ["TURRET_ZIPF_SECONDS", "TURRET_RANDOM_SEED", "TURRET_RANDOM_CASES"];
 /// Enough for every scenario that asks for some at the same time.
 const ACCELERATORS: u32 = 8;
 
@@ -67,8 +68,10 @@ pub fn run(
         ("TURRET_TEST_OPERATOR_IMAGE", images[0].reference().into()),
         ("TURRET_TEST_WORKER_IMAGE", images[1].reference().into()),
     ]);
-    // sudo would keep it to itself.
-    manner.variables.extend(std::env::var_os(ZIPF_SECONDS).map(|seconds| (ZIPF_SECONDS, seconds)));
+    // sudo would keep them to itself.
+    for variable in PASSED_ON {
+        manner.variables.extend(std::env::var_os(variable).map(|value| (variable, value)));
+    }
     // They stop and kill processes of pods, which belong to other users. Ten minutes of a Zipf load fit in beside the others.
     let manner = Manner { as_root: true, shown: true, limit: Duration::from_secs(45 * 60), ..manner };
     let tried = program::run(scenarios, &manner);

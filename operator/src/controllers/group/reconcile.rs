@@ -11,7 +11,7 @@ use crate::controllers::{
     asked,
     assess::{DocumentRef, UNDECIDED, WantedWorkers, assess},
     context::{self, Context},
-    placement::{reconcile::is_conflict, resources},
+    placement::{pause, reconcile::is_conflict, resources},
     status_write::{self, Gist},
     wakes::Key,
 };
@@ -124,9 +124,7 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
     let target = (namespace.as_str(), group.metadata.name.as_deref().unwrap_or_default());
     let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
     let paused = asked::is_paused(&**placement);
-    // While it is paused, as many are to come as were asked for before.
-    let asked_for = deployment.as_deref().and_then(|d| d.spec.as_ref()?.replicas).filter(|_| paused);
-    let replicas = asked_for.unwrap_or(placement.spec.replicas);
+    let replicas = pause::replicas(placement, deployment.as_deref());
     names
         .map(|name| {
             let wanted = WantedWorkers {

@@ -18,12 +18,21 @@ use turret_crds::{
     Compiled, ModelGroup, ModelPlacement, compile,
     condition::reason,
     document::{Previous, Problem},
+    hints::{self, Hints},
     label,
+    placement::UpgradePolicy,
     token::PublicKey,
 };
 
-use super::resources::{self, Rollout, Settings};
+use super::{
+    claims::{self, ResourceClaimTemplate},
+    demand::Averages,
+    resources::{self, Rollout, Settings},
+    spread::{self, Decision, Seen},
+    victims::{self, Mark},
+};
 use crate::controllers::{
+    asked,
     assess::{DocumentRef, ObservedWorker},
     live,
 };
@@ -35,24 +44,32 @@ const SURGE_PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 pub struct Observed<'a> {
     /// The placement.
     pub placement: &'a ModelPlacement,
+    /// How many workers it is to have: `spec.replicas`, or what `autoscaling` decided.
+    pub replicas: i32,
     /// The groups that exist, of those it names.
     pub groups: BTreeMap<(String, String), &'a ModelGroup>,
+    /// Those that exist and cannot be read, and why.
+    pub unreadable: BTreeMap<(String, String), String>,
     /// The objects it owns, as cached.
     pub live: Live,
     /// Its workers, sorted by name.
     pub workers: Vec<ObservedWorker>,
+    /// How much its bases and lenses are asked for.
+    pub demand: Averages,
     /// Keys whose tokens its workers are to accept.
     pub public_keys: &'a [PublicKey],
     /// Worker image of this operator's version.
     pub default_image: &'a str,
     /// Hosts that sources may be fetched from, where they are not the worker's default.
     pub allowed_source_hosts: Option<&'a str>,
+    /// Whether the API server has templates of claims for devices.
+    pub serves_claim_templates: bool,
 }
 
 /// The owned objects as cached.
 #[derive(Clone, Debug, Default)]
 pub struct Live {
-    /// The ConfigMap; its data are replaced by their hashes, see [`shrink_config_map`].
+    /// The ConfigMap; its data but for the hints are replaced by their hashes, see [`shrink_config_map`].
     pub config_map: Option<Arc<ConfigMap>>,
     /// The Service.
     pub service: Option<Arc<Service>>,
@@ -60,6 +77,8 @@ pub struct Live {
     pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
     /// The Deployment.
     pub deployment: Option<Arc<Deployment>>,
+    /// Templates of claims: the one that pods are made from, and those of pods before them.
+    pub claim_templates: Vec<Arc<ResourceClaimTemplate>>,
 }
 
 /// Kinds of owned objects, in the order in which they are written.
@@ -71,6 +90,8 @@ pub enum OwnedKind {
     Service,
     /// How many may be evicted.
     PodDisruptionBudget,
+    /// What the claims of the workers' devices are made from.
+    ResourceClaimTemplate,
     /// The workers.
     Deployment,
 }
@@ -82,6 +103,7 @@ impl OwnedKind {
             Self::ConfigMap => "ConfigMap",
             Self::Service => "Service",
             Self::PodDisruptionBudget => "PodDisruptionBudget",
+            Self::ResourceClaimTemplate => "ResourceClaimTemplate",
             Self::Deployment => "Deployment",
         }
     }
@@ -100,6 +122,13 @@ pub struct Write {
     pub why: String,
 }
 
+impl Write {
+    /// Name of the object.
+    pub fn name(&self) -> &str {
+        self.object["metadata"]["name"].as_str().unwrap_or_default()
+    }
+}
+
 /// What to do for a placement.
 #[derive(Debug)]
 pub struct Plan {
@@ -109,8 +138,16 @@ pub struct Plan {
     pub document: Option<DocumentRef>,
     /// The same as gzip of JSON, when it was compiled now.
     pub gzip: Option<Vec<u8>>,
+    /// The hints that are or will be stored beside the document.
+    pub hints: Option<Hints>,
+    /// Whether they are other ones than before.
+    pub publishes_hints: bool,
+    /// What to write on pods before the Deployment is written, so that those leave that lose least.
+    pub marks: Vec<Mark>,
     /// Objects to write, in order.
     pub writes: Vec<Write>,
+    /// Templates of claims to remove: no pod is made from them any more.
+    pub stale_claim_templates: Vec<Arc<ResourceClaimTemplate>>,
     /// Hash of the wanted pod template.
     pub template: Option<String>,
     /// The resolved image of the workers.
@@ -135,20 +172,35 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let placement = observed.placement;
     let stored = observed.live.config_map.as_deref().and_then(resources::document_ref);
     let previous = previous(observed, stored.as_ref());
-    let compiled = compile(placement, &observed.groups, observed.public_keys, &previous);
+    let problems = unreadable(observed);
+    let mut compiled = if problems.is_empty() {
+        compile(placement, &observed.groups, observed.public_keys, &previous)
+    } else {
+        // What cannot be read is not taken from workers: they go on with the document they have.
+        Compiled { document: None, problems }
+    };
+    if let Some(problem) = claims::unserved(placement).filter(|_| !observed.serves_claim_templates) {
+        compiled.document = None;
+        compiled.problems.push(problem);
+    }
     let image = image(observed);
-    let (rollout, look_again) = rollout(observed, now);
+    let (rollout, patience) = rollout(observed, now);
+    let advice = advice(observed, &compiled, stored.as_ref(), now);
     let settings = Settings { image: &image, allowed_source_hosts: observed.allowed_source_hosts };
-    let deployment = resources::deployment(placement, settings, rollout);
+    let deployment = resources::deployment(placement, settings, rollout, observed.replicas);
     let mut plan = Plan {
         document: compiled.document.as_ref().map(resources::reference).or_else(|| stored.clone()),
         gzip: compiled.document.as_ref().map(|d| d.to_gzip()),
+        hints: advice.hints,
+        publishes_hints: advice.is_new,
         template: resources::template_hash(&deployment).map(str::to_owned),
         compiled,
+        marks: Vec::new(),
         writes: Vec::new(),
+        stale_claim_templates: Vec::new(),
         image,
         in_the_way: in_the_way(observed),
-        look_again,
+        look_again: patience.into_iter().chain(advice.look_again).min(),
     };
     // An unusable value in the spec, or a name that belongs to somebody else: nothing is touched.
     let invalid = plan.compiled.problems.iter().any(Problem::stops_everything);
@@ -159,7 +211,7 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
     let live = &observed.live;
     let mut writes = Vec::new();
     if let (Some(document), Some(gzip)) = (&plan.document, &plan.gzip) {
-        let wanted = resources::config_map(placement, document, gzip.clone());
+        let wanted = resources::config_map(placement, document, gzip.clone(), advice.gzip);
         let mut shrunk = wanted.clone();
         shrink_config_map(&mut shrunk);
         let write = compare(OwnedKind::ConfigMap, live.config_map.as_deref(), &wanted, &shrunk);
@@ -181,9 +233,101 @@ pub fn plan(observed: &Observed<'_>, now: Timestamp) -> Plan {
         &budget,
         &budget,
     ));
+    if let Some(template) = claims::template(placement) {
+        let there = live.claim_templates.iter().find(|t| t.metadata.name == template.metadata.name);
+        let there = there.map(|there| &**there);
+        writes.extend(compare(OwnedKind::ResourceClaimTemplate, there, &template, &template));
+    }
     writes.extend(compare(OwnedKind::Deployment, live.deployment.as_deref(), &deployment, &deployment));
     plan.writes = writes;
+    let live_replicas = live.deployment.as_deref().and_then(resources::live_replicas);
+    plan.marks = victims::marks(&observed.workers, live_replicas, observed.replicas);
+    plan.stale_claim_templates = stale_claim_templates(observed, plan.template.as_deref());
     plan
+}
+
+/// Our templates that no pod is made from any more: all but the wanted one, once all pods are of the wanted pod template.
+fn stale_claim_templates(
+    observed: &Observed<'_>,
+    pod_template: Option<&str>,
+) -> Vec<Arc<ResourceClaimTemplate>> {
+    let (placement, live) = (observed.placement, &observed.live);
+    let is_done = live.deployment.as_deref().is_some_and(|deployment| {
+        is_rolled_out(deployment) && resources::template_hash(deployment) == pod_template
+    });
+    if !is_done {
+        return Vec::new();
+    }
+    let wanted = claims::name(placement);
+    let is_ours = |t: &ResourceClaimTemplate| {
+        is_in_the_way(placement, OwnedKind::ResourceClaimTemplate.name(), &t.metadata).is_none()
+    };
+    let others = live.claim_templates.iter().filter(|t| t.metadata.name != wanted && is_ours(t));
+    others.cloned().collect()
+}
+
+/// What is said of groups that cannot be read.
+fn unreadable(observed: &Observed<'_>) -> Vec<Problem> {
+    let one = |((_, name), why): (&(String, String), &String)| Problem {
+        reason: reason::INVALID,
+        message: format!(
+            "ModelGroup `{name}` cannot be read: {why}; correct it, or remove it from spec.groups"
+        ),
+    };
+    observed.unreadable.iter().map(one).collect()
+}
+
+/// Hints as they will be stored.
+#[derive(Default)]
+struct Advice {
+    hints: Option<Hints>,
+    gzip: Option<Vec<u8>>,
+    is_new: bool,
+    look_again: Option<Duration>,
+}
+
+impl Advice {
+    /// What is published stays.
+    fn keep(published: Option<(Hints, &[u8])>, look_again: Option<Duration>) -> Self {
+        let (hints, gzip) = published.map(|(hints, gzip)| (hints, gzip.to_vec())).unzip();
+        Self { hints, gzip, is_new: false, look_again }
+    }
+}
+
+/// Hints beside the document that was compiled. Those that stay go on as the bytes they are.
+fn advice(
+    observed: &Observed<'_>,
+    compiled: &Compiled,
+    stored: Option<&DocumentRef>,
+    now: Timestamp,
+) -> Advice {
+    let Some(document) = &compiled.document else { return Advice::default() };
+    let published = observed.live.config_map.as_deref().and_then(resources::stored_hints);
+    // They move by themselves. Were others due while nothing may be written, what is declared would seem not to be carried out.
+    if asked::is_paused(observed.placement) {
+        return Advice::keep(published, None);
+    }
+    let is_other =
+        |stored: &DocumentRef| (stored.sequence, &stored.digest) != (document.sequence, &document.digest);
+    let seen = Seen {
+        document,
+        is_written: stored.is_none_or(is_other),
+        spread: observed.placement.spec.spread(),
+        workers: &observed.workers,
+        demand: &observed.demand,
+        published: published.as_ref().map(|(hints, _)| hints),
+    };
+    match spread::decide(&seen, now) {
+        Decision::Keep { look_again } => Advice::keep(published, look_again),
+        Decision::Publish(hints) => {
+            let gzip = hints.to_gzip();
+            // Beyond what a ConfigMap has room for, workers go on as declared.
+            if gzip.len() > hints::MAX_GZIP_BYTES {
+                return Advice::default();
+            }
+            Advice { hints: Some(hints), gzip: Some(gzip), is_new: true, look_again: None }
+        }
+    }
 }
 
 /// What is known of earlier documents. Whoever knows the largest sequence wins: the ConfigMap, a
@@ -204,11 +348,15 @@ fn previous(observed: &Observed<'_>, stored: Option<&DocumentRef>) -> Previous {
 }
 
 /// The image of the workers: the spec's, or else the one they have, as long as nothing else
-/// replaces the pods. A new operator's default comes along with the next change that does.
+/// replaces the pods. A new operator's default comes along with the next change that does, and
+/// with the policy `Rolling` at once.
 fn image(observed: &Observed<'_>) -> String {
     let placement = observed.placement;
     if let Some(image) = placement.spec.worker.as_ref().and_then(|w| w.image.clone()) {
         return image;
+    }
+    if placement.spec.upgrade_policy == Some(UpgradePolicy::Rolling) {
+        return observed.default_image.to_owned();
     }
     let kept = observed.live.deployment.as_deref().and_then(|deployment| {
         let same_shape = deployment.annotations().get(resources::POD_SHAPE).map(String::as_str)
@@ -292,9 +440,10 @@ fn compare<K: Resource<DynamicType = ()> + Serialize>(
 }
 
 /// Replaces a ConfigMap's data by their hashes: all that is needed to see whether they are as
-/// wanted, and a hundredth of the memory.
+/// wanted, and a hundredth of the memory. Hints are kept: the next ones are made from them.
 pub fn shrink_config_map(config_map: &mut ConfigMap) {
-    for bytes in config_map.binary_data.iter_mut().flat_map(|data| data.values_mut()) {
+    let data = config_map.binary_data.iter_mut().flatten();
+    for (_, bytes) in data.filter(|(key, _)| *key != label::HINTS_KEY) {
         bytes.0 = <sha2::Sha256 as sha2::Digest>::digest(&bytes.0).to_vec();
     }
     config_map.data = None;
@@ -303,10 +452,13 @@ pub fn shrink_config_map(config_map: &mut ConfigMap) {
 /// Cached objects with our names and labels that this placement does not control.
 fn in_the_way(observed: &Observed<'_>) -> Vec<InTheWay> {
     let live = &observed.live;
+    let wanted = claims::name(observed.placement);
+    let template = live.claim_templates.iter().find(|t| wanted.is_some() && t.metadata.name == wanted);
     let objects = [
         ("ConfigMap", live.config_map.as_deref().map(|o| &o.metadata)),
         ("Service", live.service.as_deref().map(|o| &o.metadata)),
         ("PodDisruptionBudget", live.disruption_budget.as_deref().map(|o| &o.metadata)),
+        ("ResourceClaimTemplate", template.map(|o| &o.metadata)),
         ("Deployment", live.deployment.as_deref().map(|o| &o.metadata)),
     ];
     objects.into_iter().filter_map(|(kind, meta)| is_in_the_way(observed.placement, kind, meta?)).collect()
@@ -341,9 +493,4 @@ pub fn problems(compiled: &Compiled, in_the_way: &[InTheWay]) -> Vec<Problem> {
     let taken = in_the_way.iter().filter(|o| !o.is_leaving);
     let taken = taken.map(|o| Problem { reason: reason::NAME_TAKEN, message: o.message.clone() });
     compiled.problems.iter().cloned().chain(taken).collect()
-}
-
-/// Name of every object a placement owns.
-pub fn owned_name(placement: &ModelPlacement) -> String {
-    label::owned_name(&placement.name_any())
 }

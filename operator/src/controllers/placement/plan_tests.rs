@@ -10,12 +10,18 @@ use kube::ResourceExt;
 use proptest::prelude::*;
 use turret_crds::{
     condition::reason,
-    placement::{Accelerator, GroupRef, Memory, Resources, Worker},
+    placement::{
+        Accelerator, GroupRef, Memory, Resources, UpgradePolicy, Worker,
+        cache::{Cache, EmptyDirCache, EphemeralCache},
+    },
     quantity::ByteQuantity,
 };
 
-use super::{plan::*, resources};
-use crate::controllers::fixtures::{World, at, group, pod};
+use super::{plan::*, resources, victims::Mark};
+use crate::controllers::{
+    fixtures::{World, at, group, pod},
+    pod::LEAVES_FIRST,
+};
 
 const ALL: [OwnedKind; 4] =
     [OwnedKind::ConfigMap, OwnedKind::Service, OwnedKind::PodDisruptionBudget, OwnedKind::Deployment];
@@ -35,6 +41,20 @@ fn a_new_placement_gets_its_document_before_its_workers() {
     assert!(plan.writes.iter().all(|w| !w.exists && w.why == "it does not exist"));
     assert_eq!(plan.document.unwrap().sequence, 1);
     assert_eq!(world.carry_out(), ALL);
+}
+
+#[test]
+fn a_group_that_cannot_be_read_is_told_and_not_taken_from_the_workers() {
+    let mut world = World::new();
+    world.carry_out();
+    world.groups.clear();
+    world.unreadable.insert(("ns".into(), "a".into()), "invalid type: null".into());
+    let plan = world.plan();
+    assert_eq!((plan.writes.len(), plan.compiled.document), (0, None));
+    assert_eq!(plan.document.unwrap().sequence, 1, "what is stored stays");
+    let [problem] = &plan.compiled.problems[..] else { panic!("{:?}", plan.compiled.problems) };
+    assert_eq!(problem.reason, reason::INVALID);
+    assert!(problem.message.starts_with("ModelGroup `a` cannot be read: invalid type: null"));
 }
 
 #[test]
@@ -79,6 +99,43 @@ fn a_manual_edit_is_seen_named_and_repaired() {
         world.carry_out();
         assert_eq!(world.plan().writes, [], "{kind:?}");
     }
+}
+
+#[test]
+fn what_autoscaling_decided_goes_to_the_deployment_whatever_the_spec_says() {
+    let mut world = World::new();
+    world.placement.spec.replicas = 7;
+    world.placement.spec.autoscaling =
+        Some(serde_json::from_value(serde_json::json!({"minReplicas": 0, "maxReplicas": 4})).unwrap());
+    assert_eq!(
+        resources::replicas(&world.placement, None),
+        1,
+        "a first worker shows whether it can be served"
+    );
+    world.decided = Some(2);
+    world.carry_out();
+    let live = |world: &World| world.live.deployment.as_deref().and_then(resources::live_replicas);
+    assert_eq!(live(&world), Some(2));
+    assert_eq!(resources::replicas(&world.placement, world.live.deployment.as_deref()), 2);
+    world.decided = Some(0);
+    assert_eq!(world.carry_out(), [OwnedKind::Deployment]);
+    assert_eq!(resources::replicas(&world.placement, world.live.deployment.as_deref()), 0);
+    world.placement.spec.autoscaling = None;
+    assert_eq!(resources::replicas(&world.placement, world.live.deployment.as_deref()), 7);
+}
+
+#[test]
+fn the_pod_that_leaves_is_marked_before_the_deployment_is_lowered() {
+    let mut world = World::new();
+    world.placement.spec.replicas = 2;
+    world.carry_out();
+    let busy = world.serving("a").reporting(|r| r.state.running_rows = 3);
+    world.workers = vec![busy, world.serving("b")];
+    assert_eq!(world.plan().marks, []);
+    world.placement.spec.replicas = 1;
+    let plan = world.plan();
+    assert_eq!(plan.marks, [Mark { pod: "b".into(), cost: Some(LEAVES_FIRST) }]);
+    assert_eq!(plan.writes.iter().map(|w| w.kind).collect::<Vec<_>>(), [OwnedKind::Deployment]);
 }
 
 #[test]
@@ -249,7 +306,8 @@ fn a_budget_that_the_container_does_not_hold_begins_nothing_and_ends_nothing() {
     world.placement.spec.worker = Some(limit("0"));
     assert!(world.plan().compiled.problems.is_empty());
     world.placement.spec.worker = Some(limit("512Mi"));
-    world.placement.spec.accelerator = Some(Accelerator { resource_name: "nvidia.com/gpu".into() });
+    let resource_name = Some("nvidia.com/gpu".to_owned());
+    world.placement.spec.accelerator = Some(Accelerator { resource_name, ..Accelerator::default() });
     assert!(world.plan().compiled.problems.is_empty());
 }
 
@@ -288,6 +346,150 @@ fn a_new_default_image_comes_with_the_next_roll_and_never_causes_one() {
     world.placement.spec.worker =
         Some(turret_crds::placement::Worker { image: Some("mine".into()), ..Default::default() });
     assert_eq!(world.plan().image, "mine");
+}
+
+#[test]
+fn a_new_default_image_comes_at_once_where_the_policy_says_so() {
+    let mut world = World::new();
+    world.carry_out();
+    world.default_image = "worker:2".into();
+    world.placement.status = Some(turret_crds::ModelPlacementStatus {
+        worker_image: Some("worker:1".into()),
+        ..Default::default()
+    });
+    world.placement.spec.upgrade_policy = Some(UpgradePolicy::Manual);
+    assert_eq!((world.plan().image.as_str(), world.plan().writes.len()), ("worker:1", 0));
+    world.placement.spec.upgrade_policy = Some(UpgradePolicy::Rolling);
+    assert_eq!(world.plan().image, "worker:2");
+    assert_eq!(world.carry_out(), [OwnedKind::Deployment]);
+    // What has come stays.
+    world.placement.spec.upgrade_policy = None;
+    world.placement.status = None;
+    assert_eq!((world.plan().image.as_str(), world.plan().writes.len()), ("worker:2", 0));
+    // The spec's own goes before the policy.
+    world.placement.spec.upgrade_policy = Some(UpgradePolicy::Rolling);
+    world.placement.spec.worker = Some(Worker { image: Some("mine".into()), ..Worker::default() });
+    assert_eq!(world.plan().image, "mine");
+}
+
+#[test]
+fn the_disk_budget_is_what_is_declared_or_what_the_cache_holds_and_never_more() {
+    let quantity = |text: &str| ByteQuantity(text.into());
+    let own = |size: &str| {
+        let ephemeral = Some(EphemeralCache { storage_class_name: None, size: quantity(size) });
+        Some(Cache { ephemeral, ..Cache::default() })
+    };
+    let folder = |size: &str| {
+        let empty_dir = Some(EmptyDirCache { size_limit: Some(quantity(size)) });
+        Some(Cache { empty_dir, ..Cache::default() })
+    };
+    let mut world = World::new();
+    let mut disk_bytes = |cache: Option<Cache>, budget: Option<&str>| {
+        world.placement.spec.cache = cache;
+        world.placement.spec.memory = Some(Memory { disk_budget: budget.map(quantity), ..Memory::default() });
+        let compiled = world.plan().compiled;
+        let reasons: Vec<_> = compiled.problems.iter().map(|p| p.reason).collect();
+        compiled.document.map(|d| d.memory.disk_bytes).ok_or(reasons)
+    };
+    assert_eq!(disk_bytes(None, None), Ok(None));
+    assert_eq!(disk_bytes(None, Some("1Gi")), Ok(Some(1 << 30)));
+    assert_eq!(disk_bytes(own("64Gi"), None), Ok(Some(63 << 30)));
+    assert_eq!(disk_bytes(folder("64Gi"), None), Ok(Some(63 << 30)));
+    assert_eq!(disk_bytes(own("64Gi"), Some("64Gi")), Ok(Some(64 << 30)));
+    for cache in [own("1Gi"), folder("1Gi")] {
+        assert_eq!(disk_bytes(cache, Some("1025Mi")), Err(vec![reason::INVALID]));
+    }
+}
+
+/// A world whose workers ask for a class of devices.
+fn of_class(class: &str) -> World {
+    let mut world = World::new();
+    ask_for(&mut world, class);
+    world
+}
+
+fn ask_for(world: &mut World, class: &str) {
+    let device_class_name = Some(class.to_owned());
+    world.placement.spec.accelerator = Some(Accelerator { device_class_name, ..Accelerator::default() });
+}
+
+/// Every pod is of the newest template by now.
+fn roll_out(world: &mut World) {
+    let count = Some(world.placement.spec.replicas);
+    world.edit_deployment(|d| {
+        d.status = Some(DeploymentStatus {
+            replicas: count,
+            updated_replicas: count,
+            available_replicas: count,
+            ..DeploymentStatus::default()
+        });
+    });
+}
+
+#[test]
+fn a_class_of_devices_has_a_template_of_claims_before_it_has_pods() {
+    let mut world = of_class("gpu.example.com");
+    let written = world.carry_out();
+    assert_eq!(written[3..], [OwnedKind::ResourceClaimTemplate, OwnedKind::Deployment]);
+    assert_eq!(world.plan().writes, []);
+    let template = &world.live.claim_templates[0];
+    let exactly = &template.spec.spec["devices"]["requests"][0]["exactly"];
+    assert_eq!((&exactly["deviceClassName"], &exactly["count"]), (&"gpu.example.com".into(), &1.into()));
+    let pod = world.live.deployment.as_ref().unwrap().spec.as_ref().unwrap().template.spec.as_ref().unwrap();
+    let claim = &pod.resource_claims.as_ref().unwrap()[0];
+    assert_eq!(claim.resource_claim_template_name, template.metadata.name);
+    let used = pod.containers[0].resources.as_ref().unwrap().claims.as_ref().unwrap();
+    assert_eq!((used.len(), &used[0].name), (1, &claim.name));
+}
+
+#[test]
+fn another_class_is_another_template_and_the_old_one_goes_when_no_pod_needs_it() {
+    let mut world = of_class("old.example.com");
+    world.carry_out();
+    roll_out(&mut world);
+    let old = world.live.claim_templates[0].clone();
+    ask_for(&mut world, "new.example.com");
+    // Until the last old pod is gone, one that dies is made again from the old template.
+    assert_eq!(world.carry_out(), [OwnedKind::ResourceClaimTemplate, OwnedKind::Deployment]);
+    assert_eq!((world.live.claim_templates.len(), world.plan().stale_claim_templates.len()), (2, 0));
+    roll_out(&mut world);
+    assert_eq!(world.plan().stale_claim_templates, [old]);
+    world.carry_out();
+    assert_eq!((world.live.claim_templates.len(), world.plan().stale_claim_templates.len()), (1, 0));
+    // Without any class there is no template.
+    world.placement.spec.accelerator = None;
+    world.carry_out();
+    roll_out(&mut world);
+    world.carry_out();
+    assert!(world.live.claim_templates.is_empty());
+}
+
+#[test]
+fn the_template_of_an_earlier_placement_is_neither_taken_nor_removed() {
+    let mut world = of_class("gpu.example.com");
+    world.carry_out();
+    roll_out(&mut world);
+    world.placement.metadata.uid = Some("uid-of-another".into());
+    let mut plan = world.plan();
+    plan.in_the_way.retain(|o| o.message.contains("ResourceClaimTemplate"));
+    assert!(plan.in_the_way.len() == 1 && plan.in_the_way[0].is_leaving, "{:?}", plan.in_the_way);
+    assert_eq!((plan.writes.len(), plan.stale_claim_templates.len()), (0, 0));
+}
+
+#[test]
+fn a_class_of_devices_is_refused_where_nothing_serves_it_and_what_runs_goes_on() {
+    let mut world = World::new();
+    world.carry_out();
+    ask_for(&mut world, "gpu.example.com");
+    world.serves_claim_templates = false;
+    let plan = world.plan();
+    assert_eq!((plan.writes.len(), plan.compiled.document), (0, None));
+    assert_eq!(plan.document.unwrap().sequence, 1, "the one that is stored");
+    let problem = &plan.compiled.problems[0];
+    assert_eq!(problem.reason, reason::API_NOT_SERVED);
+    assert!(problem.message.contains("`gpu.example.com`"), "{}", problem.message);
+    world.placement.spec.accelerator = None;
+    assert_eq!(world.plan().writes, []);
 }
 
 /// A world in the middle of a rollout: one old pod, one new pod that found no room at 100 s.

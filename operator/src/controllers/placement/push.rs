@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http::{StatusCode, header};
 use parking_lot::Mutex;
-use turret_crds::WorkerReport;
+use turret_crds::{WorkerReport, hints::Hints};
 
 use crate::{
     controllers::wakes::Key,
@@ -48,14 +48,32 @@ pub enum PushError {
 #[derive(Default)]
 pub struct Pushes(Mutex<HashMap<WorkerId, (String, DocumentKey, Instant)>>);
 
-type DocumentKey = (u64, String);
+type DocumentKey = (u64, String, u64);
+
+/// What is given to workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer<'a> {
+    /// Sequence of the document.
+    pub sequence: u64,
+    /// Its digest.
+    pub digest: &'a str,
+    /// Version of the hints in it; 0 without any.
+    pub hints_version: u64,
+}
+
+/// Whether a worker has older hints than these. One of a version that takes none says nothing of them.
+pub fn lacks_hints(report: &WorkerReport, hints: Option<&Hints>) -> bool {
+    let has = report.state.hints_version;
+    hints.zip(has).is_some_and(|(hints, has)| has < hints.version)
+}
 
 impl Pushes {
     /// Whether this life of the worker was given the document a moment ago; notes that it is now.
-    fn is_due(&self, id: &WorkerId, report: &WorkerReport, document: (u64, &str), now: Instant) -> bool {
+    fn is_due(&self, id: &WorkerId, report: &WorkerReport, offer: Offer<'_>, now: Instant) -> bool {
         let mut pushes = self.0.lock();
         pushes.retain(|_, (_, _, at)| now.duration_since(*at) < AGAIN);
-        let entry = (report.worker.instance.clone(), (document.0, document.1.to_owned()));
+        let key = (offer.sequence, offer.digest.to_owned(), offer.hints_version);
+        let entry = (report.worker.instance.clone(), key);
         let known = pushes.get(id).is_some_and(|(instance, key, _)| (instance, key) == (&entry.0, &entry.1));
         if !known {
             pushes.insert(id.clone(), (entry.0, entry.1, now));
@@ -77,17 +95,17 @@ pub struct Recipient {
     pub report: std::sync::Arc<WorkerReport>,
 }
 
-/// Gives the document with this sequence and digest to all of these workers, but to none twice within [`AGAIN`]. Returns the
+/// Gives the document with its hints to all of these workers, but to none twice within [`AGAIN`]. Returns the
 /// failures, and how many took it.
 pub async fn push(
     http: &reqwest::Client,
     pushes: &Pushes,
-    document: (u64, &str),
+    offer: Offer<'_>,
     json: Bytes,
     recipients: Vec<Recipient>,
 ) -> (Vec<(WorkerId, PushError)>, usize) {
     let now = Instant::now();
-    let due = recipients.into_iter().filter(|r| pushes.is_due(&r.endpoint.id, &r.report, document, now));
+    let due = recipients.into_iter().filter(|r| pushes.is_due(&r.endpoint.id, &r.report, offer, now));
     let results = stream::iter(due).map(|recipient| {
         let json = json.clone();
         async move {

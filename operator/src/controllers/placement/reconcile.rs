@@ -6,38 +6,44 @@ use futures::future::OptionFuture;
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
-        core::v1::{ConfigMap, Service},
+        core::v1::{ConfigMap, Pod, Service},
         policy::v1::PodDisruptionBudget,
     },
     jiff::Timestamp,
 };
 use kube::{
     Api, Resource, ResourceExt,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
     core::NamespaceResourceScope,
     runtime::{controller::Action, events::EventType},
 };
 use serde::de::DeserializeOwned;
-use serde_json::Value;
-use turret_crds::{ModelGroup, ModelPlacement, ModelPlacementStatus, condition::reason, document::Problem};
+use serde_json::{Value, json};
+use turret_crds::{
+    ModelGroup, ModelPlacement, ModelPlacementStatus, WorkerReport, condition::reason, document::Problem,
+};
 
 use super::{
+    claims::ResourceClaimTemplate,
     pause::{self, Pause},
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
     resources,
+    scaling::Decided,
     status::{self, Facts},
+    victims::Mark,
 };
 use crate::{
     controllers::{
         asked,
         assess::{ObservedWorker, UNDECIDED, WantedWorkers, assess},
         context::{self, Context},
+        pod::DELETION_COST,
         status_write::{self, FIELD_MANAGER, Gist},
         wakes::Key,
     },
     fleet::WorkerId,
-    metrics::Kind,
+    metrics::{Direction, Kind},
     telemetry::chain,
 };
 
@@ -48,6 +54,8 @@ pub const KIND: &str = "ModelPlacement";
 const EVERY: Duration = Duration::from_secs(60);
 /// A worker that could not be written to is tried again after this long.
 const PUSH_RETRY: Duration = Duration::from_secs(1);
+/// Marks on pods are looked for after this long if no change of a pod comes.
+const MARK_RETRY: Duration = Duration::from_secs(1);
 /// An object in the way that is not in the cache is looked for again after this long.
 const TAKEN_RETRY: Duration = Duration::from_secs(30);
 
@@ -76,6 +84,26 @@ pub enum ReconcileError {
         #[source]
         source: kube::Error,
     },
+    /// A worker that is to leave first could not be marked so.
+    #[error("failed to mark the pod `{name}`")]
+    Mark {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
+    /// An owned object that is no longer needed could not be removed.
+    #[error("failed to remove {kind:?} `{name}`")]
+    Remove {
+        /// Kind of the object.
+        kind: OwnedKind,
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
     /// The status could not be written.
     #[error("failed to write the status")]
     Status(#[source] kube::Error),
@@ -84,7 +112,11 @@ pub enum ReconcileError {
 impl ReconcileError {
     /// Whether the view was stale: look again as soon as the caches have caught up.
     pub fn is_conflict(&self) -> bool {
-        let (Self::Look { source, .. } | Self::Apply { source, .. } | Self::Status(source)) = self;
+        let (Self::Look { source, .. }
+        | Self::Apply { source, .. }
+        | Self::Mark { source, .. }
+        | Self::Remove { source, .. }
+        | Self::Status(source)) = self;
         is_conflict(source)
     }
 
@@ -128,16 +160,24 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let key: Key = (placement.namespace().unwrap_or_default(), placement.name_any());
     let groups = groups(&placement, &ctx);
     let public_keys = ctx.public_keys.borrow().clone();
+    let now = Timestamp::now();
+    let (live, workers) = (live(&key, &ctx), ctx.workers(&key));
+    let published = || live.config_map.as_deref().and_then(resources::stored_hints).map(|(hints, _)| hints);
+    let demand = ctx.demands.of(&key, published, now);
+    let decided = ctx.decide_replicas(&placement, live.deployment.as_deref(), &workers);
     let observed = Observed {
         placement: &placement,
+        replicas: decided.replicas,
         groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
-        live: live(&key, &ctx),
-        workers: ctx.workers(&key),
+        unreadable: unreadable(&placement, &ctx),
+        live,
+        workers,
+        demand,
         public_keys: &public_keys,
         default_image: &ctx.worker_image,
         allowed_source_hosts: ctx.allowed_source_hosts.as_deref(),
+        serves_claim_templates: ctx.caches.claim_templates.is_some(),
     };
-    let now = Timestamp::now();
     let mut plan = plan::plan(&observed, now);
     let pause = asked::is_paused(&*placement).then(|| pause::hold_back(&mut plan, &observed.live));
     let ours = ask_for_names(&placement, &mut plan, &ctx).await?;
@@ -149,29 +189,52 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         match apply(&key, document, &ctx).await {
             // The status says why; else this passes.
             Err(error) if error.refused().is_none() => return Err(error),
-            stored => failed = stored.err(),
+            Ok(()) => {
+                ctx.metrics.hints_published.inc_by(plan.publishes_hints.into());
+            }
+            Err(error) => failed = Some(error),
         }
     }
     // What is not stored is not told: the next look would take its number for used, and count on for ever.
     if failed.is_some() || !plan.in_the_way.is_empty() {
         plan.document = observed.live.config_map.as_deref().and_then(resources::document_ref);
     }
+    tell_change(&placement, &decided, &ctx).await;
     let mut failures = Vec::new();
+    let mut awaits_marks = false;
     // Nobody is told of a document that is not stored, and no pod is made that would wait for it. Of a placement that is
     // paused nothing is left to write, and its workers have what is stored.
     if failed.is_none() && pause.is_none() {
         failures = push_document(&key, &plan, &ctx).await;
         tell_conflicts(&placement, &failures, &ctx).await;
-        for write in writes {
+        match mark(&key, &plan.marks, &ctx).await {
+            Ok(sent) => awaits_marks = sent,
+            Err(error) => {
+                awaits_marks = true;
+                failed = Some(error);
+            }
+        }
+        // ReplicaSets choose by what they have seen on pods: the Deployment is lowered when the pods show it here as well.
+        for write in writes.filter(|w| !(awaits_marks && w.kind == OwnedKind::Deployment)) {
             if let Err(error) = apply(&key, write, &ctx).await {
+                failed.get_or_insert(error);
+            }
+        }
+        for template in &plan.stale_claim_templates {
+            if let Err(error) = remove(&key, template, &ctx).await {
                 failed.get_or_insert(error);
             }
         }
     }
     let refused = failed.as_ref().and_then(ReconcileError::refused);
+    let replicas = match &pause {
+        Some(_) => pause::replicas(&placement, observed.live.deployment.as_deref()),
+        None => observed.replicas,
+    };
     let looks = Looks {
         plan: &plan,
         pause: pause.as_ref(),
+        replicas,
         workers: &observed.workers,
         live: &observed.live,
         refused,
@@ -188,6 +251,8 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     let times = [
         Some(EVERY),
         plan.look_again,
+        decided.look_again,
+        awaits_marks.then_some(MARK_RETRY),
         status_in,
         (!failures.is_empty()).then_some(PUSH_RETRY),
         behind.then_some(push::AGAIN),
@@ -206,6 +271,20 @@ fn groups(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, Arc<ModelG
         .collect()
 }
 
+/// The groups of its own namespace that it names and that cannot be read, and why.
+fn unreadable(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, String> {
+    let namespace = placement.namespace().unwrap_or_default();
+    let targets =
+        placement.spec.groups.iter().map(|g| g.target(&namespace)).filter(|(ns, _)| *ns == namespace);
+    targets
+        .filter_map(|(ns, name)| {
+            let key = (ns.to_owned(), name.to_owned());
+            let why = ctx.caches.unreadable_groups.why(&key)?;
+            Some((key, why))
+        })
+        .collect()
+}
+
 fn live(key: &Key, ctx: &Context) -> Live {
     let name = turret_crds::label::owned_name(&key.1);
     let caches = &ctx.caches;
@@ -214,6 +293,9 @@ fn live(key: &Key, ctx: &Context) -> Live {
         service: context::get(&caches.services, &key.0, &name),
         disruption_budget: context::get(&caches.disruption_budgets, &key.0, &name),
         deployment: context::get(&caches.deployments, &key.0, &name),
+        claim_templates: caches.claim_templates.as_ref().map_or_else(Vec::new, |templates| {
+            templates.state_filter(|template| context::placement_of(template).as_ref() == Some(key))
+        }),
     }
 }
 
@@ -227,12 +309,13 @@ async fn ask_for_names(
     let mut ours = Vec::new();
     for write in plan.writes.iter().filter(|w| !w.exists) {
         let namespace = placement.namespace().unwrap_or_default();
-        let name = plan::owned_name(placement);
+        let name = write.name().to_owned();
         let kind = write.kind;
         let found = match kind {
             OwnedKind::ConfigMap => find::<ConfigMap>(ctx, &namespace, &name).await,
             OwnedKind::Service => find::<Service>(ctx, &namespace, &name).await,
             OwnedKind::PodDisruptionBudget => find::<PodDisruptionBudget>(ctx, &namespace, &name).await,
+            OwnedKind::ResourceClaimTemplate => find::<ResourceClaimTemplate>(ctx, &namespace, &name).await,
             OwnedKind::Deployment => find::<Deployment>(ctx, &namespace, &name).await,
         };
         let found = found.map_err(|source| ReconcileError::Look { kind, name, source })?;
@@ -244,6 +327,8 @@ async fn ask_for_names(
     }
     if !plan.in_the_way.is_empty() {
         plan.writes.clear();
+        plan.marks.clear();
+        plan.stale_claim_templates.clear();
     }
     Ok(ours)
 }
@@ -264,14 +349,17 @@ where
 }
 
 async fn apply(key: &Key, write: Write, ctx: &Context) -> Result<(), ReconcileError> {
+    let name = write.name().to_owned();
     let Write { kind, object, why, exists } = write;
-    let name = turret_crds::label::owned_name(&key.1);
     tracing::info!(?kind, namespace = key.0, %name, why, "apply");
     let sent = match kind {
         OwnedKind::ConfigMap => patch::<ConfigMap>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::Service => patch::<Service>(ctx, &key.0, &name, object, exists).await,
         OwnedKind::PodDisruptionBudget => {
             patch::<PodDisruptionBudget>(ctx, &key.0, &name, object, exists).await
+        }
+        OwnedKind::ResourceClaimTemplate => {
+            patch::<ResourceClaimTemplate>(ctx, &key.0, &name, object, exists).await
         }
         OwnedKind::Deployment => patch::<Deployment>(ctx, &key.0, &name, object, exists).await,
     };
@@ -299,10 +387,62 @@ where
     }
 }
 
+/// Marks the pods of workers that are to leave first, and takes marks back. Returns whether the pods are still to show that
+/// they are marked; not when the cluster does not let them be, since fewer workers are wanted all the same.
+async fn mark(key: &Key, marks: &[Mark], ctx: &Context) -> Result<bool, ReconcileError> {
+    let api = Api::<Pod>::namespaced(ctx.client.clone(), &key.0);
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+    let mut are_to_show = false;
+    for Mark { pod, cost } in marks {
+        tracing::info!(namespace = key.0, pod, cost, "mark");
+        let patch = json!({"metadata": {"annotations": {DELETION_COST: cost}}});
+        match api.patch_metadata(pod, &params, &Patch::Merge(&patch)).await {
+            Ok(_) => are_to_show |= cost.is_some(),
+            Err(kube::Error::Api(status)) if is_refused(&status) || status.is_forbidden() => {
+                tracing::warn!(
+                    namespace = key.0,
+                    pod,
+                    error = status.message,
+                    "a pod cannot be marked as the one to leave"
+                );
+                return Ok(false);
+            }
+            Err(source) => return Err(ReconcileError::Mark { name: pod.clone(), source }),
+        }
+    }
+    Ok(are_to_show)
+}
+
+/// Another number of workers is told, with its reason.
+async fn tell_change(placement: &ModelPlacement, decided: &Decided, ctx: &Context) {
+    let Some((before, why)) = &decided.change else { return };
+    let replicas = decided.replicas;
+    let direction = if replicas > *before { "up" } else { "down" };
+    ctx.metrics.rescales.get_or_create(&Direction { direction }).inc();
+    let (namespace, name) = (placement.namespace().unwrap_or_default(), placement.name_any());
+    tracing::info!(namespace, name, before, replicas, why, "rescale");
+    let note = format!("{before} → {replicas} workers: {why}");
+    ctx.tell(placement, EventType::Normal, "Rescaled", "Scale", note).await;
+}
+
+/// Removes a template of claims, unless another one of the same name has taken its place.
+async fn remove(key: &Key, template: &ResourceClaimTemplate, ctx: &Context) -> Result<(), ReconcileError> {
+    let (kind, name) = (OwnedKind::ResourceClaimTemplate, template.name_any());
+    tracing::info!(?kind, namespace = key.0, %name, "remove: no pod is made from it any more");
+    let only_this = Preconditions { uid: template.uid(), resource_version: None };
+    let params = DeleteParams::background().preconditions(only_this);
+    let api = Api::<ResourceClaimTemplate>::namespaced(ctx.client.clone(), &key.0);
+    match api.delete(&name, &params).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(source) => Err(ReconcileError::Remove { kind, name, source }),
+        Ok(_) => Ok(()),
+    }
+}
+
 async fn push_document(key: &Key, plan: &Plan, ctx: &Context) -> Vec<(WorkerId, PushError)> {
     let document = plan.compiled.document.as_ref().filter(|_| plan.in_the_way.is_empty());
     let Some(document) = document else { return Vec::new() };
-    let failures = ctx.push(key, document).await;
+    let failures = ctx.push(key, document, plan.hints.as_ref()).await;
     for (worker, error) in &failures {
         tracing::warn!(%worker, sequence = document.sequence, error = %chain(error), "failed to give a worker its document");
     }
@@ -323,14 +463,18 @@ async fn tell_conflicts(placement: &ModelPlacement, failures: &[(WorkerId, PushE
 
 fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
     let Some(document) = &plan.document else { return false };
-    let reports = workers.iter().filter_map(|w| w.report.as_ref());
-    reports.into_iter().any(|r| !r.serves(document.sequence, &document.digest))
+    let is_behind = |report: &WorkerReport| {
+        let serves = report.serves(document.sequence, &document.digest);
+        !serves || push::lacks_hints(report, plan.hints.as_ref())
+    };
+    workers.iter().filter_map(|w| w.report.as_deref()).any(is_behind)
 }
 
 /// What a status is made from.
 struct Looks<'a> {
     plan: &'a Plan,
     pause: Option<&'a Pause>,
+    replicas: i32,
     workers: &'a [ObservedWorker],
     live: &'a Live,
     refused: Option<String>,
@@ -343,12 +487,9 @@ async fn write_status(
     looks: Looks<'_>,
     ctx: &Context,
 ) -> Result<Option<Duration>, ReconcileError> {
-    let Looks { plan, pause, workers, live, refused, now } = looks;
-    let wanted = WantedWorkers {
-        replicas: placement.spec.replicas,
-        template: plan.template.as_deref(),
-        document: plan.document.as_ref(),
-    };
+    let Looks { plan, pause, replicas, workers, live, refused, now } = looks;
+    let wanted =
+        WantedWorkers { replicas, template: plan.template.as_deref(), document: plan.document.as_ref() };
     let assessment = assess(&wanted, live.deployment.as_deref(), workers);
     let leaving: Option<&InTheWay> = plan.in_the_way.iter().find(|o| o.is_leaving);
     if assessment.undecided {
@@ -358,6 +499,7 @@ async fn write_status(
     problems.extend(refused.map(|message| Problem { reason: reason::INVALID, message }));
     let facts = Facts {
         placement,
+        replicas,
         problems: &problems,
         waiting_for: leaving.map(|o| o.message.as_str()),
         assessment: &assessment,

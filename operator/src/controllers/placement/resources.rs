@@ -1,7 +1,7 @@
 //! What a placement owns, from its spec alone. Pure.
 //!
 //! **The pod template depends on nothing but the pod-shaped part of the spec**: image, `worker`,
-//! `accelerator`, `sourceVolumes`, `sourceSecrets`, `memory.diskBudget` and `terminationDrainSeconds`, and
+//! `accelerator`, `cache`, `sourceVolumes`, `sourceSecrets`, `memory.diskBudget` and `terminationDrainSeconds`, and
 //! the operator's own [`Settings`]. Groups, lenses, policies and budgets travel in the worker document, so
 //! changing them replaces no pod.
 
@@ -29,8 +29,14 @@ use k8s_openapi::{
 };
 use kube::{Resource, ResourceExt};
 use serde_json::json;
-use turret_crds::{ModelPlacement, WorkerDocument, label, placement::Worker};
+use turret_crds::{
+    ModelPlacement, WorkerDocument,
+    hints::Hints,
+    label,
+    placement::{Worker, topology::TopologySpread},
+};
 
+use super::{cache_volume, claims};
 use crate::controllers::{
     assess::{DocumentRef, GroupVersion},
     live,
@@ -53,10 +59,8 @@ const NON_ROOT: i64 = 65532;
 const GRACE_MARGIN_SECONDS: i64 = 30;
 /// Pods leave a node that is lost after this long, seconds.
 const NODE_LOST_SECONDS: i64 = 30;
-/// Disk of a worker without a `diskBudget`.
-const DEFAULT_DISK_BYTES: u64 = 64 << 30;
-/// The cache volume may be this much larger than the budget, which counts whole files only.
-const DISK_MARGIN_BYTES: u64 = 1 << 30;
+/// A rollout that makes no progress for so long, beside the warm-up of a worker, is told as stuck, seconds.
+const PROGRESS_SECONDS: i32 = 600;
 
 /// What the operator's own settings bring into worker pods.
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +107,8 @@ fn labels(placement: &ModelPlacement) -> BTreeMap<String, String> {
     labels
 }
 
-fn metadata(placement: &ModelPlacement, annotations: BTreeMap<String, String>) -> ObjectMeta {
+/// Metadata of an object that a placement owns.
+pub fn metadata(placement: &ModelPlacement, annotations: BTreeMap<String, String>) -> ObjectMeta {
     ObjectMeta {
         name: Some(label::owned_name(&placement.name_any())),
         namespace: placement.namespace(),
@@ -144,18 +149,29 @@ pub fn reference(document: &WorkerDocument) -> DocumentRef {
     }
 }
 
-/// The ConfigMap with the worker document, given as [`WorkerDocument::to_gzip`] writes it.
-pub fn config_map(placement: &ModelPlacement, document: &DocumentRef, gzip: Vec<u8>) -> ConfigMap {
+/// The hints in a ConfigMap, and their bytes as they are stored.
+pub fn stored_hints(config_map: &ConfigMap) -> Option<(Hints, &[u8])> {
+    let gzip = config_map.binary_data.as_ref()?.get(label::HINTS_KEY)?.0.as_slice();
+    Some((Hints::from_gzip(gzip).ok()?, gzip))
+}
+
+/// The ConfigMap with the worker document, given as [`WorkerDocument::to_gzip`] writes it, and with hints beside it, as
+/// [`Hints::to_gzip`] does.
+pub fn config_map(
+    placement: &ModelPlacement,
+    document: &DocumentRef,
+    gzip: Vec<u8>,
+    hints: Option<Vec<u8>>,
+) -> ConfigMap {
     let annotations = BTreeMap::from([
         (label::DOCUMENT_SEQUENCE.into(), document.sequence.to_string()),
         (label::DOCUMENT_DIGEST.into(), document.digest.clone()),
         (DOCUMENT_GROUPS.into(), json!(document.groups).to_string()),
     ]);
-    ConfigMap {
-        metadata: metadata(placement, annotations),
-        binary_data: Some(BTreeMap::from([(label::DOCUMENT_KEY.into(), ByteString(gzip))])),
-        ..ConfigMap::default()
-    }
+    let hints = hints.map(|hints| (label::HINTS_KEY.to_owned(), ByteString(hints)));
+    let document = (label::DOCUMENT_KEY.to_owned(), ByteString(gzip));
+    let data: BTreeMap<String, ByteString> = hints.into_iter().chain([document]).collect();
+    ConfigMap { metadata: metadata(placement, annotations), binary_data: Some(data), ..ConfigMap::default() }
 }
 
 /// The Service in front of the workers. Its labels reach the EndpointSlices, by which the gateway
@@ -209,8 +225,26 @@ pub fn pod_shape(placement: &ModelPlacement) -> String {
     live::hash(&serde_json::to_value(template).expect("a pod template is JSON"))
 }
 
-/// The Deployment of the workers.
-pub fn deployment(placement: &ModelPlacement, settings: Settings<'_>, rollout: Rollout) -> Deployment {
+/// How many workers are wanted as far as objects say: with `autoscaling`, what was decided last stands in the
+/// Deployment. A new placement begins with a worker, even where it may have none: so it is tried whether it can be served.
+pub fn replicas(placement: &ModelPlacement, deployment: Option<&Deployment>) -> i32 {
+    let Some(autoscaling) = &placement.spec.autoscaling else { return placement.spec.replicas };
+    let live = deployment.and_then(live_replicas).unwrap_or(1);
+    live.max(autoscaling.min_replicas).min(autoscaling.max_replicas)
+}
+
+/// How many pods a Deployment is to have.
+pub fn live_replicas(deployment: &Deployment) -> Option<i32> {
+    deployment.spec.as_ref()?.replicas
+}
+
+/// The Deployment of so many workers.
+pub fn deployment(
+    placement: &ModelPlacement,
+    settings: Settings<'_>,
+    rollout: Rollout,
+    replicas: i32,
+) -> Deployment {
     let mut template = template(placement, settings);
     let hash = live::hash(&serde_json::to_value(&template).expect("a pod template is JSON"));
     template
@@ -226,7 +260,8 @@ pub fn deployment(placement: &ModelPlacement, settings: Settings<'_>, rollout: R
     Deployment {
         metadata: metadata(placement, BTreeMap::from([(POD_SHAPE.into(), pod_shape(placement))])),
         spec: Some(DeploymentSpec {
-            replicas: Some(placement.spec.replicas),
+            replicas: Some(replicas),
+            progress_deadline_seconds: Some(PROGRESS_SECONDS + placement.spec.warmup_seconds()),
             revision_history_limit: Some(2),
             selector: LabelSelector { match_labels: Some(selector(placement)), ..LabelSelector::default() },
             strategy: Some(DeploymentStrategy {
@@ -266,6 +301,7 @@ fn template(placement: &ModelPlacement, settings: Settings<'_>) -> PodTemplateSp
             containers: vec![container(placement, &worker, settings, drain)],
             node_selector: (!worker.node_selector.is_empty()).then(|| worker.node_selector.clone()),
             priority_class_name: worker.priority_class_name.clone(),
+            resource_claims: claims::of_pod(placement),
             runtime_class_name: worker.runtime_class_name.clone(),
             service_account_name: worker.service_account_name.clone(),
             security_context: Some(PodSecurityContext {
@@ -282,16 +318,7 @@ fn template(placement: &ModelPlacement, settings: Settings<'_>) -> PodTemplateSp
             }),
             termination_grace_period_seconds: Some(drain + GRACE_MARGIN_SECONDS),
             tolerations: Some(tolerations(&worker)),
-            topology_spread_constraints: Some(vec![TopologySpreadConstraint {
-                label_selector: Some(LabelSelector {
-                    match_labels: Some(selector(placement)),
-                    ..LabelSelector::default()
-                }),
-                max_skew: 1,
-                topology_key: "kubernetes.io/hostname".into(),
-                when_unsatisfiable: "ScheduleAnyway".into(),
-                ..TopologySpreadConstraint::default()
-            }]),
+            topology_spread_constraints: Some(spread(placement, &worker)),
             volumes: Some(volumes(placement)),
             ..PodSpec::default()
         }),
@@ -369,7 +396,7 @@ fn environment(placement: &ModelPlacement, worker: &Worker) -> Vec<EnvVar> {
         field(label::ENV_WORKER_NAME, "metadata.name"),
     ];
     if let Some(accelerator) = &placement.spec.accelerator {
-        let value = Some(accelerator.resource_name.clone());
+        let value = Some(accelerator.name().to_owned());
         env.push(EnvVar { name: label::ENV_ACCELERATOR.into(), value, value_from: None });
     }
     if worker.resources.as_ref().is_some_and(|r| r.limits.contains_key("cpu")) {
@@ -395,21 +422,39 @@ fn environment(placement: &ModelPlacement, worker: &Worker) -> Vec<EnvVar> {
 
 fn resources(placement: &ModelPlacement, worker: &Worker) -> ResourceRequirements {
     let mut resources = ResourceRequirements::from(worker.resources.clone().unwrap_or_default());
-    if let Some(accelerator) = &placement.spec.accelerator {
-        let limits = resources.limits.get_or_insert_default();
-        limits.insert(accelerator.resource_name.clone(), Quantity("1".into()));
+    if let Some(resource) = placement.spec.accelerator.as_ref().and_then(|a| a.resource_name.clone()) {
+        resources.limits.get_or_insert_default().insert(resource, Quantity("1".into()));
     }
-    if let Some(bytes) = disk_budget(placement) {
+    resources.claims = claims::of_container(placement);
+    if let Some(bytes) = cache_volume::ephemeral_storage(placement) {
         let requests = resources.requests.get_or_insert_default();
         requests.entry("ephemeral-storage".into()).or_insert_with(|| Quantity(bytes.to_string()));
     }
     resources
 }
 
-/// The disk budget, when one is given that can be read; an unreadable one is refused with a
-/// condition before anything is made from it.
-fn disk_budget(placement: &ModelPlacement) -> Option<u64> {
-    placement.spec.memory.as_ref()?.disk_budget.as_ref()?.bytes().ok()
+/// How workers are spread: as declared, or else over nodes as far as there is room.
+fn spread(placement: &ModelPlacement, worker: &Worker) -> Vec<TopologySpreadConstraint> {
+    let over = |key: &str, when: &str| TopologySpreadConstraint {
+        label_selector: Some(LabelSelector {
+            match_labels: Some(selector(placement)),
+            ..LabelSelector::default()
+        }),
+        max_skew: 1,
+        topology_key: key.into(),
+        when_unsatisfiable: when.into(),
+        ..TopologySpreadConstraint::default()
+    };
+    let declared = &worker.topology_spread_constraints;
+    if declared.is_empty() {
+        return vec![over("kubernetes.io/hostname", "ScheduleAnyway")];
+    }
+    let constraint = |rule: &TopologySpread| TopologySpreadConstraint {
+        max_skew: rule.max_skew,
+        min_domains: rule.min_domains,
+        ..over(&rule.topology_key, rule.when_unsatisfiable.name())
+    };
+    declared.iter().map(constraint).collect()
 }
 
 fn tolerations(worker: &Worker) -> Vec<Toleration> {
@@ -432,7 +477,6 @@ fn volumes(placement: &ModelPlacement) -> Vec<Volume> {
         empty_dir: Some(EmptyDirVolumeSource { size_limit: Some(Quantity(bytes.to_string())), medium: None }),
         ..Volume::default()
     };
-    let disk = disk_budget(placement).unwrap_or(DEFAULT_DISK_BYTES);
     let mut volumes = vec![
         Volume {
             name: "document".into(),
@@ -442,7 +486,7 @@ fn volumes(placement: &ModelPlacement) -> Vec<Volume> {
             }),
             ..Volume::default()
         },
-        empty("cache", disk.saturating_add(DISK_MARGIN_BYTES)),
+        cache_volume::volume(placement),
         empty("tmp", 1 << 30),
     ];
     volumes.extend(placement.spec.source_volumes.iter().map(|source| Volume {
@@ -497,7 +541,7 @@ fn mounts(placement: &ModelPlacement) -> Vec<VolumeMount> {
     };
     let mut mounts = vec![
         mount("document", label::DOCUMENT_DIR, true),
-        mount("cache", label::CACHE_DIR, false),
+        mount(cache_volume::NAME, label::CACHE_DIR, false),
         mount("tmp", "/tmp", false),
     ];
     mounts.extend(placement.spec.source_volumes.iter().map(|source| {

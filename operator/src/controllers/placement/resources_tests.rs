@@ -59,7 +59,7 @@ fn the_smallest_placement() {
         &[
             value(resources::service(&placement)),
             value(resources::disruption_budget(&placement)),
-            value(resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge)),
+            value(resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge, 1)),
         ],
     );
 }
@@ -88,14 +88,57 @@ fn a_placement_with_everything_that_shapes_pods() {
     }));
     let settings =
         Settings { allowed_source_hosts: Some("hub,10.1.0.0/16"), ..of("registry.example/worker:mine") };
-    golden("everything.yaml", &[value(resources::deployment(&placement, settings, Rollout::InPlace))]);
+    golden("everything.yaml", &[value(resources::deployment(&placement, settings, Rollout::InPlace, 3))]);
+}
+
+#[test]
+fn placements_with_caches_of_their_own_and_devices_by_class() {
+    let pods = |spec: Value| {
+        let placement = placement(spec);
+        let deployment =
+            resources::deployment(&placement, of("registry.example/worker:1"), Rollout::Surge, 1);
+        let mut objects = vec![value(deployment.spec.unwrap().template)];
+        objects.extend(super::claims::template(&placement).map(value));
+        objects
+    };
+    let zones = json!([
+        {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule", "minDomains": 2},
+        {"maxSkew": 2, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"},
+    ]);
+    let specs = [
+        json!({
+            "cache": {"ephemeral": {"storageClassName": "fast", "size": "200Gi"}},
+            "memory": {"diskBudget": "150Gi"},
+            "accelerator": {"deviceClassName": "gpu.example.com"},
+            "worker": {"topologySpreadConstraints": zones},
+        }),
+        json!({"cache": {"persistentVolumeClaim": {"claimName": "shared"}}}),
+        json!({"cache": {"emptyDir": {"sizeLimit": "5Gi"}}, "memory": {"diskBudget": "4Gi"}}),
+    ];
+    golden("caches.yaml", &specs.map(pods).concat());
+}
+
+#[test]
+fn the_budget_of_files_on_a_claim_replaces_no_pod() {
+    for cache in
+        [json!({"ephemeral": {"size": "200Gi"}}), json!({"persistentVolumeClaim": {"claimName": "shared"}})]
+    {
+        let [one, other] = ["1Gi", "2Gi"].map(|budget| {
+            resources::pod_shape(&placement(json!({"cache": cache, "memory": {"diskBudget": budget}})))
+        });
+        assert_eq!(one, other, "{cache}");
+    }
+    let folder = |cache: Value| resources::pod_shape(&placement(json!({"cache": cache})));
+    let without = resources::pod_shape(&placement(json!({})));
+    assert_eq!(folder(json!({"emptyDir": {}})), without, "what is the default needs not be said");
+    assert_ne!(folder(json!({"emptyDir": {"sizeLimit": "5Gi"}})), without);
 }
 
 #[test]
 fn the_document_is_readable_where_it_is_stored() {
     let plan = World::new().plan();
     let (document, gzip) = (plan.document.unwrap(), plan.gzip.unwrap());
-    let config_map = resources::config_map(&World::new().placement, &document, gzip);
+    let config_map = resources::config_map(&World::new().placement, &document, gzip, None);
     assert_eq!(resources::document_ref(&config_map), Some(document));
     let bytes = &config_map.binary_data.as_ref().unwrap()[turret_crds::label::DOCUMENT_KEY].0;
     assert_eq!(turret_crds::WorkerDocument::from_gzip(bytes).unwrap(), plan.compiled.document.unwrap());
@@ -106,7 +149,11 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
     // Every field of the spec is here: a new one must be put on one side or the other.
     let rolls = [
         json!({"accelerator": {"resourceName": "nvidia.com/gpu"}}),
+        json!({"accelerator": {"deviceClassName": "gpu.nvidia.com"}}),
         json!({"memory": {"diskBudget": "10Gi"}}),
+        json!({"cache": {"emptyDir": {"sizeLimit": "10Gi"}}}),
+        json!({"cache": {"ephemeral": {"size": "10Gi"}}}),
+        json!({"cache": {"persistentVolumeClaim": {"claimName": "c"}}}),
         json!({"sourceVolumes": [{"name": "m", "persistentVolumeClaim": {"claimName": "c"}}]}),
         json!({"sourceSecrets": [{"name": "hub-token"}]}),
         json!({"terminationDrainSeconds": 5}),
@@ -114,6 +161,7 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"worker": {"resources": {"limits": {"memory": "1Gi"}}}}),
         json!({"worker": {"nodeSelector": {"a": "b"}}}),
         json!({"worker": {"tolerations": [{"key": "a", "operator": "Exists"}]}}),
+        json!({"worker": {"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]}}),
         json!({"worker": {"priorityClassName": "p"}}),
         json!({"worker": {"serviceAccountName": "s"}}),
         json!({"worker": {"runtimeClassName": "r"}}),
@@ -130,12 +178,16 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
         json!({"switching": {"drainSeconds": 3}}),
         json!({"switching": {"mode": "Manual", "activeGroupName": "a"}}),
         json!({"eviction": {"policy": "LRU", "highWatermarkPercent": 80}}),
+        json!({"spread": {"maxCopies": 2}}),
         json!({"admission": {"holdSeconds": 3}}),
+        json!({"autoscaling": {"minReplicas": 0, "maxReplicas": 3}}),
+        json!({"warmupSeconds": 3}),
+        json!({"upgradePolicy": "Rolling"}),
     ];
     let shape = |spec: &Value| {
         let placement = placement(spec.clone());
         let image = placement.spec.worker.as_ref().and_then(|w| w.image.clone()).unwrap_or("image".into());
-        let deployment = resources::deployment(&placement, of(&image), Rollout::Surge);
+        let deployment = resources::deployment(&placement, of(&image), Rollout::Surge, 1);
         let hash = resources::template_hash(&deployment).unwrap().to_owned();
         (value(deployment.spec.unwrap().template), hash, resources::pod_shape(&placement))
     };
@@ -159,8 +211,8 @@ fn only_the_pod_shaped_part_of_the_spec_replaces_pods() {
 fn a_setting_of_the_operator_replaces_pods_and_brings_no_other_image() {
     let placement = placement(json!({}));
     let hosts = |allowed_source_hosts| Settings { allowed_source_hosts, ..of("image") };
-    let [open, closed] =
-        [None, Some("hub")].map(|allowed| resources::deployment(&placement, hosts(allowed), Rollout::Surge));
+    let [open, closed] = [None, Some("hub")]
+        .map(|allowed| resources::deployment(&placement, hosts(allowed), Rollout::Surge, 1));
     assert_ne!(resources::template_hash(&open), resources::template_hash(&closed));
     assert_eq!(open.metadata.annotations, closed.metadata.annotations, "the shape that keeps an image");
 }

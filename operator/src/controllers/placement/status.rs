@@ -26,6 +26,8 @@ const SUMMARY_EVERY: SignedDuration = SignedDuration::from_secs(60);
 pub struct Facts<'a> {
     /// The placement, with the status it has.
     pub placement: &'a ModelPlacement,
+    /// How many workers it is to have.
+    pub replicas: i32,
     /// What is wrong with the declaration.
     pub problems: &'a [Problem],
     /// An object of an earlier placement of the same name that is still being removed.
@@ -59,6 +61,7 @@ pub fn status(facts: &Facts<'_>, now: Timestamp) -> (ModelPlacementStatus, Optio
     let mut status = ModelPlacementStatus {
         observed_generation: generation,
         conditions: condition::merge(&current, conditions(facts), generation, Time(now)),
+        desired_replicas: Some(facts.replicas),
         replicas: Some(count(assessment.pods)),
         ready_replicas: Some(count(assessment.ready_pods)),
         updated_replicas: Some(count(assessment.serving.len())),
@@ -103,12 +106,16 @@ fn count(n: usize) -> i32 {
 }
 
 fn conditions(facts: &Facts<'_>) -> Vec<Wanted> {
-    let accepted = accepted(facts.problems);
+    let is_autoscaled = facts.placement.spec.autoscaling.is_some();
+    let accepted = accepted(facts.problems, is_autoscaled);
     let obstacle = obstacle(facts);
-    let wants_none = facts.placement.spec.replicas == 0;
+    let wants_none = facts.replicas == 0;
+    // Whoever paused it keeps it as it is.
+    let wakes = is_autoscaled && facts.pause.is_none();
+    let none_wanted = if wakes { "no worker runs; a request wakes one" } else { "no worker is wanted" };
     let ready = match &obstacle {
         Some(o) => wanted(condition::READY, false, o.reason, &o.message),
-        None if wants_none => wanted(condition::READY, true, reason::SCALED_TO_ZERO, "no worker is wanted"),
+        None if wants_none => wanted(condition::READY, true, reason::SCALED_TO_ZERO, none_wanted),
         None => {
             let message = format!("{} workers serve the newest document", facts.assessment.serving.len());
             wanted(condition::READY, true, reason::SERVING, &message)
@@ -123,7 +130,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Wanted> {
         }
         (Some(o), false) => wanted(condition::AVAILABLE, false, o.reason, &o.message),
         (None, false) if wants_none => {
-            wanted(condition::AVAILABLE, false, reason::SCALED_TO_ZERO, "no worker is wanted")
+            wanted(condition::AVAILABLE, false, reason::SCALED_TO_ZERO, none_wanted)
         }
         (None, false) => wanted(condition::AVAILABLE, false, reason::LOADING, "no worker takes requests yet"),
     };
@@ -155,8 +162,13 @@ pub fn wanted(type_: &'static str, status: bool, reason: &str, message: &str) ->
     Wanted { type_, status: Some(status), reason: reason.into(), message: message.into() }
 }
 
-fn accepted(problems: &[Problem]) -> Wanted {
+fn accepted(problems: &[Problem], is_autoscaled: bool) -> Wanted {
     match problems.first() {
+        None if is_autoscaled => {
+            let message =
+                "the placement can be carried out; spec.replicas is ignored while spec.autoscaling is set";
+            wanted(condition::ACCEPTED, true, reason::VALID, message)
+        }
         None => wanted(condition::ACCEPTED, true, reason::VALID, "the placement can be carried out"),
         Some(first) => wanted(condition::ACCEPTED, false, first.reason, &all_messages(problems)),
     }
@@ -192,7 +204,11 @@ fn obstacle(facts: &Facts<'_>) -> Option<Obstacle> {
         })
         .collect();
     if let Some(worker) = serving.iter().find(|r| !r.state.ready) {
-        let message = format!("worker {} is loading its base", worker.worker.name);
+        let what = match worker.state.active_base {
+            Some(_) => "the lenses that come ahead of requests",
+            None => "its base",
+        };
+        let message = format!("worker {} is loading {what}", worker.worker.name);
         found.push(Obstacle::passing(reason::LOADING, message));
     }
     greatest(found)

@@ -29,7 +29,7 @@ fn status_at(world: &World, second: i64) -> (ModelPlacementStatus, Option<std::t
     let mut plan = world.plan_at(second);
     let pause = is_paused(&world.placement).then(|| hold_back(&mut plan, &world.live));
     let wanted = WantedWorkers {
-        replicas: world.placement.spec.replicas,
+        replicas: world.replicas(),
         template: plan.template.as_deref(),
         document: plan.document.as_ref(),
     };
@@ -37,6 +37,7 @@ fn status_at(world: &World, second: i64) -> (ModelPlacementStatus, Option<std::t
     let leaving = plan.in_the_way.iter().find(|o| o.is_leaving);
     let facts = Facts {
         placement: &world.placement,
+        replicas: world.replicas(),
         problems: &problems(&plan.compiled, &plan.in_the_way),
         waiting_for: leaving.map(|o| o.message.as_str()),
         assessment: &assessment,
@@ -162,6 +163,32 @@ fn cannot_fit(sequence: u64, once_idle: bool) -> CannotFit {
 }
 
 #[test]
+fn what_autoscaling_decided_is_what_is_wanted() {
+    let mut world = serving();
+    world.placement.spec.replicas = 7;
+    world.placement.spec.autoscaling =
+        Some(serde_json::from_value(json!({"minReplicas": 0, "maxReplicas": 4})).unwrap());
+    world.decided = Some(1);
+    let (status, _) = status_at(&world, 0);
+    assert_eq!((said(&status).0.as_str(), status.desired_replicas), ("True/Serving", Some(1)));
+    let accepted = status.conditions.iter().find(|c| c.type_ == condition::ACCEPTED).unwrap();
+    assert!(accepted.message.contains("spec.replicas is ignored"), "{}", accepted.message);
+    world.decided = Some(2);
+    assert_eq!(said(&status_at(&world, 0).0), ("False/RollingOut".to_owned(), "reconciling"));
+    world.decided = Some(0);
+    world.workers.clear();
+    let (status, _) = status_at(&world, 0);
+    assert_eq!(said(&status).0, "True/ScaledToZero");
+    let told = status.conditions.iter().filter(|c| c.reason == reason::SCALED_TO_ZERO);
+    assert!(told.clone().count() == 2 && told.clone().all(|c| c.message.contains("a request wakes one")));
+    world.carry_out();
+    world.placement.annotations_mut().insert(label::PAUSED.into(), "true".into());
+    let (status, _) = status_at(&world, 0);
+    assert_eq!(said(&status).0, "True/ScaledToZero");
+    assert!(status.conditions.iter().all(|c| !c.message.contains("wakes")), "while it is paused none comes");
+}
+
+#[test]
 fn budgets_that_are_too_small_are_told_with_their_numbers() {
     let mut world = serving();
     change(&mut world, |o| o.reporting(|r| r.state.cannot_fit = Some(cannot_fit(1, false))));
@@ -260,6 +287,7 @@ fn numbers_and_summaries_are_for_people_and_the_scale_subresource() {
         (status.replicas, status.ready_replicas, status.updated_replicas),
         (Some(1), Some(1), Some(1))
     );
+    assert_eq!(status.desired_replicas, Some(1));
     assert_eq!(status.selector, Some(resources::selector_text(&serving().placement)));
     assert_eq!(status.group_summary.as_deref(), Some("a,b"));
     assert_eq!(status.active_summary.as_deref(), Some("a×1"));

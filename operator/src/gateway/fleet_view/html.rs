@@ -112,6 +112,10 @@ fn write_worker(html: &mut String, worker: &WorkerRow<'_>) -> fmt::Result {
     if let Some(base) = &state.active_base {
         write!(html, ", active base {}", Escaped(base))?;
     }
+    let advised = state.preferred_base.as_ref().filter(|base| state.active_base.as_ref() != Some(*base));
+    if let Some(base) = advised {
+        write!(html, ", advised base {}", Escaped(base))?;
+    }
     write!(
         html,
         ", {} switches, {} evictions, version {}, {}</p>",
@@ -191,6 +195,9 @@ fn write_lens(html: &mut String, lens: &LensReport) -> fmt::Result {
     let bytes = lens.bytes.map(human_bytes).unwrap_or_default();
     write!(html, "<td>{:?}<td class=n>{bytes}<td class=n>{}", lens.tier, lens.active_rows)?;
     write!(html, "<td class=n>{}<td>{}<td>", lens.served, lens.last_used.map(time).unwrap_or_default())?;
+    if lens.assigned {
+        html.write_str("assigned ")?;
+    }
     if lens.pinned {
         html.write_str("pinned ")?;
     }

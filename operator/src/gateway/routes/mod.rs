@@ -1,6 +1,7 @@
 //! The gateway's HTTP surface. Everything below `/v1` also exists below `/ns/{namespace}/v1`.
 
 pub mod admin;
+mod demand;
 mod error;
 mod health;
 mod inference;
@@ -8,7 +9,7 @@ mod lenses;
 mod models;
 mod request;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::{
     Router,
@@ -20,6 +21,7 @@ use tokio::sync::{Semaphore, watch};
 pub use error::ApiError;
 
 use super::proxy::Proxy;
+use crate::{demand::PATH as DEMAND_PATH, keys::Signer};
 
 /// What handlers share.
 pub struct App {
@@ -33,6 +35,8 @@ pub struct App {
     pub body_memory: Arc<Semaphore>,
     /// Turns true when the gateway has been told to stop.
     pub stopping: watch::Receiver<bool>,
+    /// The gateway's signer, once its key is read.
+    pub signer: Arc<OnceLock<Arc<Signer>>>,
 }
 
 /// All routes.
@@ -43,6 +47,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/livez", get(health::livez))
         .route("/readyz", get(health::readyz))
         .route("/metrics", get(health::metrics))
+        .route(DEMAND_PATH, get(demand::watch))
         .fallback(|OriginalUri(uri): OriginalUri| async move { ApiError::UnknownPath(uri.path().into()) })
         .method_not_allowed_fallback(|OriginalUri(uri): OriginalUri| async move {
             ApiError::WrongMethod(uri.path().into())

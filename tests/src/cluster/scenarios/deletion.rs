@@ -4,19 +4,21 @@ use anyhow::{Result, ensure};
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt as _};
-use turret_crds::condition::{ACCEPTED, READY};
+use turret_crds::condition::{ACCEPTED, READY, is_true};
 use turret_crds::{ModelGroup, ModelPlacement, label};
 
-use super::{QWEN, case, model};
+use super::{QWEN, case, is_answered_again, model};
 use crate::cluster::eventually::{PATIENCE, eventually, when};
 use crate::cluster::family::Family;
 use crate::cluster::gateway::Mode;
 use crate::cluster::objects::{SCENARIO, group, placement};
-use crate::cluster::release::Release;
+use crate::cluster::release::{Part, Release};
 use crate::cluster::space::Space;
 use crate::cluster::worker::Direct;
+use crate::faults::world::apply_kind;
 
 /// Placement first, group first, the namespace at once.
 pub async fn objects_deleted_in_any_order_leave_nothing(release: &Release) -> Result<()> {
@@ -41,6 +43,60 @@ pub async fn objects_deleted_in_any_order_leave_nothing(release: &Release) -> Re
     let space = serving(release, "namespace-at-once").await?;
     space.remove_and_wait().await?;
     every_space_is_gone(release).await
+}
+
+/// The kinds go first: all objects go with them, and what they own. The operator and the gateway wait, and when the kinds are
+/// back, they serve what is declared.
+pub async fn kinds_deleted_first_take_everything_along_and_may_come_back(release: &Release) -> Result<()> {
+    let space = serving(release, "kinds-first").await?;
+    let restarts = restarts(release).await?;
+    let definitions: Api<CustomResourceDefinition> = Api::all(release.client.clone());
+    for definition in turret_crds::crds() {
+        definitions.delete(&definition.name_any(), &DeleteParams::default()).await?;
+    }
+    space
+        .eventually("the kinds are gone", async || {
+            let mut left = Vec::new();
+            for definition in turret_crds::crds() {
+                left.extend(definitions.get_opt(&definition.name_any()).await?.map(|found| found.status));
+            }
+            Ok(when(left.is_empty(), || format!("{left:?}")))
+        })
+        .await?;
+    nothing_is_owned(&space).await?;
+
+    for definition in turret_crds::crds() {
+        apply_kind(&release.client, &definition).await?;
+    }
+    let declared = group(QWEN, "base").lens("pirate", "lenses/pirate");
+    space.apply(&[declared.manifest(), placement("shared", &[QWEN]).manifest()]).await?;
+    space.at_length("it is served again", async || is_serving(&space).await).await?;
+    let family = Family::read()?;
+    is_answered_again(&space, QWEN, case(&family, QWEN, None)).await?;
+    let after = self::restarts(release).await?;
+    ensure!(after == restarts, "containers were restarted: {restarts:?} became {after:?}");
+    space.remove_and_wait().await
+}
+
+/// The watches of kinds that were gone are tried again ever more rarely, so this may take longer than elsewhere.
+async fn is_serving(space: &Space<'_>) -> Result<Result<(), String>> {
+    let status = space.placement("shared").await?.status.unwrap_or_default();
+    let ready = is_true(&status.conditions, READY);
+    Ok(when(ready, || format!("{:?}", status.conditions)))
+}
+
+/// How often the containers of operator and gateway were restarted, by pod.
+async fn restarts(release: &Release) -> Result<Vec<(String, i32)>> {
+    let mut found = Vec::new();
+    for part in [Part::Operator, Part::Gateway] {
+        for pod in release.pods(part).await? {
+            let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+            let restarts = containers.map(|container| container.restart_count).sum();
+            found.push((pod.name_any(), restarts));
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// The chart goes first: workers serve on without operator and gateway, and the objects can still

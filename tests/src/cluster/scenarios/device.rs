@@ -1,6 +1,7 @@
 //! Accelerators and the number of workers.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use turret_crds::condition::READY;
 
 use super::{QWEN, case, model};
@@ -32,6 +33,60 @@ pub async fn a_worker_without_the_device_it_was_given_says_so(release: &Release)
     space.gateway().verify(&model(QWEN, Some("pirate")), answer, Mode::Whole).await?;
     space.remove().await
 }
+
+/// Each worker claims a device of a class by a template that the operator makes. No driver has such devices here, so the
+/// worker waits, and its status says for what. Another class is another template, and the old one goes with the last pod.
+pub async fn a_worker_claims_a_device_of_a_class(release: &Release) -> Result<()> {
+    const CLASSES: [&str; 2] = ["small.turret.test", "large.turret.test"];
+    for class in CLASSES {
+        let class = json!({
+            "apiVersion": "resource.k8s.io/v1", "kind": "DeviceClass", "metadata": {"name": class}, "spec": {},
+        });
+        release.tools.apply(&class.to_string()).await?;
+    }
+    let space = Space::create(release, "device-class").await?;
+    let workers = placement("claims", &[QWEN]);
+    let small = workers.clone().with_device_class(CLASSES[0]);
+    space.apply(&[group(QWEN, "base").manifest(), small.manifest()]).await?;
+    let waiting = space.placement_is("claims", READY, "False", "Unschedulable").await?;
+    let conditions = waiting.status.unwrap_or_default().conditions;
+    let ready = conditions.iter().find(|condition| condition.type_ == READY).context("a condition")?;
+    println!("    {}", ready.message);
+
+    let pods = space.workers("claims").await?;
+    let spec = pods.first().and_then(|pod| pod.spec.clone()).context("a worker waits")?;
+    let claim = spec.resource_claims.unwrap_or_default().pop().context("its pod claims a device")?;
+    let used = spec.containers[0].resources.clone().and_then(|r| r.claims).unwrap_or_default();
+    ensure!(used.iter().any(|used| used.name == claim.name), "the worker does not use its claim: {used:?}");
+    let template = claim.resource_claim_template_name.context("the claim is made from a template")?;
+    let classes = space.kubectl(&TEMPLATES).await?;
+    let only = format!("{template}={}", CLASSES[0]);
+    ensure!(classes.trim() == only, "not one template of the class: {classes:?}");
+
+    let large = workers.with_device_class(CLASSES[1]).replicas(0);
+    space.apply(&[large.manifest()]).await?;
+    space
+        .eventually("the template of the other class is the only one", async || {
+            let classes = space.kubectl(&TEMPLATES).await?;
+            let of_class = format!("={}", CLASSES[1]);
+            let is_alone = classes.matches('=').count() == 1 && classes.trim().ends_with(&of_class);
+            Ok(when(is_alone, || classes.clone()))
+        })
+        .await?;
+    space.remove().await?;
+    for class in CLASSES {
+        release.tools.kubectl(["delete", "deviceclass", class]).await?;
+    }
+    Ok(())
+}
+
+/// Prints the templates of claims as `NAME=CLASS `.
+const TEMPLATES: [&str; 4] = [
+    "get",
+    "resourceclaimtemplates",
+    "-o",
+    "jsonpath={range .items[*]}{.metadata.name}={.spec.spec.devices.requests[0].exactly.deviceClassName} {end}",
+];
 
 /// `kubectl scale`, up, to zero and back.
 pub async fn kubectl_scale_changes_the_number_of_workers(release: &Release) -> Result<()> {

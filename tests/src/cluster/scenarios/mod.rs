@@ -12,7 +12,9 @@ pub mod pauses;
 pub mod residency;
 pub mod rights;
 pub mod rollouts;
+pub mod scaling;
 pub mod sources;
+pub mod spread;
 pub mod switches;
 
 use std::path::Path;

@@ -23,8 +23,9 @@ pub async fn a_release_of_one_namespace_asks_for_nothing_outside(release: &Relea
     release.serve_only(&[]).await?;
     tried?;
     outside.serves("shared", &[QWEN]).await?;
-    inside.remove().await?;
-    outside.remove().await
+    // The kinds may go next: nothing is to be on its way out then.
+    inside.remove_and_wait().await?;
+    outside.remove_and_wait().await
 }
 
 async fn one_namespace(

@@ -36,7 +36,7 @@ pub async fn a_paused_placement_is_left_alone_and_goes_on_afterwards(release: &R
     space.group_is(QWEN, STALLED, "True", "Paused").await?;
     let (pirate, shout) = (model(QWEN, Some("pirate")), model(QWEN, Some("shout")));
     space.gateway().verify(&pirate, case(&family, QWEN, Some("pirate")), Mode::Whole).await?;
-    let owned = ["configmaps", "services", "deployments", "poddisruptionbudgets"];
+    let owned = ["configmaps", "services", "deployments", "poddisruptionbudgets", "pods"];
     let mut written = release.audit.of(&release.user(Part::Operator).await?, mark)?;
     written.retain(|r| {
         let object = &r.object_ref;

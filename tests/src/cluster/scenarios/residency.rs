@@ -17,7 +17,8 @@ use crate::cluster::recount::differences;
 use crate::cluster::release::Release;
 use crate::cluster::space::{Space, changed};
 use crate::cluster::worker::Direct;
-use crate::cluster::zipf::{Zipf, scattered};
+use crate::cluster::zipf::Zipf;
+use crate::numbers::scattered;
 
 /// Lenses that are made of each recorded one.
 const COPIES: usize = 3;
@@ -106,16 +107,16 @@ pub async fn a_zipf_load_on_two_groups_with_room_for_a_third_of_their_lenses(
 }
 
 /// A lens that is made of a recorded one.
-struct Made {
-    name: String,
+pub(super) struct Made {
+    pub(super) name: String,
     /// On the volume `models`.
     folder: String,
-    questions: Vec<Question>,
+    pub(super) questions: Vec<Question>,
 }
 
 /// Copies of each recorded lens of a group that are other files, and so other lenses: their configs say that they come from
 /// elsewhere, which changes nothing of what they answer.
-fn make_lenses(space: &Space<'_>, family: &Family, group: &str) -> Result<Vec<Made>> {
+pub(super) fn make_lenses(space: &Space<'_>, family: &Family, group: &str) -> Result<Vec<Made>> {
     let mut made = Vec::new();
     for copy in 0..COPIES {
         for (recorded, lens) in &family.bases[base_of(group)].lenses {
@@ -141,7 +142,7 @@ fn make_lenses(space: &Space<'_>, family: &Family, group: &str) -> Result<Vec<Ma
 }
 
 /// A group with lenses that were made.
-fn declare(family: &Family, name: &str, lenses: &[Made]) -> Group {
+pub(super) fn declare(family: &Family, name: &str, lenses: &[Made]) -> Group {
     let declared = group(name, &family.bases[base_of(name)].path);
     lenses.iter().fold(declared, |declared, lens| declared.lens(&lens.name, &lens.folder))
 }

@@ -1,9 +1,13 @@
 //! Sources that fail: a disk with no room for what is fetched, files that are gone, a token that is taken back.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use kube::api::DeleteParams;
 use serde_json::{Value, json};
 use turret_crds::condition::{FailureReason, READY};
 use turret_crds::report::Tier;
@@ -157,6 +161,39 @@ pub async fn a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart(
     let answered = load.stop().await?;
     println!("    {answered} requests meanwhile, all right");
     changed(&lives, &space.lives("shared").await?)?;
+    space.remove().await
+}
+
+/// The cache is a claim: the worker that takes the place of another finds there what that one fetched.
+pub async fn a_new_worker_finds_on_a_claim_what_the_one_before_fetched(release: &Release) -> Result<()> {
+    const CLAIM: &str = "cache";
+    let family = Family::read()?;
+    let hub = hub(release).await?;
+    let space = Space::create(release, "cache-claim").await?;
+    space.offer(CLAIM).await?;
+    // A folder of the node stays whose it was, whatever group a pod is given.
+    fs::set_permissions(space.on_volume(CLAIM), fs::Permissions::from_mode(0o777))?;
+    let workers = placement("shared", &[QWEN]).asking_hub(&hub.endpoint).caching_on(CLAIM);
+    let declared = group(QWEN, "base").lens_of("pirate", on_hub("lenses/pirate")).cached();
+    space.apply(&[declared.manifest(), workers.manifest()]).await?;
+    space.serves("shared", &[QWEN]).await?;
+    let (pirate, answer) = (model(QWEN, Some("pirate")), case(&family, QWEN, Some("pirate")));
+    space.gateway().verify(&pirate, answer, Mode::Whole).await?;
+
+    let sent = hub.served("").len();
+    ensure!(sent > 0, "nothing was fetched");
+    let before = space.workers("shared").await?.remove(0);
+    space.all::<Pod>().delete(&before.name_any(), &DeleteParams::default()).await?;
+    space
+        .eventually("another worker takes its place", async || {
+            let lives = space.lives("shared").await?;
+            let is_replaced = lives.len() == 1 && !lives.contains_key(&before.name_any());
+            Ok(when(is_replaced, || format!("{lives:?}")))
+        })
+        .await?;
+    space.serves("shared", &[QWEN]).await?;
+    is_answered_again(&space, &pirate, answer).await?;
+    ensure!(hub.served("").len() == sent, "what was fetched once was fetched again: {:?}", hub.served(""));
     space.remove().await
 }
 
