@@ -19,6 +19,9 @@ pub const ACCEPTED: &str = "Accepted";
 /// All files of a group were found and are what was declared. Groups only.
 pub const RESOLVED: &str = "Resolved";
 
+/// The operator was told to leave the object as it is. Only there while somebody asks for it.
+pub const PAUSED: &str = "Paused";
+
 /// Why a condition has the status it has: the `reason` of a condition.
 pub mod reason {
     /// Everything declared is served.
@@ -64,6 +67,10 @@ pub mod reason {
     pub const LENSES_FAILED: &str = "LensesFailed";
     /// A base cannot be served.
     pub const BASE_FAILED: &str = "BaseFailed";
+    /// The placement is paused; while something that is declared is held back by that, everything says so.
+    pub const PAUSED: &str = "Paused";
+    /// A group has the annotation that pauses placements, which does nothing there.
+    pub const NOT_PAUSED: &str = "NotPaused";
     /// Nothing is left to do.
     pub const DONE: &str = "Done";
     /// Nothing stands in the way.

@@ -209,6 +209,9 @@ pub struct ModelGroupStatus {
     #[schemars(length(max = 64))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub placements: Vec<String>,
+    /// The value of the annotation `turret.dev/reconcile-requested-at` that was handled last, its first 256 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_handled_reconcile_at: Option<String>,
 }
 
 /// A lens that cannot be served.

@@ -10,6 +10,12 @@ pub const DOCUMENT_SEQUENCE: &str = "turret.dev/document-sequence";
 /// Annotation on the ConfigMap that carries the worker document: its digest.
 pub const DOCUMENT_DIGEST: &str = "turret.dev/document-digest";
 
+/// Annotation on a placement: the operator leaves it and all it owns as they are. Any value but `false`.
+pub const PAUSED: &str = "turret.dev/paused";
+/// Annotation on both kinds: when its value changes, the object is looked at, and its workers look again at what failed. The
+/// value that was handled is in `status.lastHandledReconcileAt`.
+pub const RECONCILE_REQUESTED_AT: &str = "turret.dev/reconcile-requested-at";
+
 /// Label that the API server gives every namespace: its name.
 pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 

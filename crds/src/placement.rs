@@ -596,7 +596,7 @@ impl From<Env> for EnvVar {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelPlacementStatus {
-    /// `Ready`, `Available`, `Reconciling`, `Stalled`, `Accepted`.
+    /// `Ready`, `Available`, `Reconciling`, `Stalled`, `Accepted`; and `Paused`, while it is.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -638,6 +638,9 @@ pub struct ModelPlacementStatus {
     /// When the summaries that move with traffic were last refreshed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub summarized_at: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>,
+    /// The value of the annotation `turret.dev/reconcile-requested-at` that was handled last, its first 256 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_handled_reconcile_at: Option<String>,
 }
 
 fn one() -> i32 {

@@ -1,4 +1,4 @@
-//! `/livez`, `/readyz` and `/metrics` of the operator.
+//! `/livez`, `/readyz`, `/metrics` and `/loglevel` of the operator.
 
 use std::sync::{
     Arc,
@@ -7,7 +7,7 @@ use std::sync::{
 
 use axum::{Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
 
-use crate::metrics::Metrics;
+use crate::{log_level, metrics::Metrics, telemetry::LogFilter};
 
 /// What the endpoints tell.
 #[derive(Clone)]
@@ -28,13 +28,14 @@ impl Health {
         self.synced.store(true, Ordering::Release);
     }
 
-    /// The endpoints.
-    pub fn router(&self) -> Router {
+    /// The endpoints. The server must know its peers' addresses, see [`log_level`].
+    pub fn router(&self, log: LogFilter) -> Router {
         Router::new()
             .route("/livez", get(|| async { "ok" }))
             .route("/readyz", get(readyz))
             .route("/metrics", get(metrics))
             .with_state(self.clone())
+            .merge(log_level::routes(log))
     }
 }
 

@@ -37,12 +37,12 @@ async fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     match cli.command {
         Command::Run(args) => {
-            telemetry::start();
-            run::run(*args).await?;
+            let log = telemetry::start();
+            run::run(*args, log).await?;
         }
         Command::Gateway(args) => {
-            telemetry::start();
-            gateway::run(*args).await?;
+            let log = telemetry::start();
+            gateway::run(*args, log).await?;
         }
         Command::Validate(args) => return validate::command::run(&args),
         Command::Crds => print::crds(std::io::stdout().lock())?,

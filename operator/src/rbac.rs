@@ -17,7 +17,7 @@ pub const GATEWAY_KEYS: &str = "turret-gateway-keys";
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rules {
-    /// The operator's, in every namespace it watches: a ClusterRole, or with `--namespace` a Role there.
+    /// The operator's, in every namespace it watches: a ClusterRole, or with `--namespaces` a Role in each.
     pub operator: Vec<PolicyRule>,
     /// The operator's, for what lies in no namespace: in that ClusterRole, and not needed with `--namespace`.
     pub operator_of_cluster: Vec<PolicyRule>,

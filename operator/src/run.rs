@@ -40,8 +40,10 @@ use crate::{
     health::Health,
     leader::Election,
     metrics::Metrics,
+    namespaces,
     optional_apis::OptionalApis,
     rbac, secrets,
+    telemetry::LogFilter,
 };
 
 /// Finishing what is begun may take this long after SIGTERM.
@@ -58,9 +60,17 @@ const LOADS_AT_ONCE: usize = 1024;
 /// What `turret-operator run` is told.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RunArgs {
-    /// Serve this namespace only; absent: all.
-    #[arg(long, env = "TURRET_WATCH_NAMESPACE")]
-    namespace: Option<String>,
+    /// Serve these namespaces only, separated by commas; absent: all. Nothing outside of them and of the operator's own is
+    /// asked for.
+    #[arg(
+        long,
+        alias = "namespace",
+        env = "TURRET_WATCH_NAMESPACES",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        value_parser = namespaces::name
+    )]
+    namespaces: Vec<String>,
     /// Namespace of the Lease and of the key Secrets; absent: the operator's own.
     #[arg(long, env = "POD_NAMESPACE")]
     operator_namespace: Option<String>,
@@ -89,13 +99,19 @@ pub struct RunArgs {
     /// Name of the Secret with the gateway's signing key.
     #[arg(long, default_value = rbac::GATEWAY_KEYS)]
     gateway_keys_secret: String,
-    /// Where /livez, /readyz and /metrics are served.
+    /// Most objects of each kind that are looked at, and written, at the same time.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    concurrent_reconciles: u16,
+    /// Most workers whose first report is read at the same time, as after a start with thousands of them.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    concurrent_first_reports: u16,
+    /// Where /livez, /readyz, /metrics and /loglevel are served.
     #[arg(long, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
 }
 
 /// Runs the controllers until SIGTERM or SIGINT, or until the leadership is lost.
-pub async fn run(args: RunArgs) -> anyhow::Result<()> {
+pub async fn run(args: RunArgs, log: LogFilter) -> anyhow::Result<()> {
     // Refused only when a provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut config =
@@ -113,24 +129,25 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("failed to listen on {} (--listen)", args.listen))?;
     let mut tasks = JoinSet::new();
-    let router = health.router();
+    let service = health.router(log).into_make_service_with_connect_info::<SocketAddr>();
     tasks.spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
+        if let Err(error) = axum::serve(listener, service).await {
             tracing::error!(%error, "health endpoints ended");
         }
     });
 
-    let apis = tokio::select! {
-        apis = OptionalApis::find(&client) => apis,
+    let optional = tokio::select! {
+        optional = OptionalApis::find(&client) => optional,
         () = stopped(stop.clone()) => return Ok(()),
     };
-    let watched = start_caches(&mut tasks, &client, args.namespace.as_deref(), apis);
+    let served = namespaces::served(args.namespaces.clone());
+    let watched = start_caches(&mut tasks, &client, &served, optional);
     let all = watched.caches.synced();
     tokio::select! {
         () = all => health.caches_are_synced(),
         () = stopped(stop.clone()) => return Ok(()),
     }
-    tracing::info!(%identity, namespace = args.namespace.as_deref().unwrap_or("all"), "caches are synced");
+    tracing::info!(%identity, namespaces = namespaces::text(&served), "caches are synced");
 
     let leases = Api::<Lease>::namespaced(client.clone(), &own_namespace);
     let election = Election::new(leases, &args.lease_name, &identity);
@@ -154,10 +171,11 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     follow_demand(&mut tasks, &ctx);
     follow_gateways(&mut tasks, &ctx, &own_namespace);
     follow_load(&mut tasks, &ctx);
+    let at_once = args.concurrent_reconciles;
     let controllers = async {
         tokio::join!(
-            placement::controller::run(ctx.clone(), stopped(stop.clone())),
-            group::controller::run(ctx.clone(), stopped(stop.clone())),
+            placement::controller::run(ctx.clone(), at_once, stopped(stop.clone())),
+            group::controller::run(ctx.clone(), at_once, stopped(stop.clone())),
         )
     };
     tokio::select! {
@@ -203,8 +221,8 @@ struct Watched {
 fn start_caches(
     tasks: &mut JoinSet<()>,
     client: &Client,
-    namespace: Option<&str>,
-    apis: OptionalApis,
+    namespaces: &[String],
+    optional: OptionalApis,
 ) -> Watched {
     let (placement_wakes, group_wakes) = (Wakes::default(), Wakes::default());
     let pods_changed = Arc::new(Notify::new());
@@ -214,13 +232,13 @@ fn start_caches(
     let waker = Waker { placements: placement_wakes.clone(), groups: group_wakes.clone() };
     let wake = waker.clone();
     let (placements, unreadable_placements) =
-        cache::start(tasks, api(client, namespace), everything.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), everything.clone(), cache::shrink_metadata, move |t| {
             wake.placement_changed(&t);
         });
-    // A Role says nothing of namespaces, and where one namespace is served no group of another is seen.
+    // Roles say nothing of namespaces, so where only some are served their labels are not known.
     let (wake, all_placements) = (waker.clone(), placements.clone());
-    let namespaces = namespace.is_none().then(|| {
-        let all = Api::all(client.clone());
+    let labelled = namespaces.is_empty().then(|| {
+        let all = vec![(String::new(), Api::all(client.clone()))];
         cache::start(tasks, all, everything.clone(), cache::shrink_namespace, move |t| {
             wake.namespace_changed(&t, &all_placements);
         })
@@ -228,7 +246,7 @@ fn start_caches(
     });
     let (wake, all_placements) = (waker.clone(), placements.clone());
     let (groups, unreadable_groups) =
-        cache::start(tasks, api(client, namespace), everything, cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), everything, cache::shrink_metadata, move |t| {
             wake.group_changed(&t, &all_placements);
         });
     // What a placement owns wakes the placement, and its groups through the placement's cache.
@@ -241,7 +259,7 @@ fn start_caches(
     let touch = owned_changed.clone();
     let (config_maps, _) = cache::start(
         tasks,
-        api(client, namespace),
+        apis(client, namespaces),
         owned.clone(),
         |c: &mut k8s_openapi::api::core::v1::ConfigMap| {
             cache::shrink_metadata(c);
@@ -251,23 +269,23 @@ fn start_caches(
     );
     let touch = owned_changed.clone();
     let (services, _) =
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
     let (disruption_budgets, _) =
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
     let (deployments, _) =
-        cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+        cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
             touch(t.both().next().and_then(placement_of));
         });
     let touch = owned_changed.clone();
-    let claim_templates = apis.resource_claim_templates.then(|| {
+    let claim_templates = optional.resource_claim_templates.then(|| {
         let (claim_templates, _) =
-            cache::start(tasks, api(client, namespace), owned.clone(), cache::shrink_metadata, move |t| {
+            cache::start(tasks, apis(client, namespaces), owned.clone(), cache::shrink_metadata, move |t| {
                 touch(t.both().next().and_then(placement_of));
             });
         claim_templates
@@ -276,7 +294,7 @@ fn start_caches(
     let (index, notify) = (pods.clone(), pods_changed.clone());
     let (pod_store, _) = cache::start(
         tasks,
-        api(client, namespace),
+        apis(client, namespaces),
         owned,
         crate::controllers::pod::shrink,
         move |t: Touched<'_, k8s_openapi::api::core::v1::Pod>| {
@@ -293,7 +311,7 @@ fn start_caches(
         groups,
         unreadable_groups,
         placements,
-        namespaces,
+        namespaces: labelled,
         unreadable_placements,
         config_maps,
         services,
@@ -349,7 +367,7 @@ fn context(
         recorder: Recorder::new(client.clone(), reporter),
         client,
         caches: watched.caches.clone(),
-        fleet: Fleet::new(http.clone(), changed),
+        fleet: Fleet::new(http.clone(), changed).reading_at_once(args.concurrent_first_reports.into()),
         public_keys: keys.public.clone(),
         worker_image: args.worker_image.clone(),
         // What workers do anyway is not written into their pods: a new operator is not to replace them.
@@ -404,7 +422,7 @@ fn follow_gateways(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, own_namespace: &
     let notify = changed.clone();
     let (slices, _) = cache::start(
         tasks,
-        api(&ctx.client, Some(own_namespace)),
+        apis(&ctx.client, &[own_namespace.to_owned()]),
         watcher::Config::default().labels(&demand::endpoint::selector()),
         cache::shrink_metadata,
         move |_: Touched<'_, EndpointSlice>| notify.notify_one(),
@@ -465,12 +483,13 @@ fn tell_unreadable(tasks: &mut JoinSet<()>, ctx: &Arc<Context>) {
     }
 }
 
-fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+/// One for each of these namespaces, with its name; none is all of them.
+fn apis<K>(client: &Client, namespaces: &[String]) -> Vec<(String, Api<K>)>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
 {
-    match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
+    if namespaces.is_empty() {
+        return vec![(String::new(), Api::all(client.clone()))];
     }
+    namespaces.iter().map(|name| (name.clone(), Api::namespaced(client.clone(), name))).collect()
 }

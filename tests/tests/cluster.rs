@@ -11,8 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, residency, rights, rollouts, scaling,
-    sharing, sources, spread, switches,
+    answers, deletion, device, faults, leadership, lenses, memory, namespaced, pauses, residency, rights,
+    rollouts, scaling, sharing, sources, spread, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -63,6 +63,7 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, device::a_worker_without_the_device_it_was_given_says_so),
         scenario!(runtime, release, device::a_worker_claims_a_device_of_a_class),
         scenario!(runtime, release, device::kubectl_scale_changes_the_number_of_workers),
+        scenario!(runtime, release, pauses::a_paused_placement_is_left_alone_and_goes_on_afterwards),
         scenario!(runtime, release, scaling::the_worker_that_loses_least_leaves),
         scenario!(runtime, release, scaling::autoscaling_follows_the_load_to_zero_and_back),
         scenario!(runtime, release, faults::service_continues_while_workers_are_killed),
@@ -102,8 +103,10 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, deletion::objects_deleted_in_any_order_leave_nothing),
         scenario!(runtime, release, rights::every_pod_runs_under_restricted_pod_security),
         scenario!(runtime, release, rights::the_operator_writes_nothing_in_steady_state),
-        // It looks back at all the others. Then the kinds are taken away and come back, and at last the chart goes.
+        // It looks back at all the others. Then rights are taken away for a while, the kinds go and come back, and at last the
+        // chart goes.
         scenario!(runtime, release, rights::rights_are_exactly_what_is_used),
+        scenario!(runtime, release, namespaced::a_release_of_one_namespace_asks_for_nothing_outside),
         scenario!(runtime, release, deletion::kinds_deleted_first_take_everything_along_and_may_come_back),
         scenario!(runtime, release, deletion::workers_serve_on_after_helm_uninstall),
     ]

@@ -586,3 +586,31 @@ async fn drain_refuses_new_requests_and_closes_connections() {
     assert_eq!(refused.headers()["connection"], "close");
     assert!(refused.headers().contains_key("retry-after"));
 }
+
+#[tokio::test]
+async fn what_failed_is_looked_at_again_when_somebody_asks() {
+    let folder = tempfile::tempdir().unwrap();
+    let late = folder.path().join("late");
+    let mut family = Family::default().group("a", &lens_uri("base")).lens("a", "late", &uri(&late));
+    let worker = Worker::start(&family.document());
+    let state = |report: &WorkerReport| report.lens("a", "late").map(|lens| lens.state.clone());
+    worker.wait("the failure", |r| matches!(state(r), Some(ArtifactState::Failed { .. }))).await;
+    copy_readable(&fixture("lenses/terse"), &late).unwrap();
+    let url = format!("{}/control/v1/retry", worker.control);
+    assert_eq!(worker.client.post(&url).send().await.unwrap().status(), 401);
+    assert_eq!(worker.client.post(&url).bearer_auth(TOKEN).send().await.unwrap().status(), 202);
+    worker.wait("its files", |r| state(r) == Some(ArtifactState::Ready)).await;
+}
+
+#[tokio::test]
+async fn what_is_logged_changes_while_the_worker_runs() {
+    let worker = Worker::start(&Family::default().group("a", &lens_uri("base")).document());
+    let url = format!("{}/loglevel", worker.control);
+    let level = async || worker.client.get(&url).send().await.unwrap().text().await.unwrap();
+    let change = async |to: &'static str| worker.client.put(&url).body(to).send().await.unwrap().status();
+    assert_eq!(level().await, "info\n");
+    assert_eq!(change("turret_worker=loud").await, 400);
+    assert_eq!(change("warn").await, 200);
+    assert_eq!(level().await, "warn\n");
+    assert!(worker.log().contains("what is logged changes"), "{}", worker.log());
+}

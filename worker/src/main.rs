@@ -29,14 +29,14 @@ fn main() -> ExitCode {
 const LAST_WORK: Duration = Duration::from_secs(1);
 
 fn run(args: ServeArgs) -> ExitCode {
-    telemetry::start(args.log_json);
+    let log = telemetry::start(args.log_json);
     // ring is the one TLS provider; this fails only when it is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return said(Err(error)),
     };
-    let served = runtime.block_on(serve(args));
+    let served = runtime.block_on(serve(args, log));
     // Whatever still writes to the disk is not waited for: what it leaves is half and known to be.
     runtime.shutdown_timeout(LAST_WORK);
     match served {

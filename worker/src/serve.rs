@@ -28,7 +28,7 @@ use crate::residency::hosts::ClientError;
 use crate::residency::resolve::Resolver;
 use crate::residency::source::Roots;
 use crate::residency::{DEFAULT_DISK_BYTES, Residency, Start};
-use crate::telemetry::chain;
+use crate::telemetry::{LogFilter, chain};
 
 /// How long requests are still accepted after SIGTERM.
 const LAG: Duration = Duration::from_secs(2);
@@ -81,8 +81,8 @@ pub enum ServeError {
     EngineStopped,
 }
 
-/// Serves until a signal comes.
-pub async fn serve(args: ServeArgs) -> Result<(), ServeError> {
+/// Serves until a signal comes. `log` is what is logged, which somebody may change.
+pub async fn serve(args: ServeArgs, log: LogFilter) -> Result<(), ServeError> {
     device::choose(args.device, args.accelerator.as_deref())?;
     let threads = device::threads(args.threads);
     let device = device::describe_cpu(threads);
@@ -148,7 +148,7 @@ pub async fn serve(args: ServeArgs) -> Result<(), ServeError> {
     let (data_address, control_address) = (address(&data), address(&control));
     let servers = [
         tokio::spawn(run_server(data, api::data_routes(app.clone()), stop.clone())),
-        tokio::spawn(run_server(control, api::control_routes(app), stop.clone())),
+        tokio::spawn(run_server(control, api::control_routes(app, log), stop.clone())),
     ];
     let follow = tokio::spawn(follow(input, version, document, residency.clone()));
     tracing::info!(data = data_address, control = control_address, "listening");
@@ -177,7 +177,8 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
 }
 
 async fn run_server(listener: TcpListener, routes: axum::Router, stop: CancellationToken) {
-    let served = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await;
+    let service = routes.into_make_service_with_connect_info::<SocketAddr>();
+    let served = axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await;
     if let Err(error) = served {
         tracing::error!(%error, "server ended");
     }

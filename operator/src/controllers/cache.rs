@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt, stream};
 use k8s_openapi::{api::core::v1::Namespace, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, Resource, ResourceExt,
@@ -25,6 +25,7 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
 use super::{
+    merge::Merge,
     unreadable::{Fault, Unreadable},
     wakes::Key,
 };
@@ -58,32 +59,60 @@ impl<K> Touched<'_, K> {
     }
 }
 
-/// Starts to keep all objects of a kind, and which of them cannot be read. `shrink` drops what no
-/// decision needs; `touched` hears of every change after the store has it.
+/// Starts to keep all objects of a kind, of these namespaces or of all in one, and which of them cannot be read. `shrink`
+/// drops what no decision needs; `touched` hears of every change after the store has it.
 pub fn start<K: Cached>(
     tasks: &mut JoinSet<()>,
-    api: Api<DeserializeGuard<K>>,
+    apis: Vec<(String, Api<DeserializeGuard<K>>)>,
     config: watcher::Config,
     shrink: fn(&mut K),
     touched: impl Fn(Touched<'_, K>) + Send + Sync + 'static,
 ) -> (Store<K>, Unreadable) {
     let (reader, writer) = store::<K>();
     let unreadable = Unreadable::default();
-    let keeper = Keeper::new(reader.clone(), writer, unreadable.clone(), shrink);
-    let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
-    tasks.spawn(keep(events, keeper, touched));
+    let keeper = Keeper::new(reader.clone(), writer, unreadable.clone());
+    let merge = Merge::of(apis.iter().map(|(namespace, _)| namespace.clone()));
+    let watches = apis.into_iter().enumerate().map(|(number, (_, api))| {
+        let config = config.clone();
+        let events = relisting(move || watcher(api.clone(), config.clone()).default_backoff());
+        events.map(move |event| (number, event.map(|event| shrunk(event, shrink)))).boxed()
+    });
+    tasks.spawn(keep(stream::select_all(watches), merge, keeper, touched));
     (reader, unreadable)
 }
 
+/// An event whose object is without what no decision needs.
+fn shrunk<K>(
+    event: watcher::Event<DeserializeGuard<K>>,
+    shrink: fn(&mut K),
+) -> watcher::Event<DeserializeGuard<K>> {
+    use watcher::Event;
+    let shrunk = |mut guard: DeserializeGuard<K>| {
+        if let Ok(object) = &mut guard.0 {
+            shrink(object);
+        }
+        guard
+    };
+    match event {
+        Event::Apply(guard) => Event::Apply(shrunk(guard)),
+        Event::InitApply(guard) => Event::InitApply(shrunk(guard)),
+        other => other,
+    }
+}
+
 async fn keep<K: Cached>(
-    events: impl futures::Stream<Item = Result<watcher::Event<DeserializeGuard<K>>, watcher::Error>> + Send,
+    mut events: impl Stream<Item = Numbered<K>> + Unpin + Send,
+    mut merge: Merge<K>,
     mut keeper: Keeper<K>,
     touched: impl Fn(Touched<'_, K>) + Send + Sync,
 ) {
-    let mut events = std::pin::pin!(events);
-    while let Some(event) = events.next().await {
+    while let Some((number, event)) = events.next().await {
         match event {
-            Ok(event) => keeper.take(event, &touched),
+            Ok(event) => {
+                for event in merge.take(number, event) {
+                    keeper.take(event, &touched);
+                }
+            }
             // The watch retries by itself, with growing pauses.
             Err(error) => {
                 tracing::warn!(kind = %K::kind(&()), error = %chain(&error), "watch failed")
@@ -91,6 +120,9 @@ async fn keep<K: Cached>(
         }
     }
 }
+
+/// What one of several watches shows, and its number.
+type Numbered<K> = (usize, Result<watcher::Event<DeserializeGuard<K>>, watcher::Error>);
 
 struct Keeper<K: Cached> {
     reader: Store<K>,
@@ -101,7 +133,6 @@ struct Keeper<K: Cached> {
     listed: Option<HashMap<ObjectRef<K>, Arc<K>>>,
     /// While a new list comes in: what of it cannot be read.
     faults: BTreeMap<Key, Fault>,
-    shrink: fn(&mut K),
 }
 
 /// An object that cannot be read.
@@ -115,8 +146,8 @@ fn key_of<K: Resource>(object: &K) -> Key {
 }
 
 impl<K: Cached> Keeper<K> {
-    fn new(reader: Store<K>, writer: Writer<K>, unreadable: Unreadable, shrink: fn(&mut K)) -> Self {
-        Self { reader, writer, unreadable, listed: None, faults: BTreeMap::new(), shrink }
+    fn new(reader: Store<K>, writer: Writer<K>, unreadable: Unreadable) -> Self {
+        Self { reader, writer, unreadable, listed: None, faults: BTreeMap::new() }
     }
 
     fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>, touched: &impl Fn(Touched<'_, K>)) {
@@ -128,7 +159,7 @@ impl<K: Cached> Keeper<K> {
                 self.faults.clear();
                 self.writer.apply_watcher_event(&Event::Init);
             }
-            Event::InitApply(guard) => match self.read(guard) {
+            Event::InitApply(guard) => match Self::read(guard) {
                 Ok(object) => self.writer.apply_watcher_event(&Event::InitApply(object)),
                 Err(skipped) => {
                     let Skipped { key, fault } = *skipped;
@@ -152,7 +183,7 @@ impl<K: Cached> Keeper<K> {
                     touched(Touched { key: &key, before: None, after: None });
                 }
             }
-            Event::Apply(guard) => match self.read(guard) {
+            Event::Apply(guard) => match Self::read(guard) {
                 Ok(object) => {
                     let key = key_of(&object);
                     self.unreadable.remove(&key);
@@ -190,12 +221,9 @@ impl<K: Cached> Keeper<K> {
         Some(gone)
     }
 
-    fn read(&self, guard: DeserializeGuard<K>) -> Result<K, Box<Skipped>> {
+    fn read(guard: DeserializeGuard<K>) -> Result<K, Box<Skipped>> {
         let invalid = match guard.0 {
-            Ok(mut object) => {
-                (self.shrink)(&mut object);
-                return Ok(object);
-            }
+            Ok(object) => return Ok(object),
             Err(invalid) => invalid,
         };
         let error = invalid.error.clone();
@@ -240,12 +268,16 @@ mod tests {
 
     use super::*;
 
-    fn guard(name: &str, spec: serde_json::Value) -> DeserializeGuard<ModelGroup> {
+    fn guard_in(namespace: &str, name: &str, spec: serde_json::Value) -> DeserializeGuard<ModelGroup> {
         serde_json::from_value(serde_json::json!({
             "apiVersion": "turret.dev/v1alpha1", "kind": "ModelGroup",
-            "metadata": {"name": name, "namespace": "n"}, "spec": spec,
+            "metadata": {"name": name, "namespace": namespace}, "spec": spec,
         }))
         .unwrap()
+    }
+
+    fn guard(name: &str, spec: serde_json::Value) -> DeserializeGuard<ModelGroup> {
+        guard_in("n", name, spec)
     }
 
     fn good(name: &str) -> DeserializeGuard<ModelGroup> {
@@ -255,7 +287,7 @@ mod tests {
     /// Takes events and returns what was told, as `before>after`, or as `name?` where there is neither.
     fn told(events: Vec<watcher::Event<DeserializeGuard<ModelGroup>>>) -> (Vec<String>, Vec<String>) {
         let (reader, writer) = store::<ModelGroup>();
-        let mut keeper = Keeper::new(reader.clone(), writer, Unreadable::default(), |_| {});
+        let mut keeper = Keeper::new(reader.clone(), writer, Unreadable::default());
         let log = Mutex::new(Vec::new());
         let name = |o: Option<&ModelGroup>| o.map(|o| o.name_any()).unwrap_or_default();
         for event in events {
@@ -303,7 +335,7 @@ mod tests {
     fn an_object_that_lies_in_no_namespace_is_kept_and_forgotten_like_any_other() {
         use watcher::Event::*;
         let (reader, writer) = store::<Namespace>();
-        let mut keeper = Keeper::new(reader.clone(), writer, Unreadable::default(), shrink_namespace);
+        let mut keeper = Keeper::new(reader.clone(), writer, Unreadable::default());
         let namespace = |name: &str| -> DeserializeGuard<Namespace> {
             let metadata =
                 serde_json::json!({"name": name, "labels": {"team": name}, "annotations": {"a": "b"}});
@@ -312,7 +344,7 @@ mod tests {
         };
         let gone = Mutex::new(Vec::new());
         for event in [Apply(namespace("a")), Apply(namespace("b")), Delete(namespace("a"))] {
-            keeper.take(event, &|t: Touched<'_, Namespace>| {
+            keeper.take(shrunk(event, shrink_namespace), &|t: Touched<'_, Namespace>| {
                 gone.lock().extend(t.before.map(|before| before.name_any()));
             });
         }
@@ -320,6 +352,38 @@ mod tests {
         let kept = reader.get(&ObjectRef::new("b")).expect("it is there");
         assert_eq!((kept.labels()["team"].as_str(), kept.annotations().len()), ("b", 0));
         assert_eq!(reader.len(), 1);
+    }
+
+    #[test]
+    fn a_list_of_one_namespace_forgets_what_cannot_be_read_there_and_nothing_else() {
+        use watcher::Event::*;
+        let broken = |namespace: &str| guard_in(namespace, "broken", serde_json::json!({"base": 7}));
+        let (reader, writer) = store::<ModelGroup>();
+        let unreadable = Unreadable::default();
+        let mut keeper = Keeper::new(reader, writer, unreadable.clone());
+        let mut merge = Merge::of(["m".to_owned(), "n".to_owned()]);
+        let mut take = |number, event| {
+            let mut told = Vec::new();
+            for event in merge.take(number, event) {
+                let log = Mutex::new(Vec::new());
+                keeper.take(event, &|t: Touched<'_, ModelGroup>| log.lock().push(t.key.clone()));
+                told.append(&mut log.into_inner());
+            }
+            told
+        };
+        let (in_m, in_n) = (("m".to_owned(), "broken".to_owned()), ("n".to_owned(), "broken".to_owned()));
+        for (number, namespace) in [(0, "m"), (1, "n")] {
+            assert!(take(number, Init).is_empty());
+            assert!(take(number, InitApply(broken(namespace))).is_empty());
+            if number == 0 {
+                assert!(take(number, InitDone).is_empty(), "the other one has yet to be listed");
+            }
+        }
+        assert_eq!(take(1, InitDone), [in_m.clone(), in_n.clone()]);
+        assert!(unreadable.why(&in_m).is_some() && unreadable.why(&in_n).is_some());
+        take(0, Init);
+        assert_eq!(take(0, InitDone), [in_m.clone()]);
+        assert!(unreadable.why(&in_m).is_none() && unreadable.why(&in_n).is_some());
     }
 
     #[test]

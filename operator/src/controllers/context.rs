@@ -32,6 +32,7 @@ use super::{
     placement::{
         claims::ResourceClaimTemplate,
         demand::Demands,
+        nudge,
         push::{self, Offer, PushError, Pushes, Recipient},
         scaling::Scaling,
     },
@@ -306,6 +307,15 @@ impl Context {
         failures
     }
 
+    /// Asks the workers of a placement to look again, at once, at what failed.
+    pub async fn look_again(&self, key: &Key) {
+        let fleet = self.fleet.snapshot();
+        let workers = fleet.values().filter(|w| w.endpoint.attached == *key);
+        let failed = workers.filter(|w| w.believed().is_some_and(|report| nudge::has_failures(report)));
+        let failed: Vec<_> = failed.map(|w| w.endpoint.clone()).collect();
+        nudge::nudge(&self.http, failed).await;
+    }
+
     /// Publishes an event when what `Ready` says has changed. A lost event is no harm: the
     /// condition says the same.
     pub async fn tell_ready<K>(&self, object: &K, before: &[Condition], after: &[Condition])
@@ -364,5 +374,5 @@ impl Context {
 /// Reasons that a person should look at.
 fn is_trouble(reason: &str) -> bool {
     use condition::reason::*;
-    ![ROLLING_OUT, UPDATING, LOADING, SERVING, DONE].contains(&reason)
+    ![ROLLING_OUT, UPDATING, LOADING, SERVING, DONE, PAUSED].contains(&reason)
 }

@@ -2,9 +2,11 @@
 //!
 //! Each is `observe → plan → apply → status`: `reconcile.rs` reads the caches and acts, `plan.rs`,
 //! `resources.rs` and `status.rs` decide and are pure. What both kinds share lies here: what the
-//! pods and the workers' reports say ([`pod`], [`assess`]), whether a live object already is as
-//! wanted ([`live`]), the caches ([`cache`]), and the queue of what is to be looked at ([`wakes`]).
+//! pods and the workers' reports say ([`pod`], [`assess`]), what people ask for by annotations
+//! ([`asked`]), whether a live object already is as wanted ([`live`]), the caches ([`cache`], [`merge`]), and the
+//! queue of what is to be looked at ([`wakes`]).
 
+pub mod asked;
 pub mod assess;
 pub mod cache;
 pub mod context;
@@ -12,6 +14,7 @@ pub mod context;
 pub(crate) mod fixtures;
 pub mod group;
 pub mod live;
+pub mod merge;
 pub mod placement;
 pub mod pod;
 pub mod retry;

@@ -14,7 +14,7 @@ mod stream;
 use std::{collections::BTreeMap, sync::Arc};
 
 use parking_lot::{Mutex, RwLock};
-use tokio::task::AbortHandle;
+use tokio::{sync::Semaphore, task::AbortHandle};
 use turret_crds::{WorkerReport, report::Change};
 
 pub use stream::StreamError;
@@ -87,6 +87,10 @@ pub enum Moved {
     Link,
 }
 
+/// Workers whose first reports are read at the same time, where nobody says otherwise. Each may be megabytes, and after a start
+/// thousands of workers have one to give.
+pub const FIRST_REPORTS_AT_ONCE: usize = 64;
+
 type OnChange<A> = dyn Fn(&Endpoint<A>, Moved) + Send + Sync;
 
 /// The task that follows each worker, and where it does.
@@ -97,6 +101,8 @@ pub struct Fleet<A> {
     shared: Arc<Shared<A>>,
     tasks: Mutex<Tasks<A>>,
     http: reqwest::Client,
+    /// One place for each first report that is being read.
+    first_reports: Arc<Semaphore>,
 }
 
 struct Shared<A> {
@@ -111,7 +117,14 @@ impl<A: Clone + PartialEq + Send + Sync + 'static> Fleet<A> {
         on_change: impl Fn(&Endpoint<A>, Moved) + Send + Sync + 'static,
     ) -> Self {
         let shared = Shared { snapshot: RwLock::default(), on_change: Box::new(on_change) };
-        Self { shared: Arc::new(shared), tasks: Mutex::default(), http }
+        let first_reports = Arc::new(Semaphore::new(FIRST_REPORTS_AT_ONCE));
+        Self { shared: Arc::new(shared), tasks: Mutex::default(), http, first_reports }
+    }
+
+    /// Reads the first reports of at most so many workers at the same time; the others wait with their streams open.
+    pub fn reading_at_once(mut self, most: usize) -> Self {
+        self.first_reports = Arc::new(Semaphore::new(most.max(1)));
+        self
     }
 
     /// All workers as they are known now. Cheap: a shared, immutable value.
@@ -156,8 +169,13 @@ impl<A: Clone + PartialEq + Send + Sync + 'static> Fleet<A> {
         }
         let worker = Worker { endpoint: endpoint.clone(), link: Link::Connecting, report: None };
         Arc::make_mut(&mut *self.shared.snapshot.write()).insert(id.clone(), worker);
-        let task =
-            tokio::spawn(stream::follow(self.http.clone(), endpoint.clone(), Sink(self.shared.clone())));
+        let follow = stream::follow(
+            self.http.clone(),
+            endpoint.clone(),
+            Sink(self.shared.clone()),
+            self.first_reports.clone(),
+        );
+        let task = tokio::spawn(follow);
         tasks.insert(id, (endpoint.clone(), task.abort_handle()));
         drop(tasks);
         (self.shared.on_change)(&endpoint, Moved::Link);

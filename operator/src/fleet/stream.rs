@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures::{Stream, StreamExt};
-use tokio::time::Instant;
+use tokio::{sync::Semaphore, time::Instant};
 use turret_crds::report::StateEvent;
 
 use super::{Endpoint, Sink};
@@ -45,12 +45,17 @@ pub enum StreamError {
 }
 
 /// Reads the stream of a worker for ever. Ends only by being aborted.
-pub(super) async fn follow<A: Clone>(http: reqwest::Client, endpoint: Arc<Endpoint<A>>, sink: Sink<A>) {
+pub(super) async fn follow<A: Clone>(
+    http: reqwest::Client,
+    endpoint: Arc<Endpoint<A>>,
+    sink: Sink<A>,
+    first_reports: Arc<Semaphore>,
+) {
     let mut pause = BACKOFF.0;
     loop {
         let started = Instant::now();
         let mut opened = false;
-        let error = read(&http, &endpoint, &sink, &mut opened).await;
+        let error = read(&http, &endpoint, &sink, &first_reports, &mut opened).await;
         tracing::debug!(worker = %endpoint.id, %error, "state stream ended");
         if opened {
             pause = BACKOFF.0;
@@ -71,6 +76,7 @@ async fn read<A: Clone>(
     http: &reqwest::Client,
     endpoint: &Endpoint<A>,
     sink: &Sink<A>,
+    first_reports: &Semaphore,
     opened: &mut bool,
 ) -> StreamError {
     let lines = match tokio::time::timeout(OPEN_TIMEOUT, open(http, endpoint)).await {
@@ -79,6 +85,8 @@ async fn read<A: Clone>(
         Err(_) => return StreamError::Connection("it did not answer in time".into()),
     };
     let mut lines = std::pin::pin!(Lines { body: lines, buffer: BytesMut::new() });
+    // Only now: a worker that cannot be reached is not to keep others from being heard.
+    let mut place = Some(first_reports.acquire().await.expect("the semaphore is never closed"));
     loop {
         let line = match tokio::time::timeout(SILENCE, lines.next()).await {
             Ok(Ok(Some(line))) => line,
@@ -89,6 +97,7 @@ async fn read<A: Clone>(
         match serde_json::from_slice::<StateEvent>(&line) {
             Ok(StateEvent::Snapshot(report)) => {
                 *opened = true;
+                drop(place.take());
                 sink.opened(&endpoint.id, *report);
             }
             Ok(StateEvent::Change(_)) if !*opened => {

@@ -195,6 +195,36 @@ async fn a_reader_of_the_golden_stream_has_exactly_the_worker_s_report() {
 }
 
 #[tokio::test]
+async fn first_reports_are_read_a_few_at_a_time() {
+    let silent = || Script { lines: String::new(), ends: false };
+    let snapshot = serde_json::to_string(&StateEvent::Snapshot(Box::new(first_report()))).unwrap() + "\n";
+    let (_, first) = FakeWorker::start(vec![silent()]).await;
+    let (second, url) = FakeWorker::start(vec![Script { lines: snapshot, ends: false }]).await;
+    let (fleet, mut moves) = fleet();
+    let fleet = fleet.reading_at_once(1);
+    let asked = async {
+        let id = WorkerId("ns/first".into());
+        fleet.follow(Endpoint { id: id.clone(), ..endpoint(&first, "secret") });
+        while fleet.first_reports.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        fleet.follow(endpoint(&url, "secret"));
+        while !second.scripts.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        id
+    };
+    let id = tokio::time::timeout(Duration::from_secs(10), asked).await.expect("both are asked");
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(fleet.snapshot()[&WorkerId("ns/w".into())].link, Link::Connecting, "it waits for its turn");
+    fleet.forget(&id);
+    until(&fleet, &mut moves, |w| w.believed().is_some()).await;
+    assert_eq!(fleet.first_reports.available_permits(), 1, "what has been read takes no place");
+}
+
+#[tokio::test]
 async fn a_worker_that_refuses_or_cannot_be_reached_is_lost_and_says_why() {
     let (_, url) = FakeWorker::start(vec![]).await;
     let (fleet, mut moves) = fleet();

@@ -40,8 +40,8 @@ use crate::{
 pub struct Watched {
     /// The way to the API server.
     pub client: Client,
-    /// The only namespace to look at; `None` is all of them.
-    pub namespace: Option<String>,
+    /// The only namespaces to look at; none is all of them.
+    pub namespaces: Vec<String>,
     /// The gateway's own namespace, where its Secret is.
     pub own_namespace: String,
     /// Name of that Secret.
@@ -49,45 +49,66 @@ pub struct Watched {
 }
 
 impl Watched {
-    fn api<K>(&self) -> Api<K>
+    /// The parts of the cluster that are watched, each by itself.
+    fn parts(&self) -> Vec<Part> {
+        if self.namespaces.is_empty() {
+            return vec![None];
+        }
+        self.namespaces.iter().map(|name| Some(name.as_str().into())).collect()
+    }
+
+    fn api<K>(&self, part: &Part) -> Api<K>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
     {
-        match &self.namespace {
+        match part {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         }
     }
 }
 
+/// A namespace, or all of them.
+type Part = Option<Arc<str>>;
+
 /// Objects of one kind, by namespace and name.
 struct Objects<K> {
     current: BTreeMap<(String, String), K>,
-    /// What a list that is being read has shown so far.
-    listing: Option<BTreeMap<(String, String), K>>,
-    listed: bool,
+    /// What lists that are being read have shown so far.
+    listing: BTreeMap<Part, BTreeMap<(String, String), K>>,
+    /// What has been listed.
+    listed: BTreeSet<Part>,
 }
 
 impl<K: Resource<DynamicType = ()> + Clone> Objects<K> {
     fn new() -> Self {
-        Self { current: BTreeMap::new(), listing: None, listed: false }
+        Self { current: BTreeMap::new(), listing: BTreeMap::new(), listed: BTreeSet::new() }
     }
 
-    /// Takes an event in and notes the namespaces it touches.
-    fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>, touched: &mut BTreeSet<String>) {
+    /// Takes an event of a watch in and notes the namespaces it touches.
+    fn take(
+        &mut self,
+        part: &Part,
+        event: watcher::Event<DeserializeGuard<K>>,
+        touched: &mut BTreeSet<String>,
+    ) {
         match event {
-            watcher::Event::Init => self.listing = Some(BTreeMap::new()),
+            watcher::Event::Init => drop(self.listing.insert(part.clone(), BTreeMap::new())),
             watcher::Event::InitApply(guard) => {
                 let key = key(&guard);
                 if let Some(object) = read(&key, guard).or_else(|| self.current.get(&key).cloned()) {
-                    self.listing.get_or_insert_default().insert(key, object);
+                    self.listing.entry(part.clone()).or_default().insert(key, object);
                 }
             }
             watcher::Event::InitDone => {
-                let listed = self.listing.take().unwrap_or_default();
-                touched.extend(self.current.keys().chain(listed.keys()).map(|(ns, _)| ns.clone()));
-                self.current = listed;
-                self.listed = true;
+                let mut listed = self.listing.remove(part).unwrap_or_default();
+                // A list tells nothing of other namespaces than its own.
+                let is_told = |namespace: &str| part.as_deref().is_none_or(|part| part == namespace);
+                let told = self.current.keys().chain(listed.keys()).map(|(namespace, _)| namespace);
+                touched.extend(told.filter(|namespace| is_told(namespace)).cloned());
+                self.current.retain(|(namespace, _), _| !is_told(namespace));
+                self.current.append(&mut listed);
+                self.listed.insert(part.clone());
             }
             watcher::Event::Apply(guard) => {
                 let key = key(&guard);
@@ -136,30 +157,23 @@ fn lean<K: ResourceExt>(mut object: K) -> K {
 }
 
 enum Seen {
-    Group(Box<watcher::Event<DeserializeGuard<ModelGroup>>>),
-    Placement(Box<watcher::Event<DeserializeGuard<ModelPlacement>>>),
-    Slice(Box<watcher::Event<DeserializeGuard<EndpointSlice>>>),
+    Group(Part, Box<watcher::Event<DeserializeGuard<ModelGroup>>>),
+    Placement(Part, Box<watcher::Event<DeserializeGuard<ModelPlacement>>>),
+    Slice(Part, Box<watcher::Event<DeserializeGuard<EndpointSlice>>>),
     Namespace(Box<watcher::Event<DeserializeGuard<NamespaceObject>>>),
 }
 
 /// Watches for ever. `tokens` signs what workers ask for.
 pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Directory>) {
-    let mut events: Vec<BoxStream<'static, Seen>> = vec![
-        watch(watched.api(), watcher::Config::default()).map(|event| Seen::Group(Box::new(event))).boxed(),
-        watch(watched.api(), watcher::Config::default())
-            .map(|event| Seen::Placement(Box::new(event)))
-            .boxed(),
-        watch(watched.api(), watcher::Config::default().labels(label::PLACEMENT))
-            .map(|event| Seen::Slice(Box::new(event)))
-            .boxed(),
-    ];
+    let parts = watched.parts();
+    let mut events: Vec<BoxStream<'static, Seen>> =
+        parts.iter().flat_map(|part| watches(&watched, part)).collect();
     let mut namespaces = Objects::new();
-    if watched.namespace.is_none() {
+    // Roles say nothing of namespaces, so where only some are served their labels are not known.
+    let sees_labels = watched.namespaces.is_empty();
+    if sees_labels {
         let all = watch(Api::all(watched.client.clone()), watcher::Config::default());
         events.push(all.map(|event| Seen::Namespace(Box::new(event))).boxed());
-    } else {
-        // A Role says nothing of namespaces, and where one is served no group of another is seen.
-        namespaces.listed = true;
     }
     let mut events = futures::stream::select_all(events).ready_chunks(256);
     let mut groups = Objects::new();
@@ -170,16 +184,17 @@ pub async fn follow(watched: Watched, tokens: Arc<Signer>, directory: Arc<Direct
         let (mut declared, mut owners, mut addresses) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for event in events {
             match event {
-                Seen::Group(event) => groups.take(*event, &mut owners),
-                Seen::Placement(event) => placements.take(*event, &mut declared),
-                Seen::Slice(event) => slices.take(*event, &mut addresses),
-                Seen::Namespace(event) => namespaces.take(*event, &mut declared),
+                Seen::Group(part, event) => groups.take(&part, *event, &mut owners),
+                Seen::Placement(part, event) => placements.take(&part, *event, &mut declared),
+                Seen::Slice(part, event) => slices.take(&part, *event, &mut addresses),
+                Seen::Namespace(event) => namespaces.take(&None, *event, &mut declared),
             }
         }
         if !owners.is_empty() {
             declared.extend(users(&placements, &owners));
         }
-        let complete = groups.listed && placements.listed && slices.listed && namespaces.listed;
+        let listed = [groups.listed.len(), placements.listed.len(), slices.listed.len()];
+        let complete = listed == [parts.len(); 3] && (!sees_labels || !namespaces.listed.is_empty());
         if complete && !catalog.complete {
             tracing::info!(
                 groups = groups.current.len(),
@@ -227,6 +242,24 @@ fn declare(
     });
     let labels = namespaces.get(name, name).map(|namespace| namespace.labels().clone()).unwrap_or_default();
     Namespace::declared(named, placements.of(name), &labels)
+}
+
+/// The watches of a part of the cluster.
+fn watches(watched: &Watched, part: &Part) -> [BoxStream<'static, Seen>; 3] {
+    let all = watcher::Config::default();
+    let of_placements = watcher::Config::default().labels(label::PLACEMENT);
+    let at = part.clone();
+    let groups = watch(watched.api(part), all.clone())
+        .map(move |event| Seen::Group(at.clone(), Box::new(event)))
+        .boxed();
+    let at = part.clone();
+    let placements =
+        watch(watched.api(part), all).map(move |event| Seen::Placement(at.clone(), Box::new(event))).boxed();
+    let at = part.clone();
+    let slices = watch(watched.api(part), of_placements)
+        .map(move |event| Seen::Slice(at.clone(), Box::new(event)))
+        .boxed();
+    [groups, placements, slices]
 }
 
 fn endpoints(
@@ -301,8 +334,16 @@ fn read_key(secret: &Secret) -> Option<SigningKey> {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
+    use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
 
     use super::*;
+
+    fn slice(namespace: &str, name: &str) -> DeserializeGuard<EndpointSlice> {
+        serde_json::from_value(json!({
+            "addressType": "IPv4", "metadata": {"name": name, "namespace": namespace}, "endpoints": [],
+        }))
+        .unwrap()
+    }
 
     fn group(name: &str, spec: &Value) -> DeserializeGuard<ModelGroup> {
         serde_json::from_value(json!({
@@ -312,29 +353,71 @@ mod tests {
         .unwrap()
     }
 
-    fn names(objects: &Objects<ModelGroup>) -> Vec<&str> {
-        objects.of("n").filter_map(|group| group.metadata.name.as_deref()).collect()
+    fn names<K>(objects: &Objects<K>) -> Vec<String> {
+        objects.current.keys().map(|(namespace, name)| format!("{namespace}/{name}")).collect()
+    }
+
+    #[test]
+    fn a_list_of_one_namespace_says_nothing_of_another() {
+        let mut objects = Objects::new();
+        let mut touched = BTreeSet::new();
+        let (a, b): (Part, Part) = (Some("a".into()), Some("b".into()));
+        for (part, event) in [
+            (&a, Init),
+            (&b, Init),
+            (&a, InitApply(slice("a", "x"))),
+            (&b, InitApply(slice("b", "y"))),
+            (&a, InitDone),
+        ] {
+            objects.take(part, event, &mut touched);
+        }
+        assert_eq!((names(&objects), objects.listed.len()), (vec!["a/x".to_owned()], 1));
+        objects.take(&b, InitDone, &mut touched);
+        assert_eq!((names(&objects), objects.listed.len()), (vec!["a/x".to_owned(), "b/y".to_owned()], 2));
+        touched.clear();
+        for event in [Init, InitApply(slice("b", "z")), InitDone] {
+            objects.take(&b, event, &mut touched);
+        }
+        assert_eq!(names(&objects), ["a/x", "b/z"]);
+        assert_eq!(touched, BTreeSet::from(["b".to_owned()]));
+        objects.take(&a, Apply(slice("a", "w")), &mut touched);
+        objects.take(&a, Delete(slice("a", "x")), &mut touched);
+        assert_eq!(names(&objects), ["a/w", "b/z"]);
+    }
+
+    #[test]
+    fn one_list_of_everything_replaces_all() {
+        let mut objects = Objects::new();
+        let mut touched = BTreeSet::new();
+        for event in [Init, InitApply(slice("a", "x")), InitDone, Init, InitApply(slice("b", "y")), InitDone]
+        {
+            objects.take(&None, event, &mut touched);
+        }
+        assert_eq!(names(&objects), ["b/y"]);
+        assert_eq!(touched, BTreeSet::from(["a".to_owned(), "b".to_owned()]));
     }
 
     #[test]
     fn an_object_that_cannot_be_read_keeps_none_of_the_others_from_being_served() {
-        use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         let (good, broken) = (json!({"base": {"source": {"uri": "file:///m"}}}), json!({"base": null}));
-        let (mut groups, mut touched) = (Objects::new(), BTreeSet::new());
-        for event in [Init, InitApply(group("a", &good)), InitApply(group("b", &broken)), InitDone] {
-            groups.take(event, &mut touched);
+        let parts: [Part; 2] = [None, Some("n".into())];
+        for part in parts {
+            let (mut groups, mut touched) = (Objects::new(), BTreeSet::new());
+            for event in [Init, InitApply(group("a", &good)), InitApply(group("b", &broken)), InitDone] {
+                groups.take(&part, event, &mut touched);
+            }
+            assert_eq!((names(&groups), groups.listed.len()), (vec!["n/a".to_owned()], 1));
+            assert_eq!(touched, BTreeSet::from(["n".to_owned()]));
+            // It can be read, and then it cannot: what it was is served, over a new list too.
+            for event in [Apply(group("b", &good)), Apply(group("b", &broken)), Init] {
+                groups.take(&part, event, &mut touched);
+            }
+            for event in [InitApply(group("b", &broken)), InitDone] {
+                groups.take(&part, event, &mut touched);
+            }
+            assert_eq!(names(&groups), ["n/b"]);
+            groups.take(&part, Delete(group("b", &broken)), &mut touched);
+            assert_eq!(names(&groups), [""; 0]);
         }
-        assert_eq!((names(&groups), groups.listed, touched), (vec!["a"], true, ["n".to_owned()].into()));
-        // It can be read, and then it cannot: what it was is served, over a new list too.
-        let mut touched = BTreeSet::new();
-        for event in [Apply(group("b", &good)), Apply(group("b", &broken)), Init] {
-            groups.take(event, &mut touched);
-        }
-        for event in [InitApply(group("b", &broken)), InitDone] {
-            groups.take(event, &mut touched);
-        }
-        assert_eq!(names(&groups), ["b"]);
-        groups.take(Delete(group("b", &broken)), &mut touched);
-        assert_eq!(names(&groups), [""; 0]);
     }
 }

@@ -9,7 +9,8 @@
 //! Kubernetes API ([`kubernetes`]), and what each worker *says* on its own state stream
 //! ([`crate::fleet`]). It has no state of its own that a restart would lose, so any number of
 //! replicas can run side by side. [`demand`] counts what is asked of
-//! placements that scale by it. [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`] and [`listing`] are pure.
+//! placements that scale by it. [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`], [`listing`] and [`fleet_view`]
+//! are pure.
 
 use std::{
     net::SocketAddr,
@@ -22,6 +23,7 @@ use clap::ValueEnum;
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
+    task::JoinSet,
 };
 
 use self::{
@@ -35,13 +37,15 @@ use self::{
 use crate::{
     fleet::{Endpoint, WorkerId},
     keys::{Signer, TokenSource},
-    rbac,
+    namespaces, rbac,
+    telemetry::LogFilter,
 };
 
 pub mod catalog;
 pub mod demand;
 pub mod directory;
 pub mod endpoint;
+pub mod fleet_view;
 pub mod headers;
 pub mod hold;
 pub mod kubernetes;
@@ -89,9 +93,21 @@ pub struct GatewayArgs {
     /// Address to listen on.
     #[arg(long, env = "TURRET_GATEWAY_LISTEN", default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
-    /// Serve what is declared in this namespace only. Absent: in all namespaces.
-    #[arg(long, env = "TURRET_WATCH_NAMESPACE", conflicts_with = "workers")]
-    namespace: Option<String>,
+    /// Address of the admin port, with /fleet (what each worker holds and why) and /loglevel. It asks nobody who they are and
+    /// shows all namespaces: 127.0.0.1 is reached by `kubectl port-forward` only. Absent: there is none.
+    #[arg(long, env = "TURRET_GATEWAY_ADMIN_LISTEN", value_name = "ADDRESS")]
+    admin_listen: Option<SocketAddr>,
+    /// Serve what is declared in these namespaces only, separated by commas. Absent: in all namespaces.
+    #[arg(
+        long,
+        alias = "namespace",
+        env = "TURRET_WATCH_NAMESPACES",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        value_parser = namespaces::name,
+        conflicts_with = "workers"
+    )]
+    namespaces: Vec<String>,
     /// Namespace of requests that name none by X-Turret-Namespace or /ns/NAMESPACE. Absent: the
     /// one namespace that has the model. With --worker: the namespace that the workers are in.
     #[arg(long, env = "TURRET_GATEWAY_DEFAULT_NAMESPACE")]
@@ -145,12 +161,27 @@ impl Default for Settings {
 }
 
 /// Runs the gateway until it is told to stop.
-pub async fn run(args: GatewayArgs) -> anyhow::Result<()> {
+pub async fn run(args: GatewayArgs, log: LogFilter) -> anyhow::Result<()> {
     // Another part of the process may have chosen it already; there is only one to choose.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let listener = TcpListener::bind(args.listen).await.with_context(|| {
         format!("failed to listen on {}; choose another address with --listen", args.listen)
     })?;
+    let admin = match args.admin_listen {
+        Some(address) => Some(TcpListener::bind(address).await.with_context(|| {
+            format!("failed to listen on {address}; choose another address with --admin-listen")
+        })?),
+        None => None,
+    };
+    let serve_admin = |directory: &Arc<Directory>| {
+        let routes = routes::admin::router(directory.clone(), log);
+        // Ends with the value that is returned.
+        let mut task = JoinSet::new();
+        if let Some(listener) = admin {
+            task.spawn(server::serve_admin(listener, routes));
+        }
+        task
+    };
     match args.auth {
         Auth::None => tracing::warn!(
             listen = %args.listen,
@@ -170,10 +201,11 @@ pub async fn run(args: GatewayArgs) -> anyhow::Result<()> {
             "failed to find a Kubernetes cluster; set KUBECONFIG, or name workers with --worker URL",
         )?;
         let own_namespace = args.own_namespace.unwrap_or_else(|| client.default_namespace().to_owned());
-        let watched =
-            Watched { client, namespace: args.namespace, own_namespace, keys_secret: args.keys_secret };
+        let namespaces = namespaces::served(args.namespaces);
+        let watched = Watched { client, namespaces, own_namespace, keys_secret: args.keys_secret };
         let directory = Arc::new(Directory::declared(http));
         (settings.leave_time, settings.last_wait) = (LEAVE_TIME, LAST_WAIT);
+        let _admin = serve_admin(&directory);
         let (followed, read) = (directory.clone(), settings.signer.clone());
         let following = tokio::spawn(async move {
             let signer = kubernetes::signer(&watched).await;
@@ -186,6 +218,7 @@ pub async fn run(args: GatewayArgs) -> anyhow::Result<()> {
     } else {
         let namespace = settings.default_namespace.clone().unwrap_or_else(|| STATIC_NAMESPACE.into());
         let directory = static_directory(http, &namespace, &args.workers, args.worker_token.as_deref());
+        let _admin = serve_admin(&directory);
         serve(settings, directory, listener, stop).await;
     }
     tracing::info!("stopped");

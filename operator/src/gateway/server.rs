@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -82,6 +83,17 @@ pub async fn serve(listener: TcpListener, router: Router, mut closing: watch::Re
     drop(listener);
     connections.close();
     connections.wait().await;
+}
+
+/// Serves the admin port for ever: nobody's stream runs over it, so it ends with the process.
+pub async fn serve_admin(listener: TcpListener, routes: Router) {
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(%address, "admin port listens");
+    }
+    let service = routes.into_make_service_with_connect_info::<SocketAddr>();
+    if let Err(error) = axum::serve(listener, service).await {
+        tracing::error!(%error, "the admin port ended");
+    }
 }
 
 async fn told(closing: &mut watch::Receiver<bool>) {

@@ -5,6 +5,7 @@ mod fake_worker;
 mod harness;
 
 mod demand;
+mod fleet;
 mod holding;
 mod listing;
 mod names;

@@ -64,7 +64,7 @@ impl Release {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let tools = Tools::new(environment.clone());
         tools.apply(&restricted_namespace(NAMESPACE).to_string()).await?;
-        helm_install(&tools, &environment).await?;
+        helm_install(&tools, &environment, &[]).await?;
         let client = client(&environment).await?;
         let gateway_url = gateway_url(&client).await?;
         let http = reqwest::Client::builder()
@@ -74,6 +74,20 @@ impl Release {
             .build()?;
         let audit = AuditLog::at(&environment.audit_log);
         Ok(Self { environment, client, http, tools, audit, gateway_url })
+    }
+
+    /// Has the release serve these namespaces only, or all where there are none, and waits until the pods of before are gone.
+    pub async fn serve_only(&self, namespaces: &[&str]) -> Result<()> {
+        helm_install(&self.tools, &self.environment, namespaces).await?;
+        for part in [Part::Operator, Part::Gateway] {
+            let what = format!("one pod of the {} runs", part.component());
+            eventually(PATIENCE, &what, async || {
+                let pods = self.pods(part).await?;
+                Ok(when(pods.len() == 1 && pods.iter().all(is_ready), || format!("{} pods", pods.len())))
+            })
+            .await?;
+        }
+        Ok(())
     }
 
     /// `helm uninstall`, waiting until its objects are gone.
@@ -148,7 +162,7 @@ pub fn is_ready(pod: &Pod) -> bool {
     conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
-async fn helm_install(tools: &Tools, environment: &Environment) -> Result<()> {
+async fn helm_install(tools: &Tools, environment: &Environment, namespaces: &[&str]) -> Result<()> {
     let mut arguments: Vec<String> =
         ["upgrade", "--install", NAME, "charts/turret", "-n", NAMESPACE].map(String::from).into();
     for (part, image) in [("operator", &environment.operator_image), ("worker", &environment.worker_image)] {
@@ -156,6 +170,9 @@ async fn helm_install(tools: &Tools, environment: &Environment) -> Result<()> {
         let set = [("repository", repository), ("tag", tag)]
             .map(|(key, value)| format!("{part}.image.{key}={value}"));
         arguments.extend(["--set-string".into(), set.join(",")]);
+    }
+    if !namespaces.is_empty() {
+        arguments.extend(["--set".into(), format!("watchNamespaces={{{}}}", namespaces.join(","))]);
     }
     arguments.extend(["--wait", "--timeout", "3m"].map(String::from));
     tools.helm(arguments).await?;

@@ -298,6 +298,12 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         .map_err(|e| ApiError::invalid(None, format!("the body is not what is expected: {e}")))
 }
 
+/// `POST /control/v1/retry`: looks again, at once, at what failed: bases, lenses and files that could not be fetched.
+pub async fn retry(State(app): State<App>) -> Result<StatusCode, ApiError> {
+    order(&app, Order::Retry).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
 /// `POST /control/v1/drain`: takes no new requests from now on, and reports the worker as not ready; what runs and waits
 /// goes on. The process does not end; SIGTERM does that.
 pub async fn drain(State(app): State<App>) -> Result<StatusCode, ApiError> {

@@ -8,6 +8,7 @@ mod control;
 pub mod error;
 mod generate;
 mod health;
+mod log_level;
 mod models;
 pub mod openai;
 mod progress;
@@ -28,6 +29,7 @@ use turret_crds::token::Scope;
 use crate::engine::handle::EngineHandle;
 use crate::metrics::Metrics;
 use crate::residency::Residency;
+use crate::telemetry::LogFilter;
 use auth::Verifier;
 use error::ApiError;
 
@@ -100,12 +102,13 @@ pub fn data_routes(app: App) -> Router {
     guarded.merge(probes(app)).fallback(not_found).method_not_allowed_fallback(wrong_method)
 }
 
-/// The control port.
-pub fn control_routes(app: App) -> Router {
+/// The control port. The server must know its peers' addresses, for `/loglevel`.
+pub fn control_routes(app: App, log: LogFilter) -> Router {
     let guarded = Router::new()
         .route("/control/v1/document", put(control::put_document))
         .route("/control/v1/state", get(control::get_state))
         .route("/control/v1/policy", get(control::get_policy))
+        .route("/control/v1/retry", post(control::retry))
         .route("/control/v1/drain", post(control::drain).delete(control::undrain))
         .route("/control/v1/lenses/{id}/load", post(control::load))
         .route("/control/v1/lenses/{id}/evict", post(control::evict))
@@ -117,7 +120,8 @@ pub fn control_routes(app: App) -> Router {
         .layer(middleware::from_fn_with_state(app.clone(), control_scope))
         .layer(DefaultBodyLimit::max(MAX_DOCUMENT_BYTES))
         .with_state(app.clone());
-    guarded.merge(probes(app)).fallback(not_found).method_not_allowed_fallback(wrong_method)
+    let open = probes(app).merge(log_level::routes(log));
+    guarded.merge(open).fallback(not_found).method_not_allowed_fallback(wrong_method)
 }
 
 async fn serve_scope(State(app): State<App>, request: Request, next: Next) -> Response {

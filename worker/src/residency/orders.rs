@@ -70,6 +70,8 @@ pub enum Order {
         /// As clients call it.
         group: String,
     },
+    /// That what failed is looked at again at once, and pauses begin anew.
+    Retry,
     /// That no new requests are taken until the worker restarts, or that they are again.
     Drain {
         /// Whether they are not.
@@ -149,6 +151,7 @@ impl Owner {
                 Obeyed::Done
             }),
             Order::Switch { group } => self.switch_by_hand(&group),
+            Order::Retry => Ok(self.retry(now)),
             Order::Drain { drained } => self.drain_by_hand(drained),
         };
         let _ = reply.send(result);
@@ -264,6 +267,29 @@ impl Owner {
                 Err(OrderError::Failed { lens: group.to_owned(), failure: failure.clone() })
             }
         }
+    }
+
+    fn retry(&mut self, now: Instant) -> Obeyed {
+        let mut again = 0;
+        for base in self.bases.values_mut().filter(|base| base.stage.has_failed()) {
+            base.failures = 0;
+            base.stage = std::mem::replace(&mut base.stage, Stage::Resolving).looked_at_again();
+            again += 1;
+        }
+        // Also those that are served while their files cannot be fetched.
+        let late = self.lenses.iter().filter(|(_, lens)| lens.stage.has_failed() || lens.fetch_at.is_some());
+        let late: Vec<LensName> = late.map(|(name, _)| name.clone()).collect();
+        again += late.len();
+        for name in late {
+            self.lenses.update(&name, |lens| {
+                lens.failures = 0;
+                lens.fetch_at = lens.fetch_at.map(|_| now);
+                lens.stage = std::mem::replace(&mut lens.stage, Stage::Resolving).looked_at_again();
+            });
+        }
+        tracing::info!(again, "what failed is looked at again, as was asked for over the control port");
+        self.resolve_at = Some(now);
+        Obeyed::Done
     }
 
     fn drain_by_hand(&mut self, drained: bool) -> Result<Obeyed, OrderError> {

@@ -83,8 +83,8 @@ impl<T> Stage<T> {
         }
     }
 
-    /// After a new document that declares the same: what failed is looked at again at once, since something else in
-    /// the document may be what helps. Until that is known, what is said of it stays.
+    /// After a new document that declares the same, or when somebody asks for it: what failed is looked at again at once,
+    /// since something else in the document may be what helps. Until that is known, what is said of it stays.
     pub(super) fn looked_at_again(self) -> Self {
         match self {
             Self::Failed { failure, retry_epoch, .. } => {
@@ -92,6 +92,10 @@ impl<T> Stage<T> {
             }
             other => other,
         }
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        matches!(self, Self::Failed { .. })
     }
 
     /// When a failure is looked at again, if time has something to do with it.

@@ -9,6 +9,8 @@ use clap::Parser;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use turret_crds::condition::FailureReason;
 use turret_crds::document::{BaseKey, Previous, WorkerDocument, compile};
 use turret_crds::group::Dtype;
 use turret_crds::model_name::ModelName;
@@ -16,9 +18,11 @@ use turret_crds::report::{DeviceReport, WorkerIdentity};
 use turret_crds::{ModelGroup, ModelPlacement};
 
 use super::cache::Cache;
+use super::failure::Failure;
 use super::fetch::Fetcher;
 use super::files::Hasher;
-use super::owner::{Owner, Turn};
+use super::orders::{Obeyed, Order};
+use super::owner::{Owner, Stage, Turn};
 use super::resolve::Resolver;
 use super::source::Roots;
 use super::table::Phase;
@@ -256,4 +260,26 @@ async fn a_switch_to_a_base_that_is_on_its_way_waits_for_it() {
     hands.hear_of_the_load().await;
     hands.until_served("c", row).await;
     assert_eq!(hands.engine.snapshot().arena.base_bytes, hands.owner.table.base_bytes(), "it came once");
+}
+
+#[tokio::test]
+async fn what_failed_is_looked_at_again_at_once_when_somebody_asks() {
+    let mut hands = Hands::new(bases(), 64 << 20).await;
+    let base = hands.key("b");
+    hands.until("its files", |owner| owner.bases[&base].stage.ready().is_some()).await;
+    let declared = hands.owner.bases.get_mut(&base).unwrap();
+    declared.failures = 9;
+    declared.stage = Stage::Failed {
+        failure: Failure::new(FailureReason::SourceUnavailable, "nobody answers"),
+        retry_at: Some(Instant::now() + Duration::from_secs(3600)),
+        retry_epoch: None,
+        in_doubt: false,
+    };
+    hands.owner.pump();
+    assert!(!hands.owner.bases[&base].in_flight, "it is not due");
+    let (reply, mut answer) = oneshot::channel();
+    hands.owner.handle(Message::Order { order: Order::Retry, reply });
+    assert_eq!(answer.try_recv().unwrap(), Ok(Obeyed::Done));
+    assert_eq!(hands.owner.bases[&base].failures, 0);
+    hands.until("its files again", |owner| owner.bases[&base].stage.ready().is_some()).await;
 }

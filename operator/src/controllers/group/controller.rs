@@ -13,14 +13,12 @@ use turret_crds::ModelGroup;
 use super::reconcile::{KIND, ReconcileError, reconcile};
 use crate::{controllers::context::Context, telemetry::chain};
 
-/// Groups that are looked at at the same time.
-const AT_ONCE: u16 = 16;
-
-/// Runs until `stop`, then finishes what it has begun.
-pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'static) {
+/// Looks at no more than `at_once` groups at the same time; 0 would be no bound. Runs until `stop`, then finishes what it
+/// has begun.
+pub async fn run(ctx: Arc<Context>, at_once: u16, stop: impl Future<Output = ()> + Send + 'static) {
     let wakes = ctx.group_wakes.stream::<ModelGroup>().map(Ok::<_, std::convert::Infallible>);
     let store = ctx.caches.groups.clone();
-    let config = controller::Config::default().concurrency(AT_ONCE);
+    let config = controller::Config::default().concurrency(at_once);
     let visit = |group: Arc<ModelGroup>, ctx: Arc<Context>| {
         async move {
             let key = (group.namespace().unwrap_or_default(), group.name_any());

@@ -11,10 +11,12 @@ use super::{
     status::{self, Placed},
 };
 use crate::controllers::{
+    asked,
     assess::{DocumentRef, UNDECIDED, WantedWorkers, assess},
     context::{self, Context},
-    placement::{reconcile::is_conflict, resources},
+    placement::{pause, reconcile::is_conflict, resources},
     status_write::{self, Gist},
+    wakes::Key,
 };
 
 /// The kind's name in logs and metrics.
@@ -66,6 +68,15 @@ pub async fn reconcile(group: Arc<ModelGroup>, ctx: Arc<Context>) -> Result<Acti
     {
         return Ok(Action::requeue(wait));
     }
+    // Before it is noted as handled: one too many does no harm.
+    if new.last_handled_reconcile_at != old.last_handled_reconcile_at {
+        let acting = observed.iter().filter(|o| !asked::is_paused(&*o.placement));
+        let keys: Vec<Key> =
+            acting.map(|o| (o.placement.namespace().unwrap_or_default(), o.placement.name_any())).collect();
+        for key in &keys {
+            ctx.look_again(key).await;
+        }
+    }
     let api = Api::<ModelGroup>::namespaced(ctx.client.clone(), &group.namespace().unwrap_or_default());
     status_write::write(&api, &*group, &new).await.map_err(ReconcileError)?;
     ctx.count_status_write(KIND);
@@ -103,7 +114,8 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
     let (of_group, name) = (group.namespace().unwrap_or_default(), group.name_any());
     let target = (of_group.as_str(), name.as_str());
     let names = placement.spec.groups.iter().filter(|g| g.target(&namespace) == target);
-    let replicas = resources::replicas(placement, deployment.as_deref());
+    let paused = asked::is_paused(&**placement);
+    let replicas = pause::replicas(placement, deployment.as_deref());
     names
         .map(|name| {
             let wanted = WantedWorkers {
@@ -116,6 +128,7 @@ fn placed<'a>(group: &ModelGroup, observed: &'a Observed, ctx: &Context) -> Vec<
                 group: &name.name,
                 replicas,
                 refused: observed.refused.as_deref(),
+                paused,
                 document: observed.document.as_ref(),
                 assessment: assess(&wanted, deployment.as_deref(), &workers),
             }

@@ -7,9 +7,11 @@ use turret_crds::{
     ModelGroup, ModelGroupStatus,
     condition::{self, FailureReason, Wanted, reason},
     group::{FailedLens, MAX_FAILED_IN_STATUS},
+    label,
 };
 
 use crate::controllers::{
+    asked,
     assess::{Artifacts, Assessment, DocumentRef, Obstacle, artifacts},
     placement::status::{greatest, human_bytes, progress, wanted},
 };
@@ -27,6 +29,8 @@ pub struct Placed<'a> {
     pub replicas: i32,
     /// Why the placement is not carried out, when it is not.
     pub refused: Option<&'a str>,
+    /// Whether it is paused: its workers are told of nothing new.
+    pub paused: bool,
     /// The document its workers are to serve.
     pub document: Option<&'a DocumentRef>,
     /// How far its workers are.
@@ -43,9 +47,15 @@ pub fn status(group: &ModelGroup, placed: &[Placed<'_>], now: Timestamp) -> Mode
     let mut placements: Vec<String> = placed.iter().map(|p| p.placement.to_owned()).collect();
     placements.dedup();
     placements.truncate(MAX_PLACEMENTS);
+    let misread = asked::is_paused(group).then(not_paused);
+    let mut current = old.conditions.clone();
+    if misread.is_none() {
+        current.retain(|c| c.type_ != condition::PAUSED);
+    }
+    let wanted = conditions(placed, &found).into_iter().chain(misread).collect();
     ModelGroupStatus {
         observed_generation: generation,
-        conditions: condition::merge(&old.conditions, conditions(placed, &found), generation, Time(now)),
+        conditions: condition::merge(&current, wanted, generation, Time(now)),
         lens_summary: Some(format!("{ready}/{total}")),
         ready_lenses: i32::try_from(ready).ok(),
         total_lenses: i32::try_from(total).ok(),
@@ -53,7 +63,17 @@ pub fn status(group: &ModelGroup, placed: &[Placed<'_>], now: Timestamp) -> Mode
         base_digest: base(placed, |b| b.digest.clone()).or(old.base_digest),
         base_size: base(placed, |b| b.bytes.map(human_bytes)).or(old.base_size),
         placements,
+        last_handled_reconcile_at: asked::handled(group, old.last_handled_reconcile_at.as_ref()),
     }
+}
+
+/// For whoever gave a group the annotation that pauses placements.
+fn not_paused() -> Wanted {
+    let message = format!(
+        "a group cannot be paused, and {} does nothing here: give it to the placements that serve the group",
+        label::PAUSED
+    );
+    wanted(condition::PAUSED, false, reason::NOT_PAUSED, &message)
 }
 
 /// The status as far as this operator writes it: conditions of others have their own writers.
@@ -68,6 +88,7 @@ pub fn ours(status: Option<&ModelGroupStatus>) -> ModelGroupStatus {
         condition::STALLED,
         condition::ACCEPTED,
         condition::RESOLVED,
+        condition::PAUSED,
     ];
     ours.conditions.retain(|c| types.contains(&c.type_.as_str()));
     ours
@@ -95,6 +116,9 @@ fn look(group: &ModelGroup, placed: &Placed<'_>) -> Found {
     } else if placed.replicas == 0 {
         // What is not served cannot be served wrongly.
         None
+    } else if !is_current && placed.paused {
+        let message = "it is paused, so its workers are not told of this generation of the group";
+        Some(Obstacle::stalled(reason::PAUSED, message))
     } else if !is_current {
         Some(Obstacle::passing(reason::UPDATING, "workers have yet to be told of this generation"))
     } else if let Some(other) = assessment.obstacle.clone()

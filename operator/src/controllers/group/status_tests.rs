@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
+use kube::ResourceExt;
 use turret_crds::{
     ModelGroup, ModelGroupStatus,
     condition::{self, FailureReason, reason},
+    label,
     report::ArtifactState,
 };
 
 use super::status::{Placed, status};
 use crate::controllers::{
+    asked::is_paused,
     assess::{ObservedWorker, WantedWorkers, assess},
     fixtures::{World, at, failed, group},
 };
@@ -40,6 +43,7 @@ fn status_through(group: &ModelGroup, worlds: &[&World]) -> ModelGroupStatus {
                 group: "a",
                 replicas: world.placement.spec.replicas,
                 refused: None,
+                paused: is_paused(&world.placement),
                 document: document.as_ref(),
                 assessment: assess(&wanted, None, &world.workers),
             }
@@ -225,12 +229,47 @@ fn a_placement_that_is_refused_says_why_to_its_groups() {
         group: "a",
         replicas: 1,
         refused: Some("spec.memory.lensBudget is too large"),
+        paused: false,
         document: document.as_ref(),
         assessment: Default::default(),
     };
     let status = status(&world.groups[0], &[placed], at(0));
     assert_eq!(said(&status, condition::READY), format!("False/{}", reason::INVALID));
     assert!(status.conditions[0].message.contains("lensBudget is too large"));
+}
+
+#[test]
+fn what_a_paused_placement_does_not_serve_stalls_its_groups_and_only_that() {
+    let mut world = serving();
+    world.placement.annotations_mut().insert(label::PAUSED.into(), "true".into());
+    let status = status_of(&world);
+    assert_eq!(said(&status, condition::READY), "True/Serving", "it is served as declared");
+    assert!(status.conditions.iter().all(|c| c.type_ != condition::PAUSED), "the group itself is not paused");
+    world.groups[0].metadata.generation = Some(2);
+    let status = status_of(&world);
+    assert_eq!(said(&status, condition::READY), "False/Paused");
+    assert_eq!(said(&status, condition::STALLED), "True/Paused");
+    assert_eq!(said(&status, condition::AVAILABLE), "True/Serving", "the generation before is");
+}
+
+#[test]
+fn a_group_that_somebody_means_to_pause_says_that_it_is_not_while_they_do() {
+    let mut world = serving();
+    world.groups[0].annotations_mut().insert(label::PAUSED.into(), "true".into());
+    world.groups[0].status = Some(status_of(&world));
+    let status = status_of(&world);
+    assert_eq!(said(&status, condition::PAUSED), "False/NotPaused");
+    assert_eq!(said(&status, condition::READY), "True/Serving");
+    world.groups[0].annotations_mut().clear();
+    assert!(status_of(&world).conditions.iter().all(|c| c.type_ != condition::PAUSED));
+}
+
+#[test]
+fn a_request_to_look_is_noted() {
+    let mut world = serving();
+    assert_eq!(status_of(&world).last_handled_reconcile_at, None);
+    world.groups[0].annotations_mut().insert(label::RECONCILE_REQUESTED_AT.into(), "now".into());
+    assert_eq!(status_of(&world).last_handled_reconcile_at.as_deref(), Some("now"));
 }
 
 #[test]

@@ -13,14 +13,12 @@ use turret_crds::ModelPlacement;
 use super::reconcile::{KIND, ReconcileError, reconcile};
 use crate::{controllers::context::Context, telemetry::chain};
 
-/// Placements that are looked at at the same time.
-const AT_ONCE: u16 = 16;
-
-/// Runs until `stop`, then finishes what it has begun.
-pub async fn run(ctx: Arc<Context>, stop: impl Future<Output = ()> + Send + 'static) {
+/// Looks at no more than `at_once` placements at the same time; 0 would be no bound. Runs until `stop`, then finishes what it
+/// has begun.
+pub async fn run(ctx: Arc<Context>, at_once: u16, stop: impl Future<Output = ()> + Send + 'static) {
     let wakes = ctx.placement_wakes.stream::<ModelPlacement>().map(Ok::<_, std::convert::Infallible>);
     let store = ctx.caches.placements.clone();
-    let config = controller::Config::default().concurrency(AT_ONCE);
+    let config = controller::Config::default().concurrency(at_once);
     let visit = |placement: Arc<ModelPlacement>, ctx: Arc<Context>| {
         async move {
             let key = (placement.namespace().unwrap_or_default(), placement.name_any());

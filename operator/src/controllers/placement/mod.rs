@@ -6,6 +6,8 @@ pub mod cache_volume;
 pub mod claims;
 pub mod controller;
 pub mod demand;
+pub mod nudge;
+pub mod pause;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;

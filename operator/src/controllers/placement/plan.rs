@@ -32,6 +32,7 @@ use super::{
     victims::{self, Mark},
 };
 use crate::controllers::{
+    asked,
     assess::{DocumentRef, ObservedWorker},
     live,
 };
@@ -287,6 +288,14 @@ struct Advice {
     look_again: Option<Duration>,
 }
 
+impl Advice {
+    /// What is published stays.
+    fn keep(published: Option<(Hints, &[u8])>, look_again: Option<Duration>) -> Self {
+        let (hints, gzip) = published.map(|(hints, gzip)| (hints, gzip.to_vec())).unzip();
+        Self { hints, gzip, is_new: false, look_again }
+    }
+}
+
 /// Hints beside the document that was compiled. Those that stay go on as the bytes they are.
 fn advice(
     observed: &Observed<'_>,
@@ -296,6 +305,10 @@ fn advice(
 ) -> Advice {
     let Some(document) = &compiled.document else { return Advice::default() };
     let published = observed.live.config_map.as_deref().and_then(resources::stored_hints);
+    // They move by themselves. Were others due while nothing may be written, what is declared would seem not to be carried out.
+    if asked::is_paused(observed.placement) {
+        return Advice::keep(published, None);
+    }
     let is_other =
         |stored: &DocumentRef| (stored.sequence, &stored.digest) != (document.sequence, &document.digest);
     let seen = Seen {
@@ -307,10 +320,7 @@ fn advice(
         published: published.as_ref().map(|(hints, _)| hints),
     };
     match spread::decide(&seen, now) {
-        Decision::Keep { look_again } => {
-            let (hints, gzip) = published.map(|(hints, gzip)| (hints, gzip.to_vec())).unzip();
-            Advice { hints, gzip, is_new: false, look_again }
-        }
+        Decision::Keep { look_again } => Advice::keep(published, look_again),
         Decision::Publish(hints) => {
             let gzip = hints.to_gzip();
             // Beyond what a ConfigMap has room for, workers go on as declared.

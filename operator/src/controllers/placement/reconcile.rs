@@ -25,6 +25,7 @@ use turret_crds::{
 
 use super::{
     claims::ResourceClaimTemplate,
+    pause::{self, Pause},
     plan::{self, InTheWay, Live, Observed, OwnedKind, Plan, Write},
     push::{self, PushError},
     resources,
@@ -34,6 +35,7 @@ use super::{
 };
 use crate::{
     controllers::{
+        asked,
         assess::{ObservedWorker, UNDECIDED, WantedWorkers, assess},
         context::{self, Context},
         pod::DELETION_COST,
@@ -178,6 +180,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         serves_claim_templates: ctx.caches.claim_templates.is_some(),
     };
     let mut plan = plan::plan(&observed, now);
+    let pause = asked::is_paused(&*placement).then(|| pause::hold_back(&mut plan, &observed.live));
     let ours = ask_for_names(&placement, &mut plan, &ctx).await?;
     let writes = std::mem::take(&mut plan.writes).into_iter();
     let mut writes = writes.map(|w| Write { exists: w.exists || ours.contains(&w.kind), ..w }).peekable();
@@ -200,8 +203,9 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
     tell_change(&placement, &decided, &ctx).await;
     let mut failures = Vec::new();
     let mut awaits_marks = false;
-    // Nobody is told of a document that is not stored, and no pod is made that would wait for it.
-    if failed.is_none() {
+    // Nobody is told of a document that is not stored, and no pod is made that would wait for it. Of a placement that is
+    // paused nothing is left to write, and its workers have what is stored.
+    if failed.is_none() && pause.is_none() {
         failures = push_document(&key, &plan, &ctx).await;
         tell_conflicts(&placement, &failures, &ctx).await;
         match mark(&key, &plan.marks, &ctx).await {
@@ -224,9 +228,14 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         }
     }
     let refused = failed.as_ref().and_then(ReconcileError::refused);
+    let replicas = match &pause {
+        Some(_) => pause::replicas(&placement, observed.live.deployment.as_deref()),
+        None => observed.replicas,
+    };
     let looks = Looks {
         plan: &plan,
-        replicas: observed.replicas,
+        pause: pause.as_ref(),
+        replicas,
         workers: &observed.workers,
         live: &observed.live,
         refused,
@@ -237,7 +246,9 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         return Err(error);
     }
 
-    let behind = plan.compiled.document.is_some() && updates_are_under_way(&plan, &observed.workers);
+    let behind = pause.is_none()
+        && plan.compiled.document.is_some()
+        && updates_are_under_way(&plan, &observed.workers);
     let times = [
         Some(EVERY),
         plan.look_again,
@@ -463,6 +474,7 @@ fn updates_are_under_way(plan: &Plan, workers: &[ObservedWorker]) -> bool {
 /// What a status is made from.
 struct Looks<'a> {
     plan: &'a Plan,
+    pause: Option<&'a Pause>,
     replicas: i32,
     workers: &'a [ObservedWorker],
     live: &'a Live,
@@ -476,7 +488,7 @@ async fn write_status(
     looks: Looks<'_>,
     ctx: &Context,
 ) -> Result<Option<Duration>, ReconcileError> {
-    let Looks { plan, replicas, workers, live, refused, now } = looks;
+    let Looks { plan, pause, replicas, workers, live, refused, now } = looks;
     let wanted =
         WantedWorkers { replicas, template: plan.template.as_deref(), document: plan.document.as_ref() };
     let assessment = assess(&wanted, live.deployment.as_deref(), workers);
@@ -495,6 +507,7 @@ async fn write_status(
         document: plan.compiled.document.as_ref(),
         sequence: plan.document.as_ref().map(|d| d.sequence),
         image: &plan.image,
+        pause,
     };
     let (new, look_again) = status::status(&facts, now);
     let old: ModelPlacementStatus = status::ours(placement.status.as_ref());
@@ -506,8 +519,12 @@ async fn write_status(
     if let Some(wait) = status_write::may_wait(gist(&old), gist(&new), last, now) {
         return Ok(Some(wait));
     }
-    let api =
-        Api::<ModelPlacement>::namespaced(ctx.client.clone(), &placement.namespace().unwrap_or_default());
+    let namespace = placement.namespace().unwrap_or_default();
+    // Before it is noted as handled: one too many does no harm.
+    if new.last_handled_reconcile_at != old.last_handled_reconcile_at {
+        ctx.look_again(&(namespace.clone(), placement.name_any())).await;
+    }
+    let api = Api::<ModelPlacement>::namespaced(ctx.client.clone(), &namespace);
     status_write::write(&api, placement, &new).await.map_err(ReconcileError::Status)?;
     ctx.count_status_write(KIND);
     ctx.tell_ready(placement, &old.conditions, &new.conditions).await;

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     controllers::{
+        asked,
         assess::ObservedWorker,
         context::{self, Context},
         wakes::Key,
@@ -61,9 +62,10 @@ impl Context {
         deployment: Option<&Deployment>,
         workers: &[ObservedWorker],
     ) -> Decided {
-        let Some(autoscaling) = &placement.spec.autoscaling else {
+        let Some(autoscaling) = decided_by(placement) else {
             self.scaling.memories.lock().remove(&key_of(placement));
-            return Decided { replicas: placement.spec.replicas, look_again: None, change: None };
+            let replicas = resources::replicas(placement, deployment);
+            return Decided { replicas, look_again: None, change: None };
         };
         self.consider(placement, autoscaling, (deployment, workers), |past, decision, now| {
             let before = past.replicas();
@@ -79,7 +81,7 @@ impl Context {
     /// Takes note of what is asked of a placement now. Returns whether it is to have another number of workers.
     pub fn is_to_be_rescaled(&self, key: &Key) -> bool {
         let Some(placement) = context::get(&self.caches.placements, &key.0, &key.1) else { return false };
-        let Some(autoscaling) = &placement.spec.autoscaling else { return false };
+        let Some(autoscaling) = decided_by(&placement) else { return false };
         let owned = turret_crds::label::owned_name(&key.1);
         let deployment = context::get(&self.caches.deployments, &key.0, &owned);
         let workers = self.workers(key);
@@ -115,6 +117,12 @@ impl Context {
     }
 }
 
+/// By what the number of its workers is decided. While it is paused, by nothing: what was decided before stands in its
+/// Deployment, and afterwards begins what is heard then.
+fn decided_by(placement: &ModelPlacement) -> Option<&Autoscaling> {
+    placement.spec.autoscaling.as_ref().filter(|_| !asked::is_paused(placement))
+}
+
 fn key_of(placement: &ModelPlacement) -> Key {
     (placement.namespace().unwrap_or_default(), placement.name_any())
 }
@@ -144,11 +152,25 @@ fn load(workers: &[ObservedWorker], asked: Asked) -> Load {
 mod tests {
     use std::sync::Arc;
 
+    use serde_json::json;
+    use turret_crds::label;
+
     use super::*;
     use crate::controllers::{
         fixtures::{World, pod},
         pod::PodFacts,
     };
+
+    #[test]
+    fn nothing_is_decided_while_a_placement_is_paused() {
+        let mut world = World::new();
+        assert_eq!(decided_by(&world.placement), None, "its replicas are declared");
+        world.placement.spec.autoscaling =
+            serde_json::from_value(json!({"minReplicas": 0, "maxReplicas": 4})).ok();
+        assert!(decided_by(&world.placement).is_some());
+        world.placement.annotations_mut().insert(label::PAUSED.into(), "true".into());
+        assert_eq!(decided_by(&world.placement), None);
+    }
 
     #[test]
     fn rows_of_all_workers_and_requests_at_gateways_are_the_load() {

@@ -13,8 +13,11 @@ use turret_crds::{
     report::Tier,
 };
 
-use super::resources;
-use crate::controllers::assess::{Assessment, Obstacle, artifacts};
+use super::{pause::Pause, resources};
+use crate::controllers::{
+    asked,
+    assess::{Assessment, Obstacle, artifacts},
+};
 
 /// What moves with traffic is written at most this often.
 const SUMMARY_EVERY: SignedDuration = SignedDuration::from_secs(60);
@@ -37,6 +40,8 @@ pub struct Facts<'a> {
     pub sequence: Option<u64>,
     /// The resolved image.
     pub image: &'a str,
+    /// What is held back because the placement is paused; `None` when it is not.
+    pub pause: Option<&'a Pause>,
 }
 
 /// The status as it should be, and when its summaries may be refreshed if they are out of date.
@@ -46,10 +51,16 @@ pub fn status(facts: &Facts<'_>, now: Timestamp) -> (ModelPlacementStatus, Optio
     let old = ours(placement.status.as_ref());
     let assessment = facts.assessment;
     let document_groups = facts.document.map(|d| d.groups.as_slice()).unwrap_or_default();
-    let names: Vec<_> = document_groups.iter().map(|g| g.name.as_str()).collect();
+    let mut names: Vec<_> = document_groups.iter().map(|g| g.name.as_str()).collect();
+    let mut current = old.conditions.clone();
+    if let Some(pause) = facts.pause {
+        names = pause.groups.iter().map(String::as_str).collect();
+    } else {
+        current.retain(|c| c.type_ != condition::PAUSED);
+    }
     let mut status = ModelPlacementStatus {
         observed_generation: generation,
-        conditions: condition::merge(&old.conditions, conditions(facts), generation, Time(now)),
+        conditions: condition::merge(&current, conditions(facts), generation, Time(now)),
         desired_replicas: Some(facts.replicas),
         replicas: Some(count(assessment.pods)),
         ready_replicas: Some(count(assessment.ready_pods)),
@@ -61,7 +72,14 @@ pub fn status(facts: &Facts<'_>, now: Timestamp) -> (ModelPlacementStatus, Optio
         active_summary: old.active_summary.clone(),
         device_memory_summary: old.device_memory_summary.clone(),
         summarized_at: old.summarized_at.clone(),
+        last_handled_reconcile_at: asked::handled(placement, old.last_handled_reconcile_at.as_ref()),
     };
+    if facts.pause.is_some() {
+        // What the declaration asks for now is not what there is.
+        status.worker_image = old.worker_image.clone();
+        status.document_sequence = status.document_sequence.or(old.document_sequence);
+        status.last_handled_reconcile_at = old.last_handled_reconcile_at.clone();
+    }
     let look_again = summarize(&mut status, &old, &assessment.believed, now);
     (status, look_again)
 }
@@ -77,6 +95,7 @@ pub fn ours(status: Option<&ModelPlacementStatus>) -> ModelPlacementStatus {
         condition::RECONCILING,
         condition::STALLED,
         condition::ACCEPTED,
+        condition::PAUSED,
     ];
     ours.conditions.retain(|c| types.contains(&c.type_.as_str()));
     ours
@@ -91,8 +110,9 @@ fn conditions(facts: &Facts<'_>) -> Vec<Wanted> {
     let accepted = accepted(facts.problems, is_autoscaled);
     let obstacle = obstacle(facts);
     let wants_none = facts.replicas == 0;
-    let none_wanted =
-        if is_autoscaled { "no worker runs; a request wakes one" } else { "no worker is wanted" };
+    // Whoever paused it keeps it as it is.
+    let wakes = is_autoscaled && facts.pause.is_none();
+    let none_wanted = if wakes { "no worker runs; a request wakes one" } else { "no worker is wanted" };
     let ready = match &obstacle {
         Some(o) => wanted(condition::READY, false, o.reason, &o.message),
         None if wants_none => wanted(condition::READY, true, reason::SCALED_TO_ZERO, none_wanted),
@@ -115,7 +135,8 @@ fn conditions(facts: &Facts<'_>) -> Vec<Wanted> {
         (None, false) => wanted(condition::AVAILABLE, false, reason::LOADING, "no worker takes requests yet"),
     };
     let [reconciling, stalled] = progress(obstacle.as_ref());
-    vec![ready, available, reconciling, stalled, accepted]
+    let paused = facts.pause.map(|pause| wanted(condition::PAUSED, true, reason::PAUSED, &pause.message()));
+    [ready, available, reconciling, stalled, accepted].into_iter().chain(paused).collect()
 }
 
 /// `Reconciling` and `Stalled`, never both.
@@ -161,6 +182,9 @@ fn all_messages(problems: &[Problem]) -> String {
 fn obstacle(facts: &Facts<'_>) -> Option<Obstacle> {
     if let Some(first) = facts.problems.first() {
         return Some(Obstacle::stalled(first.reason, all_messages(facts.problems)));
+    }
+    if let Some(obstacle) = facts.pause.and_then(Pause::obstacle) {
+        return Some(obstacle);
     }
     if let Some(message) = facts.waiting_for {
         return Some(Obstacle::passing(reason::ROLLING_OUT, message));

@@ -2,27 +2,32 @@
 
 use std::sync::Arc;
 
+use kube::ResourceExt;
 use proptest::prelude::*;
 use serde_json::json;
 use turret_crds::{
     ModelPlacementStatus,
     condition::{self, FailureReason, reason},
+    label,
     report::{ArtifactState, CannotFit},
 };
 
 use super::{
+    pause::hold_back,
     plan::problems,
     resources,
     status::{Facts, status},
 };
 use crate::controllers::{
+    asked::is_paused,
     assess::{ObservedWorker, WantedWorkers, assess},
     fixtures::{World, at, failed, group, pod},
     pod::{PodFacts, Trouble},
 };
 
 fn status_at(world: &World, second: i64) -> (ModelPlacementStatus, Option<std::time::Duration>) {
-    let plan = world.plan_at(second);
+    let mut plan = world.plan_at(second);
+    let pause = is_paused(&world.placement).then(|| hold_back(&mut plan, &world.live));
     let wanted = WantedWorkers {
         replicas: world.replicas(),
         template: plan.template.as_deref(),
@@ -39,6 +44,7 @@ fn status_at(world: &World, second: i64) -> (ModelPlacementStatus, Option<std::t
         document: plan.compiled.document.as_ref(),
         sequence: plan.document.as_ref().map(|d| d.sequence),
         image: &plan.image,
+        pause: pause.as_ref(),
     };
     status(&facts, at(second))
 }
@@ -175,6 +181,11 @@ fn what_autoscaling_decided_is_what_is_wanted() {
     assert_eq!(said(&status).0, "True/ScaledToZero");
     let told = status.conditions.iter().filter(|c| c.reason == reason::SCALED_TO_ZERO);
     assert!(told.clone().count() == 2 && told.clone().all(|c| c.message.contains("a request wakes one")));
+    world.carry_out();
+    world.placement.annotations_mut().insert(label::PAUSED.into(), "true".into());
+    let (status, _) = status_at(&world, 0);
+    assert_eq!(said(&status).0, "True/ScaledToZero");
+    assert!(status.conditions.iter().all(|c| !c.message.contains("wakes")), "while it is paused none comes");
 }
 
 #[test]
@@ -317,6 +328,48 @@ fn conditions_of_others_are_not_ours_to_write() {
     written.conditions.extend(foreign);
     world.placement.status = Some(written);
     assert_eq!(status_at(&world, 200).0, ours);
+}
+
+#[test]
+fn a_paused_placement_is_as_ready_as_what_is_carried_out() {
+    let mut world = serving();
+    world.placement.status = Some(status_at(&world, 0).0);
+    world.placement.annotations_mut().insert(label::PAUSED.into(), "true".into());
+    let (paused, _) = status_at(&world, 10);
+    assert_eq!(said(&paused), ("True/Serving".into(), "at rest"));
+    assert!(condition::is_true(&paused.conditions, condition::PAUSED));
+
+    // Declared and held back: whoever waits for it is told that it will not come by itself.
+    world.placement.status = Some(paused.clone());
+    world.placement.metadata.generation = Some(2);
+    world.groups.push(group("c", &[]));
+    world.placement.spec.groups = crate::controllers::fixtures::placement(&["a", "b", "c"]).spec.groups;
+    world.placement.spec.termination_drain_seconds = Some(7);
+    world.default_image = "worker:2".into();
+    let (held, _) = status_at(&world, 20);
+    assert_eq!(said(&held), ("False/Paused".into(), "stalled"));
+    assert_eq!(held.observed_generation, 2);
+    assert_eq!(held.group_summary.as_deref(), Some("a,b"), "what is served");
+    assert_eq!(held.worker_image, paused.worker_image, "the pods are those of before");
+    assert_eq!(held.document_sequence, paused.document_sequence);
+    assert!(condition::is_true(&held.conditions, condition::AVAILABLE));
+
+    // It goes on where it was.
+    world.placement.status = Some(held);
+    world.placement.annotations_mut().clear();
+    let (resumed, _) = status_at(&world, 30);
+    assert_eq!(said(&resumed).1, "reconciling");
+    assert!(resumed.conditions.iter().all(|c| c.type_ != condition::PAUSED));
+}
+
+#[test]
+fn a_request_to_look_is_noted_once_it_can_be_followed() {
+    let mut world = serving();
+    world.placement.annotations_mut().insert(label::RECONCILE_REQUESTED_AT.into(), "1".into());
+    world.placement.annotations_mut().insert(label::PAUSED.into(), "true".into());
+    assert_eq!(status_at(&world, 0).0.last_handled_reconcile_at, None);
+    world.placement.annotations_mut().remove(label::PAUSED);
+    assert_eq!(status_at(&world, 0).0.last_handled_reconcile_at.as_deref(), Some("1"));
 }
 
 proptest! {

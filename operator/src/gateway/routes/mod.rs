@@ -1,5 +1,6 @@
 //! The gateway's HTTP surface. Everything below `/v1` also exists below `/ns/{namespace}/v1`.
 
+pub mod admin;
 mod demand;
 mod error;
 mod health;

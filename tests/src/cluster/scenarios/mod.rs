@@ -7,6 +7,8 @@ pub mod faults;
 pub mod leadership;
 pub mod lenses;
 pub mod memory;
+pub mod namespaced;
+pub mod pauses;
 pub mod residency;
 pub mod rights;
 pub mod rollouts;
