@@ -12,6 +12,7 @@
 //! Start with [`group`] and [`placement`] (what `kubectl explain` shows), then
 //! [`document`] and [`report`] (what travels between operator, worker and gateway).
 
+pub mod alias;
 pub mod assign;
 pub mod condition;
 pub mod document;

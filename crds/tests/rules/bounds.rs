@@ -83,8 +83,10 @@ pub fn bounds(kind: &Kind) -> Vec<Bound> {
 pub(super) fn grown(list: &Value, count: usize) -> Value {
     let element = |n: usize| {
         let mut element = list[0].clone();
-        if element.get("name").is_some() {
-            element["name"] = json!(format!("n{n}"));
+        for key in ["name", "lensName"] {
+            if element.get(key).is_some() {
+                element[key] = json!(format!("n{n}"));
+            }
         }
         element
     };

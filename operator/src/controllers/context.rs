@@ -77,7 +77,7 @@ pub struct Caches {
     pub groups: Store<ModelGroup>,
     /// Placements.
     pub placements: Store<ModelPlacement>,
-    /// ConfigMaps of placements, their data replaced by hashes.
+    /// ConfigMaps of placements, their documents replaced by hashes.
     pub config_maps: Store<ConfigMap>,
     /// Services of placements.
     pub services: Store<Service>,
@@ -283,5 +283,5 @@ impl Context {
 /// Reasons that a person should look at.
 fn is_trouble(reason: &str) -> bool {
     use condition::reason::*;
-    ![ROLLING_OUT, UPDATING, LOADING, SERVING, DONE].contains(&reason)
+    ![ROLLING_OUT, UPDATING, LOADING, ALIAS_PENDING, SERVING, DONE].contains(&reason)
 }

@@ -133,6 +133,7 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
         },
         bases,
         lenses,
+        aliases: Arc::default(),
     }
 }
 

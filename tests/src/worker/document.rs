@@ -140,7 +140,7 @@ impl Family {
             .iter()
             .map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g))
             .collect::<BTreeMap<_, _>>();
-        let previous = Previous { stored: None, reported: self.sequence };
+        let previous = Previous { reported: self.sequence, ..Previous::default() };
         let compiled = compile(&placement, &by_name, &self.public_keys, &previous);
         assert_eq!(compiled.problems, []);
         let document = compiled.document.unwrap();

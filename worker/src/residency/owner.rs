@@ -449,6 +449,7 @@ impl Owner {
         self.declare_bases(&document, same_listed);
         self.declare_lenses(&document, same_listed);
         self.not_beside.clear();
+        self.published.aliases = Arc::new(document.aliases());
         self.document = Some(Arc::new(document));
         self.cannot_fit = self.unfit_budgets();
         if let Some(short) = &self.cannot_fit {

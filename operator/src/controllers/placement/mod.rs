@@ -1,6 +1,9 @@
 //! ModelPlacement: one worker document, one Deployment, one Service, one PodDisruptionBudget.
 
 pub mod controller;
+pub mod cutover;
+#[cfg(test)]
+mod cutover_tests;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
