@@ -8,7 +8,7 @@
 //! What it knows comes from two places, joined in [`directory`]: what is *declared*, from the
 //! Kubernetes API ([`kubernetes`]), and what each worker *says* on its own state stream
 //! ([`crate::fleet`]). It has no state of its own that a restart would lose, so any number of
-//! replicas can run side by side. [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`] and [`listing`] are pure.
+//! replicas can run side by side. [`aliases`], [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`] and [`listing`] are pure.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -33,6 +33,7 @@ use crate::{
     rbac,
 };
 
+pub mod aliases;
 pub mod catalog;
 pub mod directory;
 pub mod endpoint;
