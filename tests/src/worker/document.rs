@@ -96,6 +96,11 @@ impl Family {
         self
     }
 
+    /// Gives a group these aliases in place of those it has.
+    pub fn set_aliases(&mut self, group: &str, aliases: Value) {
+        self.groups.get_mut(group).unwrap()["aliases"] = aliases;
+    }
+
     /// Removes a lens.
     pub fn remove_lens(&mut self, group: &str, name: &str) {
         let lenses = self.groups.get_mut(group).unwrap()["lenses"].as_array_mut().unwrap();
