@@ -161,7 +161,7 @@ pub async fn a_revoked_token_is_told_and_a_new_one_is_used_without_a_restart(
 }
 
 /// A hub with the lenses of the demo family, where pods reach it.
-async fn hub(release: &Release) -> Result<HubServer> {
+pub(super) async fn hub(release: &Release) -> Result<HubServer> {
     let hub = HubServer::start_on(release.address_of_this_machine().await?).await;
     for path in ["lenses/pirate", "lenses/shout", "lenses/terse"] {
         hub.add(REPO, &format!("{path}/"), &Family::folder().join(path));
@@ -170,7 +170,7 @@ async fn hub(release: &Release) -> Result<HubServer> {
 }
 
 /// A folder of the hub's repository, as a source.
-fn on_hub(path: &str) -> Value {
+pub(super) fn on_hub(path: &str) -> Value {
     json!({"uri": format!("hf://{REPO}/{path}"), "revision": COMMIT})
 }
 
