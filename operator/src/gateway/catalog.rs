@@ -525,7 +525,10 @@ mod tests {
         ) {
             let namespace = Namespace {
                 groups: groups.iter().map(|(name, names)| {
-                    let of = |alias: bool| names.iter().filter(move |(_, is)| **is == alias).map(|(n, _)| n.clone());
+                    let of = |alias: bool| {
+                        let those = names.iter().filter(move |(_, is_alias)| **is_alias == alias);
+                        those.map(|(name, _)| name.clone())
+                    };
                     let lenses = of(false).map(|lens| (lens, Lens::default())).collect();
                     let aliases = of(true).map(|alias| (alias, Vec::new())).collect();
                     (name.clone(), Group { lenses, aliases, ..Group::default() })
