@@ -63,6 +63,8 @@ pub mod reason {
     pub const DOES_NOT_FIT: &str = "DoesNotFit";
     /// A worker does not answer.
     pub const UNREACHABLE: &str = "Unreachable";
+    /// An alias goes on to lead to its old targets, since workers cannot serve all of the new ones yet.
+    pub const ALIAS_PENDING: &str = "AliasPending";
     /// Some lenses cannot be served; `failedLenses` names them.
     pub const LENSES_FAILED: &str = "LensesFailed";
     /// A base cannot be served.

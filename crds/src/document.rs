@@ -5,12 +5,13 @@
 //! has a **digest** over everything that matters to a worker and a **sequence** number that only
 //! grows, so that a late message never undoes a newer one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
+    alias::{Alias, EffectiveAlias, GroupAliases, effective},
     allowed_placements::not_permitted,
     condition::reason,
     group::{Base, DEFAULT_PRIORITY, Dtype, LensKind, LensResidency, ModelGroup, Quantization},
@@ -116,6 +117,16 @@ pub struct DocumentGroup {
     pub residency: GroupResidency,
     /// The lenses, sorted by name.
     pub lenses: Vec<DocumentLens>,
+    /// What its aliases lead to at the moment, sorted by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<EffectiveAlias>,
+}
+
+impl DocumentGroup {
+    /// The alias of this name.
+    pub fn alias(&self, name: &str) -> Option<&EffectiveAlias> {
+        self.aliases.iter().find(|alias| alias.name == name)
+    }
 }
 
 /// A base as a worker sees it.
@@ -336,6 +347,12 @@ impl WorkerDocument {
         self.groups.iter().find(|g| g.name == name)
     }
 
+    /// What the aliases of all groups lead to.
+    pub fn aliases(&self) -> GroupAliases {
+        let with_some = self.groups.iter().filter(|group| !group.aliases.is_empty());
+        with_some.map(|group| (group.name.clone(), group.aliases.clone())).collect()
+    }
+
     /// The group whose base a new worker makes active first, if there is any group.
     pub fn default_group(&self) -> Option<&DocumentGroup> {
         self.group(self.default_group.as_deref()?)
@@ -353,6 +370,10 @@ pub struct Previous {
     pub stored: Option<(u64, String)>,
     /// Largest sequence that any worker of the placement reports.
     pub reported: u64,
+    /// What aliases led to. One that is not here is new, and leads at once to what is declared.
+    pub aliases: GroupAliases,
+    /// Declared targets of aliases, by group and lens, that every worker can serve.
+    pub ready_targets: BTreeSet<(String, String)>,
 }
 
 /// Something about a placement that keeps it, or one of its groups, from being served.
@@ -407,7 +428,7 @@ pub fn compile(
         let group = groups.get(&(group_namespace.to_owned(), name.to_owned())).copied();
         match group.filter(|group| group.metadata.deletion_timestamp.is_none()) {
             Some(group) if group.may_be_placed_in(namespace, namespace_labels) => {
-                served.push(document_group(placed, group));
+                served.push(document_group(placed, group, previous));
             }
             _ if group_namespace != namespace => problems.push(not_permitted(placed, namespace)),
             _ => problems.push(Problem {
@@ -490,7 +511,7 @@ fn assemble(
     Ok(Some(document))
 }
 
-fn document_group(placed: &PlacedGroup, group: &ModelGroup) -> DocumentGroup {
+fn document_group(placed: &PlacedGroup, group: &ModelGroup, previous: &Previous) -> DocumentGroup {
     let mut lenses: Vec<DocumentLens> = group
         .spec
         .lenses
@@ -521,7 +542,22 @@ fn document_group(placed: &PlacedGroup, group: &ModelGroup) -> DocumentGroup {
         },
         residency: placed.residency.unwrap_or_default(),
         lenses,
+        aliases: effective_aliases(placed, group, previous),
     }
+}
+
+fn effective_aliases(placed: &PlacedGroup, group: &ModelGroup, previous: &Previous) -> Vec<EffectiveAlias> {
+    let before = previous.aliases.get(&placed.name).map(Vec::as_slice).unwrap_or_default();
+    let exists = |lens: &str| group.spec.lenses.iter().any(|l| l.name == lens);
+    let is_ready = |lens: &str| previous.ready_targets.contains(&(placed.name.clone(), lens.to_owned()));
+    let decide = |alias: &Alias| {
+        let before = before.iter().find(|b| b.name == alias.name).map(|b| b.targets.as_slice());
+        let targets = effective(&alias.declared(), before, exists, is_ready);
+        EffectiveAlias { name: alias.name.clone(), targets }
+    };
+    let mut aliases: Vec<EffectiveAlias> = group.spec.aliases.iter().map(decide).collect();
+    aliases.sort_by(|a, b| a.name.cmp(&b.name));
+    aliases
 }
 
 fn memory(spec: &ModelPlacementSpec) -> Result<MemoryBudgets, Problem> {

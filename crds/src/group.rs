@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{allowed_placements::AllowedPlacements, condition::FailureReason, source::Source};
+use crate::{alias::Alias, allowed_placements::AllowedPlacements, condition::FailureReason, source::Source};
 
 /// Most lenses a group may have. CRD rules are checked at this size; beyond it, make several
 /// groups over one base: groups with an equal base share it on a worker.
@@ -42,6 +42,10 @@ pub const MAX_FAILED_IN_STATUS: usize = 16;
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.aliases) || !has(self.lenses) || self.aliases.all(a, !self.lenses.exists(l, l.name == a.name))").message("an alias must not have the name of a lens of the group: clients could not tell them apart"),
+    validation = Rule::new("!has(self.aliases) || self.aliases.all(a, a.targets.all(t, has(self.lenses) && self.lenses.exists(l, l.name == t.lensName)))").message("every target of an alias must be the name of one of the lenses"),
+)]
 pub struct ModelGroupSpec {
     /// The model whose weights all lenses of the group share.
     pub base: Base,
@@ -50,6 +54,11 @@ pub struct ModelGroupSpec {
     #[schemars(length(max = 256))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub lenses: Vec<Lens>,
+    /// Names that stay while the lenses behind them change, asked for as `GROUP:ALIAS`. At most 32.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub aliases: Vec<Alias>,
     /// Which placements may serve the group. Absent: those of its own namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed_placements: Option<AllowedPlacements>,

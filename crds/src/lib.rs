@@ -13,6 +13,7 @@
 //! Start with [`group`] and [`placement`] (what `kubectl explain` shows), then
 //! [`document`] and [`report`] (what travels between operator, worker and gateway).
 
+pub mod alias;
 pub mod allowed_placements;
 pub mod assign;
 pub mod condition;

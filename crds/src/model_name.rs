@@ -1,4 +1,4 @@
-//! How clients name what should answer: `group` or `group:lens`.
+//! How clients name what should answer: `group`, `group:lens` or `group:alias`.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use std::fmt;
 pub struct ModelName {
     /// The group, as the placement calls it.
     pub group: String,
-    /// The lens; `None` is the bare base.
+    /// The lens, or the alias that leads to one; `None` is the bare base.
     pub lens: Option<String>,
 }
 
@@ -29,8 +29,8 @@ pub enum UnknownModel {
         /// What was asked for.
         name: String,
     },
-    /// A bare lens name that several groups have.
-    #[error("`{name}` is a lens of several groups; write one of {}", .candidates.join(", "))]
+    /// A bare name that lenses or aliases of several groups have.
+    #[error("`{name}` is a lens or an alias of several groups; write one of {}", .candidates.join(", "))]
     Ambiguous {
         /// What was asked for.
         name: String,
@@ -40,9 +40,9 @@ pub enum UnknownModel {
 }
 
 /// Resolves a client's `model` among what is served: a group's name, then `group:lens`, then a
-/// lens name that only one group has.
+/// lens name that only one group has. An alias is named as a lens is; which lens it leads to is not decided here.
 ///
-/// `groups` is what there is: group names with the names of their lenses.
+/// `groups` is what there is: group names with the names of their lenses and aliases.
 pub fn resolve<'a, L>(
     name: &str,
     groups: impl IntoIterator<Item = (&'a str, L)>,

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    alias::{EffectiveAlias, GroupAliases},
     condition::FailureReason,
     document::{BaseKey, EvictionRule},
     placement::EvictionPolicy,
@@ -30,6 +31,13 @@ pub struct WorkerReport {
     pub bases: Vec<BaseReport>,
     /// The lenses it knows, sorted by group and name. Shared, because most stay the same from one report to the next.
     pub lenses: Vec<Arc<LensReport>>,
+    /// What the aliases of its newest document lead to.
+    #[serde(default, skip_serializing_if = "has_none")]
+    pub aliases: Arc<GroupAliases>,
+}
+
+fn has_none(aliases: &Arc<GroupAliases>) -> bool {
+    aliases.is_empty()
 }
 
 /// Who reports.
@@ -473,6 +481,9 @@ pub struct Change {
     /// Lenses (group, name) that are no longer known.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed_lenses: Vec<(String, String)>,
+    /// What all aliases lead to now, when any of it changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aliases: Option<Arc<GroupAliases>>,
 }
 
 impl LensReport {
@@ -543,6 +554,7 @@ pub fn diff(old: &WorkerReport, new: &WorkerReport) -> Option<Change> {
             .filter(|l| new.lenses.binary_search_by(|n| n.id().cmp(&l.id())).is_err())
             .map(|l| (l.group.clone(), l.name.clone()))
             .collect(),
+        aliases: (old.aliases != new.aliases).then(|| new.aliases.clone()),
     };
     (change != Change::default()).then_some(change)
 }
@@ -567,6 +579,14 @@ impl WorkerReport {
                 Err(at) => self.lenses.insert(at, lens),
             }
         }
+        if let Some(aliases) = change.aliases {
+            self.aliases = aliases;
+        }
+    }
+
+    /// The alias of a group, by name.
+    pub fn alias(&self, group: &str, name: &str) -> Option<&EffectiveAlias> {
+        self.aliases.get(group)?.iter().find(|alias| alias.name == name)
     }
 
     /// The lens of a group, by name.

@@ -6,10 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
+use turret_crds::alias::{EffectiveAlias, GroupAliases, WeightedLens};
 use turret_crds::document::{Previous, WorkerDocument, compile};
-use turret_crds::report::{ArtifactState, StateEvent, Tier, WorkerReport, diff};
+use turret_crds::report::{ArtifactState, Change, StateEvent, Tier, WorkerReport, diff};
 use turret_crds::token::{PublicKey, Scope};
 use turret_crds::{ModelGroup, ModelPlacement};
 
@@ -53,10 +55,34 @@ fn compiled() -> WorkerDocument {
         .iter()
         .map(|g| ((g.metadata.namespace.clone().unwrap(), g.metadata.name.clone().unwrap()), g))
         .collect();
-    let previous = Previous { stored: Some((6, "sha256:of the document before".into())), reported: 6 };
+    let stored = Some((6, "sha256:of the document before".into()));
+    let previous = Previous { stored, reported: 6, ..Previous::default() };
     let compiled = compile(&placements[0], &by_name, &BTreeMap::new(), &keys(), &previous);
     assert_eq!(compiled.problems, []);
     compiled.document.unwrap()
+}
+
+#[test]
+fn aliases_are_told_once_and_when_they_change() {
+    let Some(StateEvent::Snapshot(before)) = stream().into_iter().next() else {
+        panic!("a snapshot is first")
+    };
+    let aliases = |lens: &str| -> Arc<GroupAliases> {
+        let targets = vec![WeightedLens { lens: lens.into(), weight: 1 }];
+        Arc::new([("llama".to_owned(), vec![EffectiveAlias { name: "default".into(), targets }])].into())
+    };
+    let mut report = *before;
+    for now in [aliases("polite"), aliases("terse"), Arc::default()] {
+        let mut after = report.clone();
+        after.aliases = now.clone();
+        let change = diff(&report, &after).expect("they differ");
+        assert_eq!(change, Change { aliases: Some(now), ..Change::default() });
+        let text = serde_json::to_string(&StateEvent::Change(change)).unwrap();
+        let StateEvent::Change(read) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
+        report.apply(read);
+        assert_eq!(report, after);
+        assert_eq!(diff(&report, &after), None);
+    }
 }
 
 fn pretty(document: &WorkerDocument) -> String {

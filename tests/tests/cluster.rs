@@ -11,8 +11,8 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::cluster::objects::SCENARIO;
 use turret_tests::cluster::release::{NAMESPACE, Release};
 use turret_tests::cluster::scenarios::{
-    answers, deletion, device, faults, leadership, lenses, memory, namespaced, pauses, residency, rights,
-    rollouts, scaling, sharing, sources, spread, switches,
+    aliases, answers, deletion, device, faults, leadership, lenses, memory, namespaced, pauses, residency,
+    rights, rollouts, scaling, sharing, sources, spread, switches,
 };
 
 fn main() -> Result<ExitCode> {
@@ -60,6 +60,7 @@ fn scenarios(runtime: &Arc<Runtime>, release: Option<&Arc<Release>>) -> Vec<Tria
         scenario!(runtime, release, lenses::a_lens_is_added_replaced_and_removed_without_a_restart),
         scenario!(runtime, release, lenses::ready_turns_true_only_when_every_worker_reports_the_document),
         scenario!(runtime, release, lenses::a_broken_lens_is_named_with_its_reason_and_heals),
+        scenario!(runtime, release, aliases::an_alias_moves_when_every_worker_can_serve_its_new_target),
         scenario!(runtime, release, device::a_worker_without_the_device_it_was_given_says_so),
         scenario!(runtime, release, device::a_worker_claims_a_device_of_a_class),
         scenario!(runtime, release, device::kubectl_scale_changes_the_number_of_workers),

@@ -1,13 +1,15 @@
 //! The worker's real binary over HTTP, with the trained demo family: right answers, residency, failures and their
 //! healing, sources, tokens, the end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures::future::join_all;
 use serde_json::{Value, json};
+use turret_crds::alias::Asker;
 use turret_crds::condition::FailureReason;
+use turret_crds::label::MODEL_HEADER;
 use turret_crds::report::{ArtifactState, Tier, WorkerReport};
 use turret_crds::token::{Claims, PublicKey, Scope};
 use turret_tests::cluster::family::{self as demo, copy_readable, digest_of};
@@ -176,6 +178,70 @@ async fn a_lens_is_added_replaced_and_removed_under_load() {
     };
     let (answers, ()) = tokio::join!(load, changes);
     assert_eq!(answers, 240);
+}
+
+#[tokio::test]
+async fn an_alias_answers_as_the_lens_that_it_leads_to() {
+    let aliases = |targets: Value| json!([{"name": "default", "targets": targets}]);
+    let mut family = whole_family();
+    family.set_aliases("a", aliases(json!([{"lensName": "terse"}])));
+    let worker = Worker::start(&family.document());
+    worker.settled().await;
+    let (messages, terse) = sky("a:terse");
+    let ask = async |model: &str, user: &str| -> (Value, Value) {
+        let body = json!({"model": model, "user": user, "messages": messages, "temperature": 0});
+        let response = worker.chat_raw(&body).await;
+        assert_eq!(response.status(), 200, "{model}");
+        let answer: Value = response.json().await.unwrap();
+        (answer["model"].clone(), answer["choices"][0]["message"]["content"].clone())
+    };
+    for name in ["a:default", "default"] {
+        assert_eq!(ask(name, "ann").await, (json!("a:terse"), json!(terse)), "{name}");
+    }
+
+    // Two lenses for two users, each always the same.
+    family.set_aliases("a", aliases(json!([{"lensName": "terse"}, {"lensName": "pirate"}])));
+    worker.push(&family.document()).await;
+    let report = worker.wait("both targets", |r| r.alias("a", "default").unwrap().targets.len() == 2).await;
+    let alias = report.alias("a", "default").unwrap();
+    let mut answered = BTreeSet::new();
+    for user in (4..8).map(|n| format!("user-{n}")) {
+        let lens = alias.lens_for("a", Asker::called(&user)).unwrap();
+        let model = format!("a:{lens}");
+        for _ in 0..2 {
+            assert_eq!(ask("default", &user).await, (json!(model), json!(sky(&model).1)), "{user}");
+        }
+        answered.insert(model);
+    }
+    assert_eq!(answered.len(), 2);
+
+    // A gateway that has chosen is believed, and what answered is told.
+    let chat = worker.client.post(format!("{}/v1/chat/completions", worker.data)).bearer_auth(TOKEN);
+    let body = json!({"model": "default", "messages": messages, "temperature": 0});
+    let chosen = chat.header(MODEL_HEADER, "a:pirate").json(&body).send().await.unwrap();
+    assert_eq!(chosen.json::<Value>().await.unwrap()["model"], "a:pirate");
+
+    // It is a model, and no lens.
+    let get = |path: &str| worker.client.get(format!("{}{path}", worker.data)).bearer_auth(TOKEN).send();
+    let model: Value = get("/v1/models/default").await.unwrap().json().await.unwrap();
+    assert_eq!((&model["id"], &model["parent"]), (&json!("a:default"), &json!("a")));
+    let targets = json!([{"lens": "pirate", "weight": 1}, {"lens": "terse", "weight": 1}]);
+    assert_eq!(model["targets"], targets);
+    let models: Value = get("/v1/models").await.unwrap().json().await.unwrap();
+    assert!(models["data"].as_array().unwrap().contains(&model), "{models}");
+    let load = worker.client.post(format!("{}/control/v1/lenses/default/load", worker.control));
+    let refused = [get("/v1/lenses/default").await.unwrap(), load.bearer_auth(TOKEN).send().await.unwrap()];
+    for (refused, status) in refused.into_iter().zip([404, 400]) {
+        assert_eq!(refused.status(), status);
+        let error: Value = refused.json().await.unwrap();
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains("is an alias") && message.contains("`a:pirate`, `a:terse`"), "{message}");
+    }
+
+    family.set_aliases("a", json!([]));
+    worker.push(&family.document()).await;
+    let gone = worker.chat_raw(&json!({"model": "default", "messages": messages})).await;
+    assert_eq!(gone.status(), 404);
 }
 
 #[tokio::test]

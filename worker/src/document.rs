@@ -188,7 +188,9 @@ fn compile_objects(
     // Without a cluster nobody has labelled the namespace; its name is the label that each has.
     let namespace = placement.metadata.namespace.clone().unwrap_or_default();
     let labels = BTreeMap::from([(label::NAMESPACE_NAME.to_owned(), namespace)]);
-    let compiled = compile(&placement, &by_name, &labels, &[], &Previous { stored: previous, reported });
+    // Nobody knows here what aliases led to before, so they lead to what is declared.
+    let previous = Previous { stored: previous, reported, ..Previous::default() };
+    let compiled = compile(&placement, &by_name, &labels, &[], &previous);
     let problems: Vec<String> = compiled.problems.iter().map(|p| p.message.clone()).collect();
     match compiled.document {
         Some(document) if problems.is_empty() => Ok(document),
@@ -290,6 +292,25 @@ spec:
         assert_eq!(again, document, "the same files are the same document");
         let changed = yaml.replace("terse", "pirate");
         assert_eq!(read(&changed, Some((1, document.digest))).unwrap().sequence, 2);
+    }
+
+    #[test]
+    fn aliases_lead_to_what_is_declared() {
+        let other = "{name: pirate, source: {uri: \"file:///models/pirate\"}}";
+        let alias = |lens: &str| {
+            let group = GROUP.replace("NAME", "a").replace("lenses: [", &format!("lenses: [{other}, "));
+            group + &format!("  aliases: [{{name: default, targets: [{{lensName: {lens}}}]}}]\n")
+        };
+        let document = read(&alias("terse"), None).unwrap();
+        let changed = read(&alias("pirate"), Some((1, document.digest.clone()))).unwrap();
+        let targets = |document: &WorkerDocument| {
+            let targets = &document.groups[0].alias("default").unwrap().targets;
+            targets.iter().map(|target| (target.lens.clone(), target.weight)).collect::<Vec<_>>()
+        };
+        assert_eq!(targets(&document), [("terse".to_owned(), 1)]);
+        assert_eq!((targets(&changed), changed.sequence), (vec![("pirate".to_owned(), 1)], 2));
+        let refused = read(&alias("missing"), None).unwrap_err();
+        assert!(refused.contains("every target of an alias must be"), "{refused}");
     }
 
     #[test]

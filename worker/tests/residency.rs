@@ -479,7 +479,7 @@ fn document(folder: &Path, declared: &Declared, sequence: u64) -> WorkerDocument
     let placement: ModelPlacement = serde_json::from_value(object("ModelPlacement", "p", spec)).unwrap();
     let by_name: BTreeMap<_, _> =
         groups.iter().map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g)).collect();
-    let previous = Previous { stored: None, reported: sequence };
+    let previous = Previous { reported: sequence, ..Previous::default() };
     let compiled = compile(&placement, &by_name, &BTreeMap::new(), &[], &previous);
     assert_eq!(compiled.problems, []);
     compiled.document.unwrap()

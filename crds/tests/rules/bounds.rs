@@ -83,7 +83,7 @@ pub fn bounds(kind: &Kind) -> Vec<Bound> {
 pub(super) fn grown(list: &Value, count: usize) -> Value {
     let element = |n: usize| {
         let mut element = list[0].clone();
-        for key in ["name", "topologyKey"] {
+        for key in ["name", "topologyKey", "lensName"] {
             if element.get(key).is_some() {
                 element[key] = json!(format!("n{n}"));
             }

@@ -46,6 +46,10 @@ fn group() -> Value {
             "priority": 1000,
         })
     };
+    // The last lenses, so that the rules look at all of them.
+    let target = |n: usize| json!({"lensName": named(255 - n, 63), "weight": 1000});
+    let targets: Vec<_> = (0..4).map(target).collect();
+    let alias = |n: usize| json!({"name": padded(&format!("alias{n}-"), 63), "targets": targets});
     json!({
         "apiVersion": "turret.dev/v1alpha1",
         "kind": "ModelGroup",
@@ -53,6 +57,7 @@ fn group() -> Value {
         "spec": {
             "base": {"source": source("hf://example-org/"), "dtype": "BF16", "quantization": "Q8_0"},
             "lenses": (0..256).map(lens).collect::<Vec<_>>(),
+            "aliases": (0..32).map(alias).collect::<Vec<_>>(),
             "allowedPlacements": {"namespaces": "Selector", "selector": {"matchLabels": map(16, |_| json!("a".repeat(63)))}},
         },
     })

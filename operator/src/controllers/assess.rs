@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use k8s_openapi::api::apps::v1::Deployment;
 use turret_crds::{
     WorkerReport,
+    alias::GroupAliases,
     condition::{FailureReason, reason},
     report::ArtifactState,
 };
@@ -32,6 +33,8 @@ pub struct DocumentRef {
     pub digest: String,
     /// Its groups, as clients call them.
     pub groups: BTreeMap<String, GroupVersion>,
+    /// What aliases lead to in it.
+    pub aliases: GroupAliases,
 }
 
 /// Which version of a ModelGroup a document holds.

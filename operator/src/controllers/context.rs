@@ -102,7 +102,7 @@ pub struct Caches {
     pub unreadable_placements: Unreadable,
     /// Namespaces with their labels; `None` where one namespace is served and no group of another is seen.
     pub namespaces: Option<Store<Namespace>>,
-    /// ConfigMaps of placements, their data replaced by hashes.
+    /// ConfigMaps of placements, their documents replaced by hashes.
     pub config_maps: Store<ConfigMap>,
     /// Services of placements.
     pub services: Store<Service>,
@@ -374,5 +374,5 @@ impl Context {
 /// Reasons that a person should look at.
 fn is_trouble(reason: &str) -> bool {
     use condition::reason::*;
-    ![ROLLING_OUT, UPDATING, LOADING, SERVING, DONE, PAUSED].contains(&reason)
+    ![ROLLING_OUT, UPDATING, LOADING, ALIAS_PENDING, SERVING, DONE, PAUSED].contains(&reason)
 }

@@ -236,6 +236,7 @@ pub fn report(document: &WorkerDocument, name: &str) -> WorkerReport {
                 LensReport::new(g.name.clone(), l.name.clone(), ArtifactState::Ready, Tier::Disk).into()
             })
             .collect(),
+        aliases: Arc::new(document.aliases()),
     }
 }
 

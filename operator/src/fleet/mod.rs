@@ -286,7 +286,11 @@ fn what_moved(old: &WorkerReport, change: &Change) -> Moved {
         })
     });
     let removed = !change.removed_bases.is_empty() || !change.removed_lenses.is_empty();
-    if state || bases || lenses || removed { Moved::Holdings } else { Moved::Traffic }
+    if state || bases || lenses || removed || change.aliases.is_some() {
+        Moved::Holdings
+    } else {
+        Moved::Traffic
+    }
 }
 
 #[cfg(test)]

@@ -330,6 +330,8 @@ fn traffic_is_told_from_what_matters_to_a_status() {
     Arc::make_mut(&mut lens).served += 1;
     let traffic = Change { state: Some(state.clone()), lenses: vec![lens.clone()], ..Change::default() };
     assert_eq!(what_moved(&report, &traffic), Moved::Traffic);
+    let aliases = Change { aliases: Some(Arc::default()), ..Change::default() };
+    assert_eq!(what_moved(&report, &aliases), Moved::Holdings);
     state.ready = !state.ready;
     assert_eq!(what_moved(&report, &Change { state: Some(state), ..Change::default() }), Moved::Holdings);
 }

@@ -7,7 +7,8 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use turret_crds::{
-    ModelGroup, ModelName, ModelPlacement, WorkerReport, document::AdmissionLimits, model_name::UnknownModel,
+    ModelGroup, ModelName, ModelPlacement, WorkerReport, alias::WeightedLens, document::AdmissionLimits,
+    model_name::UnknownModel,
 };
 
 /// All namespaces and what they serve.
@@ -26,8 +27,8 @@ pub struct Namespace {
     pub groups: BTreeMap<String, Group>,
     /// By name.
     pub placements: BTreeMap<String, Placement>,
-    /// The groups that have a lens of this name, sorted.
-    groups_of_lens: BTreeMap<String, Vec<String>>,
+    /// The groups that have a lens or an alias of this name, sorted.
+    groups_of_name: BTreeMap<String, Vec<String>>,
 }
 
 /// A group that some placement serves.
@@ -39,8 +40,17 @@ pub struct Group {
     pub created: i64,
     /// By name.
     pub lenses: BTreeMap<String, Lens>,
+    /// What its aliases are to lead to, by name.
+    pub aliases: BTreeMap<String, Vec<WeightedLens>>,
     /// Names of the placements that serve it, sorted.
     pub placements: Vec<String>,
+}
+
+impl Group {
+    /// Whether it has a lens or an alias of this name.
+    fn has(&self, name: &str) -> bool {
+        self.lenses.contains_key(name) || self.aliases.contains_key(name)
+    }
 }
 
 /// A lens of a group.
@@ -79,7 +89,7 @@ pub enum Scope<'a> {
 pub struct Target {
     /// The namespace.
     pub namespace: String,
-    /// The group, and the lens if one is meant.
+    /// The group, and the lens or alias if one is meant.
     pub model: ModelName,
 }
 
@@ -197,6 +207,12 @@ impl Namespace {
                     group.lenses.entry(lens.name.clone()).or_default();
                 }
             }
+            for (name, aliases) in report.aliases.iter() {
+                if let Some(group) = namespace.groups.get_mut(name) {
+                    let aliases = aliases.iter().map(|alias| (alias.name.clone(), alias.targets.clone()));
+                    group.aliases.extend(aliases);
+                }
+            }
         }
         namespace.placements.insert(
             placement.to_owned(),
@@ -212,10 +228,10 @@ impl Namespace {
     }
 
     fn indexed(mut self) -> Self {
-        self.groups_of_lens.clear();
+        self.groups_of_name.clear();
         for (name, group) in &self.groups {
-            for lens in group.lenses.keys() {
-                self.groups_of_lens.entry(lens.clone()).or_default().push(name.clone());
+            for lens_or_alias in group.lenses.keys().chain(group.aliases.keys()) {
+                self.groups_of_name.entry(lens_or_alias.clone()).or_default().push(name.clone());
             }
         }
         self
@@ -248,13 +264,11 @@ impl Namespace {
         if self.groups.contains_key(name) {
             return Ok(ModelName { group: name.to_owned(), lens: None });
         }
-        let full = name
-            .split_once(':')
-            .filter(|(g, l)| self.groups.get(*g).is_some_and(|g| g.lenses.contains_key(*l)));
+        let full = name.split_once(':').filter(|(g, l)| self.groups.get(*g).is_some_and(|g| g.has(l)));
         if let Some((group, lens)) = full {
             return Ok(ModelName { group: group.to_owned(), lens: Some(lens.to_owned()) });
         }
-        match self.groups_of_lens.get(name).map(Vec::as_slice) {
+        match self.groups_of_name.get(name).map(Vec::as_slice) {
             None | Some([]) => Err(UnknownModel::NotFound { name: name.to_owned() }),
             Some([group]) => Ok(ModelName { group: group.clone(), lens: Some(name.to_owned()) }),
             Some(groups) => Err(UnknownModel::Ambiguous {
@@ -301,6 +315,7 @@ fn group(object: &ModelGroup) -> Group {
             .iter()
             .map(|l| (l.name.clone(), Lens { display_name: l.display_name.clone() }))
             .collect(),
+        aliases: object.spec.aliases.iter().map(|alias| (alias.name.clone(), alias.declared())).collect(),
         placements: Vec::new(),
     }
 }
@@ -443,7 +458,7 @@ mod tests {
         let ambiguous = find(&catalog, lab, "pirate").unwrap_err();
         assert_eq!(
             ambiguous.to_string(),
-            "`pirate` is a lens of several groups; write one of north:pirate, south:pirate"
+            "`pirate` is a lens or an alias of several groups; write one of north:pirate, south:pirate"
         );
         assert!(!ambiguous.is_not_found());
         assert_eq!(find(&catalog, Scope::Anywhere, "pirate").unwrap_err(), ambiguous);
@@ -518,19 +533,48 @@ mod tests {
     proptest! {
         #[test]
         fn the_index_finds_what_the_contract_says(
-            groups in proptest::collection::btree_map("[ab]{1,2}", proptest::collection::btree_set("[abc]{1,2}", 0..4), 0..5),
+            groups in proptest::collection::btree_map(
+                "[ab]{1,2}",
+                // Whether each name is that of an alias.
+                proptest::collection::btree_map("[abc]{1,2}", any::<bool>(), 0..4),
+                0..5,
+            ),
             name in "[abc]{0,2}(:[abc]{0,2})?",
         ) {
             let namespace = Namespace {
-                groups: groups.iter().map(|(name, lenses)| (name.clone(), Group {
-                    lenses: lenses.iter().map(|l| (l.clone(), Lens::default())).collect(),
-                    ..Group::default()
-                })).collect(),
+                groups: groups.iter().map(|(name, names)| {
+                    let of = |alias: bool| {
+                        let those = names.iter().filter(move |(_, is_alias)| **is_alias == alias);
+                        those.map(|(name, _)| name.clone())
+                    };
+                    let lenses = of(false).map(|lens| (lens, Lens::default())).collect();
+                    let aliases = of(true).map(|alias| (alias, Vec::new())).collect();
+                    (name.clone(), Group { lenses, aliases, ..Group::default() })
+                }).collect(),
                 ..Namespace::default()
             }.indexed();
-            let served = groups.iter().map(|(g, lenses)| (g.as_str(), lenses.iter().map(String::as_str)));
+            let served = groups.iter().map(|(g, names)| (g.as_str(), names.keys().map(String::as_str)));
             prop_assert_eq!(namespace.find(&name), turret_crds::model_name::resolve(&name, served));
         }
+    }
+
+    #[test]
+    fn an_alias_is_found_as_a_lens_is_and_not_led_on_yet() {
+        let mut group = model_group("north", &["pirate", "terse"]);
+        group.spec.aliases = serde_json::from_value(json!([
+            {"name": "default", "targets": [{"lensName": "terse"}, {"lensName": "pirate", "weight": 9}]},
+        ]))
+        .unwrap();
+        let placed = placement("p", json!({"groups": [{"name": "chat", "groupRef": {"name": "north"}}]}));
+        let namespace = Namespace::declared(&[group], &[placed]);
+        let weights: Vec<_> =
+            namespace.groups["chat"].aliases["default"].iter().map(|t| (t.lens.as_str(), t.weight)).collect();
+        assert_eq!(weights, [("pirate", 9), ("terse", 1)]);
+        let catalog = catalog(vec![("lab", namespace)]);
+        for asked in ["default", "chat:default"] {
+            assert_eq!(find(&catalog, Scope::Anywhere, asked).unwrap(), "lab/chat:default");
+        }
+        assert!(find(&catalog, Scope::Anywhere, "north:default").unwrap_err().is_not_found());
     }
 
     #[test]

@@ -13,8 +13,10 @@ use std::{
 
 use parking_lot::{Mutex, RwLock};
 use tokio::{sync::watch, time::Instant};
+use turret_crds::alias::{Asker, WeightedLens, choose};
 
 use super::{
+    aliases,
     catalog::{Catalog, Namespace, Target},
     pick::{self, Choice, InFlight, Unserved},
 };
@@ -164,6 +166,28 @@ impl View {
             &*place.namespace == namespace
                 && placements.binary_search_by(|p| p.as_str().cmp(&place.placement)).is_ok()
         })
+    }
+
+    /// Where an alias leads at the moment; `None` for what is no alias.
+    pub fn targets(&self, named: &Target) -> Option<Vec<WeightedLens>> {
+        let (_, group) = self.catalog.group(named)?;
+        let alias = named.model.lens.as_deref()?;
+        let declared = group.aliases.get(alias)?;
+        let reported = self.workers_of(&named.namespace, &group.placements).filter_map(|worker| {
+            let report = worker.believed().filter(|report| !report.state.draining)?;
+            Some(report.alias(&named.model.group, alias)?.targets.as_slice())
+        });
+        Some(aliases::current(declared, |lens| group.lenses.contains_key(lens), reported))
+    }
+
+    /// What answers this asker when they name something: where an alias leads, or just that.
+    pub fn lead(&self, mut named: Target, asker: Asker) -> Target {
+        let Some(targets) = self.targets(&named) else { return named };
+        let alias = named.model.lens.as_deref().unwrap_or_default();
+        if let Some(lens) = choose(&targets, asker.draw(&named.model.group, alias)) {
+            named.model.lens = Some(lens.to_owned());
+        }
+        named
     }
 
     /// Orders the workers that can take a request, best first.

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use turret_crds::{
     ModelName,
+    alias::WeightedLens,
     report::{ArtifactState, LensReport, Tier},
 };
 
@@ -28,10 +29,10 @@ impl<T> List<T> {
     }
 }
 
-/// A model that can be asked for: a group's base, or one of its lenses.
+/// A model that can be asked for: a group's base, one of its lenses, or one of its aliases.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Model {
-    /// `group` or `group:lens`: what to write in `model`.
+    /// `group`, `group:lens` or `group:alias`: what to write in `model`.
     pub id: String,
     object: &'static str,
     /// Seconds since the epoch; 0 when unknown.
@@ -39,12 +40,15 @@ pub struct Model {
     owned_by: &'static str,
     /// Where the base comes from.
     pub root: String,
-    /// The group, for a lens.
+    /// The group, for a lens or an alias.
     pub parent: Option<String>,
     /// Longest sequence in tokens, on every worker that serves it; `null` while none knows.
     pub max_model_len: Option<u32>,
     /// The namespace it is served in.
     pub namespace: String,
+    /// For an alias: where it leads at the moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<Vec<WeightedLens>>,
 }
 
 /// A lens, and what each worker says of it.
@@ -96,8 +100,10 @@ pub fn models(view: &View, scope: Scope<'_>) -> Vec<Model> {
     let mut models = Vec::new();
     for (namespace_name, namespace) in view.catalog.within(scope) {
         for (group_name, group) in &namespace.groups {
-            let lenses = group.lenses.keys().map(|lens| Some(lens.clone()));
-            for lens in std::iter::once(None).chain(lenses) {
+            let mut names: Vec<&String> = group.lenses.keys().chain(group.aliases.keys()).collect();
+            names.sort_unstable();
+            let named = names.into_iter().map(|name| Some(name.clone()));
+            for lens in std::iter::once(None).chain(named) {
                 let target = target(namespace_name, group_name, lens);
                 if failure(view, &target).is_none() {
                     models.push(model(view, &target, group));
@@ -170,6 +176,7 @@ fn model(view: &View, target: &Target, group: &Group) -> Model {
         root: group.base.clone(),
         parent: target.model.lens.as_ref().map(|_| target.model.group.clone()),
         namespace: target.namespace.clone(),
+        targets: view.targets(target),
     }
 }
 

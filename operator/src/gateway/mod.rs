@@ -9,8 +9,8 @@
 //! Kubernetes API ([`kubernetes`]), and what each worker *says* on its own state stream
 //! ([`crate::fleet`]). It has no state of its own that a restart would lose, so any number of
 //! replicas can run side by side. [`demand`] counts what is asked of
-//! placements that scale by it. [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`], [`listing`] and [`fleet_view`]
-//! are pure.
+//! placements that scale by it. [`aliases`], [`catalog`], [`endpoint`], [`pick`], [`hold`], [`headers`], [`listing`] and
+//! [`fleet_view`] are pure.
 
 use std::{
     net::SocketAddr,
@@ -41,6 +41,7 @@ use crate::{
     telemetry::LogFilter,
 };
 
+pub mod aliases;
 pub mod catalog;
 pub mod demand;
 pub mod directory;

@@ -41,6 +41,7 @@ fn worker(name: &str) -> Worker<()> {
             lens("north", "warm", Tier::Device),
             lens("south", "cold", Tier::Disk),
         ],
+        aliases: Arc::default(),
     };
     Worker {
         endpoint: Arc::new(Endpoint {

@@ -13,6 +13,7 @@ use tokio::{
     sync::{Notify, oneshot, watch},
     time::Instant,
 };
+use turret_crds::alias::Asker;
 
 use super::{
     catalog::{ResolveError, Scope, Target},
@@ -29,18 +30,21 @@ pub struct Ask {
     pub namespace: Option<String>,
     /// Its `model`.
     pub model: Option<String>,
+    /// Who asks.
+    pub asker: Asker,
 }
 
 impl Ask {
-    /// Where to look.
-    pub fn scope(&self) -> Scope<'_> {
-        self.namespace.as_deref().map_or(Scope::Anywhere, Scope::Namespace)
-    }
-
-    /// What it means now.
+    /// What it means now; where its alias leads, if it names one.
     pub fn resolve(&self, view: &View) -> Result<Target, ResolveError> {
-        view.catalog.resolve(self.scope(), self.model.as_deref())
+        let named = view.catalog.resolve(scope(self.namespace.as_deref()), self.model.as_deref())?;
+        Ok(view.lead(named, self.asker))
     }
+}
+
+/// Where to look for what a request names, by the namespace that it names.
+pub fn scope(namespace: Option<&str>) -> Scope<'_> {
+    namespace.map_or(Scope::Anywhere, Scope::Namespace)
 }
 
 /// Lines form by namespace and group.

@@ -135,6 +135,7 @@ pub fn report(name: &str, groups: &[(&str, &str, &[&str])]) -> WorkerReport {
         },
         bases,
         lenses,
+        aliases: Arc::default(),
     }
 }
 

@@ -1,11 +1,108 @@
 //! Which namespace and which model a request means.
 
+use std::sync::Arc;
+
+use serde_json::json;
+use turret_crds::{
+    ModelGroup,
+    alias::{EffectiveAlias, WeightedLens},
+};
 use turret_operator::gateway::Settings;
 
 use crate::{
     fake_worker::{FakeWorker, report},
     harness::{Gateway, answered, group, placement, refused},
 };
+
+const LENSES: &[&str] = &["new", "old"];
+
+/// The group `north` with an alias to some of its lenses.
+fn aliased(targets: &[&str]) -> ModelGroup {
+    let targets: Vec<_> = targets.iter().map(|lens| json!({"lensName": lens})).collect();
+    let mut declared = group("lab", "north", LENSES);
+    declared.spec.aliases =
+        serde_json::from_value(json!([{"name": "default", "targets": targets}])).expect("an alias");
+    declared
+}
+
+/// Has a worker say that the alias leads to a lens, and waits until the gateway knows.
+async fn leads_to(gateway: &Gateway, worker: &FakeWorker, lens: &str) {
+    let targets = vec![WeightedLens { lens: lens.into(), weight: 1 }];
+    let alias = EffectiveAlias { name: "default".into(), targets };
+    worker.now(|r| r.aliases = Arc::new([("north".to_owned(), vec![alias])].into()));
+    gateway.caught_up(worker).await;
+}
+
+#[tokio::test]
+async fn an_alias_leads_where_workers_say_until_all_of_them_say_what_is_declared() {
+    let workers = [
+        FakeWorker::start(report("a", &[("north", "n", LENSES)])).await,
+        FakeWorker::start(report("b", &[("north", "n", LENSES)])).await,
+    ];
+    let gateway = Gateway::declared(Settings::default()).await;
+    let declare = |lens: &str| {
+        gateway.declare(&[("lab", &[aliased(&[lens])], &[placement("lab", "p", &["north"], 300)])]);
+    };
+    declare("old");
+    gateway.follow(&[("lab", "p", &workers[0]), ("lab", "p", &workers[1])]).await;
+    let model_of = async |name: &str| answered(gateway.ask(name).send().await.unwrap()).await.1;
+    assert_eq!(model_of("default").await, "north:old", "no worker has heard of it");
+    leads_to(&gateway, &workers[0], "old").await;
+    leads_to(&gateway, &workers[1], "old").await;
+    declare("new");
+    assert_eq!(model_of("default").await, "north:old");
+    leads_to(&gateway, &workers[0], "new").await;
+    assert_eq!(model_of("north:default").await, "north:old", "one worker has yet to hear of it");
+    leads_to(&gateway, &workers[1], "new").await;
+    assert_eq!(model_of("default").await, "north:new");
+
+    let (_, models) = gateway.get("/v1/models").await;
+    let ids: Vec<_> = models["data"].as_array().unwrap().iter().map(|m| m["id"].clone()).collect();
+    assert_eq!(ids, ["north", "north:default", "north:new", "north:old"]);
+    let (status, model) = gateway.get("/v1/models/default").await;
+    assert_eq!((status, &model["id"], &model["parent"]), (200, &json!("north:default"), &json!("north")));
+    assert_eq!(model["targets"], json!([{"lens": "new", "weight": 1}]));
+    let (status, error) = gateway.get("/v1/lenses/default").await;
+    assert_eq!((status, &error["error"]["code"]), (404, &json!("lens_not_found")));
+    let message = "`north:default` is an alias, not a lens; it leads to north:new";
+    assert_eq!(error["error"]["message"], message);
+}
+
+#[tokio::test]
+async fn the_same_user_gets_the_same_lens_of_an_alias() {
+    let worker = FakeWorker::start(report("a", &[("north", "n", LENSES)])).await;
+    let gateway = Gateway::declared(Settings::default()).await;
+    let placements = [placement("lab", "p", &["north"], 300)];
+    gateway.declare(&[("lab", &[aliased(LENSES)], &placements)]);
+    gateway.follow(&[("lab", "p", &worker)]).await;
+    let mut found = Vec::new();
+    for n in 0..8 {
+        let asked = async |field: &str| {
+            let body = format!(r#"{{"model":"default","messages":[],"{field}":"user-{n}"}}"#);
+            answered(gateway.post("/v1/chat/completions", body).send().await.unwrap()).await.1
+        };
+        let first = asked("user").await;
+        for field in ["user", "safety_identifier", "prompt_cache_key"] {
+            assert_eq!(asked(field).await, first);
+        }
+        let by_id = gateway.ask("default").header("x-request-id", format!("user-{n}"));
+        assert_eq!(answered(by_id.send().await.unwrap()).await.1, first);
+        found.push(first);
+    }
+    assert!(found.iter().any(|m| m == "north:new") && found.iter().any(|m| m == "north:old"), "{found:?}");
+}
+
+#[tokio::test]
+async fn without_a_cluster_aliases_are_what_workers_report() {
+    let worker = FakeWorker::start(report("w", &[("north", "n", LENSES)])).await;
+    let gateway = Gateway::over(&[&worker]).await;
+    assert_eq!(refused(gateway.ask("default").send().await.unwrap()).await.0, 404);
+    for lens in ["old", "new"] {
+        leads_to(&gateway, &worker, lens).await;
+        let asked = gateway.ask("default").send().await.unwrap();
+        assert_eq!(answered(asked).await.1, format!("north:{lens}"));
+    }
+}
 
 async fn two_namespaces(settings: Settings) -> (Gateway, [FakeWorker; 2]) {
     let workers = [

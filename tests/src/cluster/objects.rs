@@ -9,12 +9,13 @@ pub struct Group {
     name: String,
     base: Value,
     lenses: Vec<Value>,
+    aliases: Vec<Value>,
 }
 
 /// A group called `name` over a folder of the volume `models`, computed in F32.
 pub fn group(name: &str, base_folder: &str) -> Group {
     let base = json!({"source": {"uri": format!("pvc://models/{base_folder}")}, "dtype": "F32"});
-    Group { name: name.into(), base, lenses: Vec::new() }
+    Group { name: name.into(), base, lenses: Vec::new(), aliases: Vec::new() }
 }
 
 impl Group {
@@ -41,6 +42,12 @@ impl Group {
     pub fn lens_of(mut self, name: &str, source: Value) -> Self {
         self = self.without(name);
         self.lenses.push(json!({"name": name, "source": source}));
+        self
+    }
+
+    /// With an alias of a lens.
+    pub fn alias(mut self, name: &str, lens: &str) -> Self {
+        self.aliases.push(json!({"name": name, "targets": [{"lensName": lens}]}));
         self
     }
 
@@ -72,7 +79,7 @@ impl Group {
             "apiVersion": "turret.dev/v1alpha1",
             "kind": "ModelGroup",
             "metadata": {"name": self.name},
-            "spec": {"base": self.base, "lenses": self.lenses},
+            "spec": {"base": self.base, "lenses": self.lenses, "aliases": self.aliases},
         })
     }
 }
@@ -313,6 +320,9 @@ mod tests {
         let made: ModelGroup = serde_json::from_value(manifest).unwrap();
         assert_eq!(made.spec.lenses.len(), 1, "a lens of the same name is replaced");
         assert_eq!(made.spec.lenses[0].source.digest.as_deref(), Some("sha256:0"));
+        let made: ModelGroup =
+            serde_json::from_value(group("a", "base").lens("x", "y").alias("z", "x").manifest()).unwrap();
+        assert_eq!(made.spec.aliases[0].targets[0].lens_name, "x");
         let manifest = placement("p", &["a"]).replicas(2).on_gpu().computing_on_cpu().volume("v").manifest();
         let made: ModelPlacement = serde_json::from_value(manifest).unwrap();
         assert_eq!((made.spec.replicas, made.spec.source_volumes.len()), (2, 2));

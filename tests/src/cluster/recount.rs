@@ -125,6 +125,7 @@ mod tests {
             state: WorkerState { tiers: vec![device], evictions: 1, ..WorkerState::default() },
             bases: Vec::new(),
             lenses: vec![gone.into(), held.into()],
+            aliases: Default::default(),
         }
     }
 

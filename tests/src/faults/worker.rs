@@ -247,6 +247,7 @@ pub fn report(name: &str, document: &WorkerDocument) -> WorkerReport {
         },
         bases,
         lenses,
+        aliases: Arc::new(document.aliases()),
     }
 }
 

@@ -96,6 +96,11 @@ impl Family {
         self
     }
 
+    /// Gives a group these aliases in place of those it has.
+    pub fn set_aliases(&mut self, group: &str, aliases: Value) {
+        self.groups.get_mut(group).unwrap()["aliases"] = aliases;
+    }
+
     /// Removes a lens.
     pub fn remove_lens(&mut self, group: &str, name: &str) {
         let lenses = self.groups.get_mut(group).unwrap()["lenses"].as_array_mut().unwrap();
@@ -140,7 +145,7 @@ impl Family {
             .iter()
             .map(|g| (("default".to_owned(), g.metadata.name.clone().unwrap()), g))
             .collect::<BTreeMap<_, _>>();
-        let previous = Previous { stored: None, reported: self.sequence };
+        let previous = Previous { reported: self.sequence, ..Previous::default() };
         let compiled = compile(&placement, &by_name, &BTreeMap::new(), &self.public_keys, &previous);
         assert_eq!(compiled.problems, []);
         let document = compiled.document.unwrap();

@@ -83,6 +83,8 @@ struct World {
     /// By the end of a path: what happens next.
     faults: Mutex<BTreeMap<String, VecDeque<Fault>>>,
     lies: Mutex<BTreeMap<String, Lie>>,
+    /// The end of paths that are answered later, and what they wait for.
+    held: Mutex<Option<(String, CancellationToken)>>,
     /// Whether every file is sent whole, whatever part of it was asked for.
     whole_only: AtomicBool,
     seen: Mutex<Vec<Seen>>,
@@ -153,6 +155,18 @@ impl HubServer {
         };
     }
 
+    /// Answers nothing for paths that end so before [`Self::release`].
+    pub fn hold(&self, end: &str) {
+        *lock(&self.world.held) = Some((end.into(), CancellationToken::new()));
+    }
+
+    /// Answers what was held.
+    pub fn release(&self) {
+        if let Some((_, barrier)) = lock(&self.world.held).take() {
+            barrier.cancel();
+        }
+    }
+
     /// Sends every file whole from now on, whatever part of it is asked for.
     pub fn send_whole(&self) {
         self.world.whole_only.store(true, Ordering::Relaxed);
@@ -199,6 +213,12 @@ impl World {
         let mut faults = lock(&self.faults);
         let next = faults.iter_mut().find(|(end, _)| path.ends_with(end.as_str())).map(|(_, next)| next)?;
         next.pop_front_if(|fault| is_content || matches!(fault, Fault::Status(..)))
+    }
+
+    /// What an answer has to wait for, if it is held.
+    fn barrier(&self, path: &str) -> Option<CancellationToken> {
+        let held = lock(&self.held);
+        held.as_ref().filter(|(end, _)| path.ends_with(end.as_str())).map(|(_, barrier)| barrier.clone())
     }
 
     fn lie_of(&self, path: &str) -> Option<Lie> {
@@ -284,6 +304,9 @@ fn faulty(status: u16, retry_after: Option<u64>) -> Response {
 async fn hub(State(world): State<Arc<World>>, request: Request) -> Result<Response, Infallible> {
     let path = request.uri().path().to_owned();
     let number = world.note(false, &path, request.headers());
+    if let Some(barrier) = world.barrier(&path) {
+        barrier.cancelled().await;
+    }
     let cut = match world.fault(&path, path.starts_with("/api/resolve-cache/")) {
         Some(Fault::Status(status, wish)) => return Ok(faulty(status, wish)),
         Some(Fault::Cut(bytes)) => Some(bytes),

@@ -16,7 +16,7 @@ use turret_crds::report::{LeaseReport, PolicyReport, StateEvent, diff};
 
 use super::App;
 use super::error::ApiError;
-use super::models::find;
+use super::models::{alias_of, find, leads_to};
 use crate::document;
 use crate::residency::orders::{Obeyed, Order, OrderError, lease_number};
 
@@ -116,7 +116,14 @@ pub async fn get_policy(State(app): State<App>) -> Json<PolicyReport> {
 
 /// What `{id}` in a path means: `GROUP:LENS`, or `LENS` where only one group has it.
 fn lens_name(app: &App, id: &str) -> Result<(String, String), ApiError> {
-    let name = find(app.residency.view().document.as_deref(), id)?;
+    let view = app.residency.view();
+    let document = view.document.as_deref();
+    let name = find(document, id)?;
+    if let Some(alias) = alias_of(document, &name) {
+        let leads_to = leads_to(&name.group, alias);
+        let message = format!("`{id}` is an alias; name a lens: it leads to {leads_to}");
+        return Err(ApiError::invalid(Some("id"), message));
+    }
     let lens = name.lens.ok_or_else(|| {
         ApiError::invalid(Some("id"), format!("`{id}` is a group; a lens is written GROUP:LENS"))
     })?;

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
+use turret_crds::alias::{ASKER_FIELDS, Asker};
 
 use super::error::ApiError;
 use crate::engine::row::{Sampling, TokenLogprobs, Usage};
@@ -56,6 +57,8 @@ pub struct Request {
     pub logprobs: Option<u8>,
     /// Only requests with the same salt share what was computed for equal beginnings.
     pub cache_salt: Option<Arc<str>>,
+    /// Who asks, if they say so.
+    pub asker: Option<Asker>,
 }
 
 /// What to go on from.
@@ -98,7 +101,7 @@ fn no_op(name: &str, value: &Value) -> Option<bool> {
         }
         "service_tier" => matches!(value.as_str(), Some("auto" | "default")),
         "modalities" => value == &json!(["text"]),
-        // They never change an answer.
+        // They change no answer, but may choose among the targets of an alias.
         "user" | "safety_identifier" | "prompt_cache_key" => value.is_string(),
         "metadata" => value.is_object(),
         _ => return None,
@@ -143,6 +146,7 @@ pub fn parse(api: Api, body: &[u8]) -> Result<Request, ApiError> {
         stream_options,
         logprobs,
         cache_salt: salt(fields.text("cache_salt")?)?,
+        asker: ASKER_FIELDS.iter().find_map(|name| asker(fields.0.get(*name)?)),
     };
     for (name, value) in &fields.0 {
         match no_op(name, value) {
@@ -162,6 +166,10 @@ pub fn parse(api: Api, body: &[u8]) -> Result<Request, ApiError> {
         }
     }
     Ok(request)
+}
+
+fn asker(name: &Value) -> Option<Asker> {
+    name.as_str().filter(|name| !name.is_empty()).map(Asker::called)
 }
 
 /// The fields that are left to be read.
@@ -398,7 +406,7 @@ pub struct Answer {
     pub id: String,
     /// Seconds since the epoch.
     pub created: u64,
-    /// The model as the client named it.
+    /// The model as the client named it, or the lens that its alias led to.
     pub model: String,
     /// What computed it: base and version.
     pub fingerprint: String,

@@ -13,13 +13,14 @@ use http::{HeaderMap, HeaderValue, header};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use turret_crds::alias::Asker;
 use turret_crds::label;
 use turret_crds::model_name::ModelName;
 
 use super::App;
 use super::error::ApiError;
 use super::generate::{self, Job, Piece};
-use super::models::{context_tokens, find};
+use super::models::{alias_of, context_tokens, find, lead};
 use super::openai::{self, Answer, Api, Input, Request};
 use super::progress;
 use crate::engine::handle::SubmitError;
@@ -30,6 +31,8 @@ use crate::model::tokenizer::Tokenizer;
 use crate::residency::Permit;
 use crate::residency::resolve::ResolvedBase;
 
+/// Names a request, where it comes through a gateway or its client gave it a name.
+const REQUEST_ID_HEADER: &str = "x-request-id";
 /// How long loading the lens took, when the request waited for it.
 const LOAD_HEADER: &str = "x-turret-load-ms";
 /// How long the switch of base took, when the request waited for it.
@@ -98,8 +101,12 @@ async fn serve(
     let routed = headers.get(label::MODEL_HEADER).and_then(|value| value.to_str().ok());
     let default = document.and_then(|d| d.default_group.as_deref()).unwrap_or_default();
     let named = request.model.as_deref().unwrap_or(default);
-    let model = find(document, routed.unwrap_or(named))?;
-    let answered_as = request.model.clone().unwrap_or_else(|| model.to_string());
+    let asker = request.asker.unwrap_or_else(|| asker(headers));
+    let model = lead(document, find(document, routed.unwrap_or(named))?, asker);
+    // An alias says nothing of what answered.
+    let is_alias = |name: &String| find(document, name).is_ok_and(|n| alias_of(document, &n).is_some());
+    let answered_as = request.model.clone().filter(|name| !is_alias(name));
+    let answered_as = answered_as.unwrap_or_else(|| model.to_string());
     let mut ended = Ended { metrics: app.metrics.clone(), model: model.clone(), since, code: 499 };
     let (stream, progress) = (request.stream, request.stream_options.include_progress);
     let begun = begin(app.clone(), api, request, model.clone(), answered_as, since);
@@ -114,6 +121,12 @@ async fn serve(
     let response = begun.whole().await.map_err(|e| ended.failed(e))?;
     ended.code = 200;
     Ok(response)
+}
+
+/// Who asks without a word of themselves: whoever sends requests of this id, or anyone.
+fn asker(headers: &HeaderMap) -> Asker {
+    let id = headers.get(REQUEST_ID_HEADER).and_then(|value| value.to_str().ok());
+    id.map_or_else(|| Asker::anyone(rand::random()), Asker::called)
 }
 
 /// From a request to its first piece. Nothing is sent before that, so that a row that fails at once is an honest status.

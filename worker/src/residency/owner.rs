@@ -462,6 +462,7 @@ impl Owner {
         self.declare_bases(&document, same_listed);
         self.declare_lenses(&document, same_listed);
         self.not_beside.clear();
+        self.published.aliases = Arc::new(document.aliases());
         self.document = Some(Arc::new(document));
         self.follow_hints();
         self.cannot_fit = self.unfit_budgets();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use turret_crds::alias::GroupAliases;
 use turret_crds::document::PROTOCOL;
 use turret_crds::report::{
     ArtifactState, BaseReport, LeaseReport, LensReport, SwitchPhase, SwitchReport, Tier, TierReport,
@@ -26,6 +27,7 @@ pub(super) fn nothing(start: &Start, created: u64) -> View {
         state: WorkerState::default(),
         bases: Vec::new(),
         lenses: Vec::new(),
+        aliases: Arc::default(),
     };
     View {
         report,
@@ -59,6 +61,8 @@ pub(super) struct Published {
     reports: Vec<Arc<LensReport>>,
     spoken: Arc<BTreeMap<LensName, SpokenLens>>,
     pub(super) leases: Arc<Vec<LeaseReport>>,
+    /// What the aliases of the newest document lead to.
+    pub(super) aliases: Arc<GroupAliases>,
     pub(super) disk: TierUse,
     at: Option<Instant>,
 }
@@ -102,6 +106,7 @@ impl Owner {
             state: self.state(),
             bases: self.bases.iter().map(|(key, base)| self.base_report(key, base)).collect(),
             lenses: self.published.reports.clone(),
+            aliases: self.published.aliases.clone(),
         };
         let bases = self
             .bases

@@ -1,5 +1,6 @@
 //! ModelGroup: owns nothing; its status says how far the placements that serve it are.
 
+pub mod aliases;
 pub mod controller;
 pub mod naming;
 pub mod reconcile;

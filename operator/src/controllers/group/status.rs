@@ -10,6 +10,7 @@ use turret_crds::{
     label,
 };
 
+use super::aliases;
 use crate::controllers::{
     asked,
     assess::{Artifacts, Assessment, DocumentRef, Obstacle, artifacts},
@@ -126,11 +127,23 @@ fn look(group: &ModelGroup, placed: &Placed<'_>) -> Found {
     {
         Some(other)
     } else {
-        artifacts.obstacle(placed.group)
+        with_aliases(artifacts.obstacle(placed.group), aliases::held_back(group, placed))
     };
     let named = obstacle
         .map(|o| Obstacle { message: format!("placement `{}`: {}", placed.placement, o.message), ..o });
     Found { obstacle: named, artifacts }
+}
+
+/// What is in the way when aliases do not lead yet to what is declared. What has failed is named first, since it may be what
+/// they wait for.
+fn with_aliases(obstacle: Option<Obstacle>, held_back: Option<String>) -> Option<Obstacle> {
+    match (obstacle, held_back) {
+        (obstacle, None) => obstacle,
+        (Some(o), Some(aliases)) if [reason::BASE_FAILED, reason::LENSES_FAILED].contains(&o.reason) => {
+            Some(Obstacle { message: format!("{}; {aliases}", o.message), ..o })
+        }
+        (_, Some(aliases)) => Some(Obstacle::passing(reason::ALIAS_PENDING, aliases)),
+    }
 }
 
 /// Whether an obstacle may have nothing to do with this group: workers have yet to take a document, or cannot meet

@@ -218,6 +218,56 @@ fn what_may_pass_by_itself_is_not_stalled() {
     }
 }
 
+/// Has the alias of the group, which leads to `pirate`, lead to `terse` from now on, and the worker take that document and find
+/// `terse` in this state.
+fn moving_alias(terse: ArtifactState) -> World {
+    let mut world = serving();
+    let declare = |world: &mut World, lens: &str, generation: i64| {
+        let alias = serde_json::json!([{"name": "default", "targets": [{"lensName": lens}]}]);
+        world.groups[0].spec.aliases = serde_json::from_value(alias).unwrap();
+        world.groups[0].metadata.generation = Some(generation);
+        world.carry_out();
+        world.workers = vec![world.serving("w")];
+    };
+    declare(&mut world, "pirate", 2);
+    declare(&mut world, "terse", 3);
+    reporting(&mut world, |o| o.reporting(|r| Arc::make_mut(&mut r.lenses[1]).state = terse));
+    world
+}
+
+#[test]
+fn a_group_is_not_ready_before_its_aliases_lead_to_what_is_declared() {
+    let mut world = moving_alias(ArtifactState::Resolving);
+    let status = status_of(&world);
+    assert_eq!(said(&status, condition::READY), "False/AliasPending");
+    assert_eq!(said(&status, condition::RECONCILING), "True/AliasPending");
+    assert_eq!(said(&status, condition::AVAILABLE), "True/Serving");
+    let message = &status.conditions[0].message;
+    for word in
+        ["alias `default` stays at `pirate`", "moves to `terse`", "worker w is still checking `terse`"]
+    {
+        assert!(message.contains(word), "{word} is not in: {message}");
+    }
+    reporting(&mut world, |o| o.reporting(|r| Arc::make_mut(&mut r.lenses[1]).state = ArtifactState::Ready));
+    let message = status_of(&world).conditions[0].message.clone();
+    assert!(message.contains("about to move"), "{message}");
+    world.carry_out();
+    assert_eq!(said(&status_of(&world), condition::READY), "False/Updating");
+    world.workers = vec![world.serving("w")];
+    assert_eq!(said(&status_of(&world), condition::READY), "True/Serving");
+}
+
+#[test]
+fn a_failed_target_is_named_with_the_alias_that_waits_for_it() {
+    let status = status_of(&moving_alias(failed(FailureReason::SourceNotFound)));
+    assert_eq!(said(&status, condition::READY), "False/LensesFailed");
+    assert_eq!(said(&status, condition::STALLED), "True/LensesFailed");
+    let message = &status.conditions[0].message;
+    for word in ["`terse`: SourceNotFound", "alias `default` stays at `pirate`"] {
+        assert!(message.contains(word), "{word} is not in: {message}");
+    }
+}
+
 #[test]
 fn a_placement_that_is_refused_says_why_to_its_groups() {
     let mut world = serving();

@@ -5,6 +5,9 @@ pub mod autoscale;
 pub mod cache_volume;
 pub mod claims;
 pub mod controller;
+pub mod cutover;
+#[cfg(test)]
+mod cutover_tests;
 pub mod demand;
 pub mod nudge;
 pub mod pause;

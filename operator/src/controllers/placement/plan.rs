@@ -26,6 +26,7 @@ use turret_crds::{
 
 use super::{
     claims::{self, ResourceClaimTemplate},
+    cutover,
     demand::Averages,
     resources::{self, Rollout, Settings},
     spread::{self, Decision, Seen},
@@ -71,7 +72,7 @@ pub struct Observed<'a> {
 /// The owned objects as cached.
 #[derive(Clone, Debug, Default)]
 pub struct Live {
-    /// The ConfigMap; its data but for the hints are replaced by their hashes, see [`shrink_config_map`].
+    /// The ConfigMap; its document is replaced by its hash, see [`shrink_config_map`].
     pub config_map: Option<Arc<ConfigMap>>,
     /// The Service.
     pub service: Option<Arc<Service>>,
@@ -346,6 +347,8 @@ fn previous(observed: &Observed<'_>, stored: Option<&DocumentRef>) -> Previous {
     Previous {
         stored: stored.map(|s| (s.sequence, s.digest.clone())),
         reported: reported.chain(noted).max().unwrap_or(0),
+        aliases: cutover::previous_aliases(stored, &observed.workers),
+        ready_targets: cutover::ready_targets(observed, stored),
     }
 }
 
@@ -441,14 +444,19 @@ fn compare<K: Resource<DynamicType = ()> + Serialize>(
     Some(Write { kind, object: sealed, exists: true, why: format!("{difference} is not as wanted") })
 }
 
-/// Replaces a ConfigMap's data by their hashes: all that is needed to see whether they are as
-/// wanted, and a hundredth of the memory. Hints are kept: the next ones are made from them.
+/// Replaces a ConfigMap's document by its hash: all that is needed to see whether it is as wanted, and a hundredth of the
+/// memory. Of the rest only the hints and what aliases lead to are kept: the next ones are made from them.
 pub fn shrink_config_map(config_map: &mut ConfigMap) {
     let data = config_map.binary_data.iter_mut().flatten();
     for (_, bytes) in data.filter(|(key, _)| *key != label::HINTS_KEY) {
         bytes.0 = <sha2::Sha256 as sha2::Digest>::digest(&bytes.0).to_vec();
     }
-    config_map.data = None;
+    if let Some(data) = &mut config_map.data {
+        data.retain(|key, _| key == resources::ALIASES_KEY);
+    }
+    if config_map.data.as_ref().is_some_and(BTreeMap::is_empty) {
+        config_map.data = None;
+    }
 }
 
 /// Cached objects with our names and labels that this placement does not control.

@@ -45,6 +45,9 @@ use crate::controllers::{
 
 /// Annotation on the ConfigMap: which version of which ModelGroup the document holds, as JSON.
 pub const DOCUMENT_GROUPS: &str = "turret.dev/document-groups";
+/// Key in the ConfigMap's `data`: what aliases lead to in the document, as JSON; for the operator alone, which must not
+/// forget it. Absent when there is no alias.
+pub const ALIASES_KEY: &str = "aliases.json";
 /// Annotation on the Deployment: hash of the pod-shaped part of the spec.
 pub const POD_SHAPE: &str = "turret.dev/pod-shape";
 /// Value of [`label::APP_MANAGED_BY`] on all that the operator makes.
@@ -126,13 +129,15 @@ pub fn metadata(placement: &ModelPlacement, annotations: BTreeMap<String, String
     }
 }
 
-/// What the annotations of a ConfigMap say of the document in it.
+/// What a ConfigMap says of the document in it.
 pub fn document_ref(config_map: &ConfigMap) -> Option<DocumentRef> {
     let annotations = config_map.annotations();
+    let aliases = config_map.data.as_ref().and_then(|data| data.get(ALIASES_KEY));
     Some(DocumentRef {
         sequence: annotations.get(label::DOCUMENT_SEQUENCE)?.parse().ok()?,
         digest: annotations.get(label::DOCUMENT_DIGEST)?.clone(),
         groups: serde_json::from_str(annotations.get(DOCUMENT_GROUPS)?).ok()?,
+        aliases: aliases.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default(),
     })
 }
 
@@ -146,6 +151,7 @@ pub fn reference(document: &WorkerDocument) -> DocumentRef {
         sequence: document.sequence,
         digest: document.digest.clone(),
         groups: document.groups.iter().map(|g| (g.name.clone(), version(g))).collect(),
+        aliases: document.aliases(),
     }
 }
 
@@ -169,9 +175,15 @@ pub fn config_map(
         (DOCUMENT_GROUPS.into(), json!(document.groups).to_string()),
     ]);
     let hints = hints.map(|hints| (label::HINTS_KEY.to_owned(), ByteString(hints)));
+    let aliases = (!document.aliases.is_empty())
+        .then(|| BTreeMap::from([(ALIASES_KEY.to_owned(), json!(document.aliases).to_string())]));
     let document = (label::DOCUMENT_KEY.to_owned(), ByteString(gzip));
-    let data: BTreeMap<String, ByteString> = hints.into_iter().chain([document]).collect();
-    ConfigMap { metadata: metadata(placement, annotations), binary_data: Some(data), ..ConfigMap::default() }
+    ConfigMap {
+        metadata: metadata(placement, annotations),
+        data: aliases,
+        binary_data: Some(hints.into_iter().chain([document]).collect()),
+        ..ConfigMap::default()
+    }
 }
 
 /// The Service in front of the workers. Its labels reach the EndpointSlices, by which the gateway

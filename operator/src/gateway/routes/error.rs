@@ -23,6 +23,14 @@ pub enum ApiError {
     /// It asks for a lens by the name of a group.
     #[error("`{0}` is a group, not a lens; `GET /v1/lenses` lists the lenses")]
     NotALens(String),
+    /// It asks for a lens by the name of an alias.
+    #[error("`{alias}` is an alias, not a lens; it leads to {}", .leads_to.join(", "))]
+    AnAlias {
+        /// The alias.
+        alias: String,
+        /// The lenses behind it at the moment.
+        leads_to: Vec<String>,
+    },
     /// Nothing is at this path.
     #[error(
         "there is nothing at `{0}`; the gateway has /v1/chat/completions, /v1/completions, /v1/models and /v1/lenses"
@@ -60,7 +68,7 @@ impl ApiError {
         match self {
             Self::Request(error) => request_facts(error),
             Self::Forward(error) => forward_facts(error),
-            Self::NotALens(_) => about_model(StatusCode::NOT_FOUND, "lens_not_found"),
+            Self::NotALens(_) | Self::AnAlias { .. } => about_model(StatusCode::NOT_FOUND, "lens_not_found"),
             Self::UnknownPath(_) => facts(StatusCode::NOT_FOUND, "unknown_path"),
             Self::WrongMethod(_) => facts(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
         }

@@ -9,10 +9,11 @@ use axum::{
 };
 use http::{HeaderName, HeaderValue, Request};
 use tracing::Instrument;
+use turret_crds::alias::Asker;
 
 use super::{
     ApiError, App,
-    request::{NamedNamespace, model_of, read_body},
+    request::{NamedNamespace, probe, read_body},
 };
 use crate::gateway::{
     headers::{self, REQUEST_ID_HEADER},
@@ -68,11 +69,14 @@ async fn forward(
     let arrived = app.proxy.clock().now();
     let (parts, body) = request.into_parts();
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_memory).await?;
-    let model = model_of(&body.bytes)?;
-    tracing::Span::current().record("model", model.as_deref().unwrap_or_default());
+    let probed = probe(&body.bytes)?;
+    tracing::Span::current().record("model", probed.model.as_deref().unwrap_or_default());
+    // Who says nothing of themselves is a new asker with each request, unless they give it an id of their own.
+    let asker = probed.asker.unwrap_or_else(|| Asker::called(&String::from_utf8_lossy(id.as_bytes())));
+    let ask = Ask { namespace, model: probed.model, asker };
     let mut headers = headers::to_worker(&parts.headers);
     headers.insert(HeaderName::from_static(REQUEST_ID_HEADER), id.clone());
-    let inference = Inference { ask: Ask { namespace, model }, path, headers, body: body.bytes, arrived };
+    let inference = Inference { ask, path, headers, body: body.bytes, arrived };
     let answered = app.proxy.forward(&inference).await;
     // The body has been sent, or will never be: others may have its memory while the answer streams.
     drop(body.share);

@@ -10,7 +10,7 @@ use axum::{
 use super::{ApiError, App, models::id_of, request::NamedNamespace};
 use crate::gateway::{
     listing::{self, Lens, List},
-    waiting::Ask,
+    waiting::scope,
 };
 
 /// `GET /v1/lenses`
@@ -18,8 +18,8 @@ pub async fn list(
     State(app): State<Arc<App>>,
     NamedNamespace(namespace): NamedNamespace,
 ) -> Json<List<Lens>> {
-    let ask = Ask { namespace, model: None };
-    Json(List::of(listing::lenses(&app.proxy.directory().view(), ask.scope())))
+    let scope = scope(namespace.as_deref());
+    Json(List::of(listing::lenses(&app.proxy.directory().view(), scope)))
 }
 
 /// `GET /v1/lenses/{id}`
@@ -28,11 +28,15 @@ pub async fn one(
     NamedNamespace(namespace): NamedNamespace,
     Path(params): Path<Vec<(String, String)>>,
 ) -> Result<Json<Lens>, ApiError> {
-    let ask = Ask { namespace, model: id_of(params) };
     let view = app.proxy.directory().view();
-    let target = ask.resolve(&view)?;
-    match listing::find_lens(&view, &target) {
-        Some(lens) => Ok(Json(lens)),
-        None => Err(ApiError::NotALens(target.model.to_string())),
+    let target = view.catalog.resolve(scope(namespace.as_deref()), id_of(params).as_deref())?;
+    match (listing::find_lens(&view, &target), view.targets(&target)) {
+        (Some(lens), _) => Ok(Json(lens)),
+        (None, Some(targets)) => {
+            let leads_to =
+                targets.into_iter().map(|t| format!("{}:{}", target.model.group, t.lens)).collect();
+            Err(ApiError::AnAlias { alias: target.model.to_string(), leads_to })
+        }
+        (None, None) => Err(ApiError::NotALens(target.model.to_string())),
     }
 }

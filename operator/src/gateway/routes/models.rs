@@ -13,7 +13,7 @@ use crate::gateway::{
     listing::{self, List, Model},
     pick::Unserved,
     proxy::ForwardError,
-    waiting::Ask,
+    waiting::scope,
 };
 
 /// `GET /v1/models`
@@ -21,8 +21,8 @@ pub async fn list(
     State(app): State<Arc<App>>,
     NamedNamespace(namespace): NamedNamespace,
 ) -> Json<List<Model>> {
-    let ask = Ask { namespace, model: None };
-    Json(List::of(listing::models(&app.proxy.directory().view(), ask.scope())))
+    let scope = scope(namespace.as_deref());
+    Json(List::of(listing::models(&app.proxy.directory().view(), scope)))
 }
 
 /// `GET /v1/models/{id}`
@@ -31,9 +31,8 @@ pub async fn one(
     NamedNamespace(namespace): NamedNamespace,
     Path(params): Path<Vec<(String, String)>>,
 ) -> Result<Response, ApiError> {
-    let ask = Ask { namespace, model: id_of(params) };
     let view = app.proxy.directory().view();
-    let target = ask.resolve(&view)?;
+    let target = view.catalog.resolve(scope(namespace.as_deref()), id_of(params).as_deref())?;
     let model = listing::find_model(&view, &target).map_err(|why| failed(target.model.to_string(), why))?;
     Ok(Json(model).into_response())
 }

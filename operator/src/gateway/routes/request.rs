@@ -1,4 +1,4 @@
-//! What the gateway reads of a request before it goes on: its namespace, its body, its `model`.
+//! What the gateway reads of a request before it goes on: its namespace, its body, its `model`, and who asks.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +10,9 @@ use bytes::Bytes;
 use http::{HeaderMap, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
+use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use turret_crds::alias::Asker;
 
 use super::{App, error::ApiError};
 use crate::gateway::headers::NAMESPACE_HEADER;
@@ -124,12 +126,28 @@ pub async fn read_body(
     Ok(ReadBody { bytes, share })
 }
 
-/// The `model` of a body. The rest is the worker's to judge.
-pub fn model_of(body: &[u8]) -> Result<Option<String>, RequestError> {
+/// What a body says of where it is to go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probed {
+    /// Its `model`.
+    pub model: Option<String>,
+    /// Who asks, if it says so.
+    pub asker: Option<Asker>,
+}
+
+/// Reads what a body says of where it is to go. The rest is the worker's to judge.
+pub fn probe(body: &[u8]) -> Result<Probed, RequestError> {
+    // Of the asker's fields, [`turret_crds::alias::ASKER_FIELDS`], whatever is no text says nothing.
     #[derive(Deserialize)]
     struct Probe {
         #[serde(default)]
         model: Option<String>,
+        #[serde(default)]
+        user: Value,
+        #[serde(default)]
+        safety_identifier: Value,
+        #[serde(default)]
+        prompt_cache_key: Value,
     }
     // A struct can also be read from an array, which is not what is meant here.
     if body
@@ -140,7 +158,9 @@ pub fn model_of(body: &[u8]) -> Result<Option<String>, RequestError> {
         return Err(RequestError::NotAnObject);
     }
     let probe: Probe = serde_json::from_slice(body).map_err(RequestError::NotJson)?;
-    Ok(probe.model.filter(|name| !name.is_empty()))
+    let names = [&probe.user, &probe.safety_identifier, &probe.prompt_cache_key];
+    let name = names.into_iter().filter_map(Value::as_str).find(|name| !name.is_empty());
+    Ok(Probed { asker: name.map(Asker::called), model: probe.model.filter(|name| !name.is_empty()) })
 }
 
 #[cfg(test)]
@@ -149,6 +169,7 @@ mod tests {
 
     #[test]
     fn the_model_is_read_and_nothing_else_is_judged() {
+        let model_of = |body: &[u8]| probe(body).map(|probed| probed.model);
         assert_eq!(
             model_of(br#" {"model": "a:b", "x": [1, {"model": 2}]}"#).unwrap().as_deref(),
             Some("a:b")
@@ -162,6 +183,20 @@ mod tests {
         for bad in [&b""[..], b"{", br#"{"model": 3}"#, br#"{"model": "a", "model": "b"}"#, b"\xff\xfe"] {
             assert!(matches!(model_of(bad), Err(RequestError::NotJson(_))), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn who_asks_is_the_first_field_that_says_so() {
+        let asker_of = |body: &str| probe(body.as_bytes()).unwrap().asker;
+        let ann = Some(Asker::called("ann"));
+        for body in [
+            r#"{"user": "ann", "safety_identifier": "bob"}"#,
+            r#"{"safety_identifier": "ann", "prompt_cache_key": "bob", "user": null}"#,
+            r#"{"prompt_cache_key": "ann", "user": "", "safety_identifier": 7}"#,
+        ] {
+            assert_eq!(asker_of(body), ann, "{body}");
+        }
+        assert_eq!(asker_of(r#"{"user": ["ann"]}"#), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What is tried, one file for each thing a user relies on.
 
+pub mod aliases;
 pub mod answers;
 pub mod deletion;
 pub mod device;

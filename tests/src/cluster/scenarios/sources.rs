@@ -198,7 +198,7 @@ pub async fn a_new_worker_finds_on_a_claim_what_the_one_before_fetched(release: 
 }
 
 /// A hub with the lenses of the demo family, where pods reach it.
-async fn hub(release: &Release) -> Result<HubServer> {
+pub(super) async fn hub(release: &Release) -> Result<HubServer> {
     let hub = HubServer::start_on(release.address_of_this_machine().await?).await;
     for path in ["lenses/pirate", "lenses/shout", "lenses/terse"] {
         hub.add(REPO, &format!("{path}/"), &Family::folder().join(path));
@@ -207,7 +207,7 @@ async fn hub(release: &Release) -> Result<HubServer> {
 }
 
 /// A folder of the hub's repository, as a source.
-fn on_hub(path: &str) -> Value {
+pub(super) fn on_hub(path: &str) -> Value {
     json!({"uri": format!("hf://{REPO}/{path}"), "revision": COMMIT})
 }
 
