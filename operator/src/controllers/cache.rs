@@ -382,7 +382,7 @@ mod tests {
         assert_eq!(take(1, InitDone), [in_m.clone(), in_n.clone()]);
         assert!(unreadable.why(&in_m).is_some() && unreadable.why(&in_n).is_some());
         take(0, Init);
-        assert_eq!(take(0, InitDone), [in_m.clone()]);
+        assert_eq!(take(0, InitDone), std::slice::from_ref(&in_m));
         assert!(unreadable.why(&in_m).is_none() && unreadable.why(&in_n).is_some());
     }
 

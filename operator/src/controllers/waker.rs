@@ -123,7 +123,9 @@ mod tests {
     fn labels_of_a_namespace_wake_what_reaches_out_of_it_and_nothing_else_does() {
         let (waker, placements) = (Waker::default(), placements());
         let (before, after, far) = (namespace("ns", "x"), namespace("ns", "y"), namespace("far", "x"));
-        let touch = |before, after| waker.namespace_changed(&Touched { before, after }, &placements);
+        let key = Key::default();
+        let touch =
+            |before, after| waker.namespace_changed(&Touched { key: &key, before, after }, &placements);
         touch(Some(&before), Some(&before));
         touch(None, Some(&far));
         assert_eq!((woken(&waker.placements), woken(&waker.groups)), (vec![], vec![]));
@@ -139,7 +141,9 @@ mod tests {
         before.metadata.namespace = Some("far".into());
         let mut after = before.clone();
         after.metadata.generation = Some(2);
-        waker.group_changed(&Touched { before: Some(&before), after: Some(&after) }, &placements);
+        let key = ("far".to_owned(), "shared".to_owned());
+        let touched = Touched { key: &key, before: Some(&before), after: Some(&after) };
+        waker.group_changed(&touched, &placements);
         assert_eq!(
             (woken(&waker.placements), woken(&waker.groups)),
             (vec!["ns/q".to_owned()], vec!["far/shared".to_owned()])

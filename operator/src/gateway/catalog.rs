@@ -566,7 +566,7 @@ mod tests {
         ]))
         .unwrap();
         let placed = placement("p", json!({"groups": [{"name": "chat", "groupRef": {"name": "north"}}]}));
-        let namespace = Namespace::declared(&[group], &[placed]);
+        let namespace = Namespace::declared(&[group], &[placed], &BTreeMap::new());
         let weights: Vec<_> =
             namespace.groups["chat"].aliases["default"].iter().map(|t| (t.lens.as_str(), t.weight)).collect();
         assert_eq!(weights, [("pirate", 9), ("terse", 1)]);

@@ -238,6 +238,7 @@ pub(crate) mod tests {
             state: WorkerState::default(),
             bases: Vec::new(),
             lenses: lenses.into_iter().map(Arc::new).collect(),
+            aliases: Arc::default(),
         };
         let place =
             Place { namespace: namespace.into(), placement: placement.into(), data_url: "http://w".into() };
