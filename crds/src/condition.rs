@@ -34,6 +34,8 @@ pub mod reason {
     pub const VALID: &str = "Valid";
     /// A named group does not exist.
     pub const GROUP_NOT_FOUND: &str = "GroupNotFound";
+    /// A named group exists and cannot be read; the message says why.
+    pub const GROUP_UNREADABLE: &str = "GroupUnreadable";
     /// A named group of another namespace does not exist, or does not allow the placement.
     pub const NOT_PERMITTED: &str = "NotPermitted";
     /// A declared value cannot be used; the message says which.

@@ -600,8 +600,11 @@ fn disk_bytes(spec: &ModelPlacementSpec, declared: Option<u64>) -> Result<Option
             "spec.memory.diskBudget ({budget} bytes) is a part of the cache and must not be larger than spec.cache.{field} \
              ({bytes} bytes)"
         ))),
-        Some(budget) => Ok(Some(budget)),
-        None => bytes_for_files(size).map(Some).map_err(unreadable),
+        // What is not a file needs room too, whatever is declared: a full folder ends with the pod being evicted.
+        declared => {
+            let room = bytes_for_files(size).map_err(unreadable)?;
+            Ok(Some(declared.unwrap_or(room).min(room)))
+        }
     }
 }
 

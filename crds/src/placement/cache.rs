@@ -8,8 +8,10 @@ use crate::quantity::{ByteQuantity, InvalidQuantity};
 
 /// Of a volume of a declared size, a sixteenth is left for what is not a file: directories, locks, the file system itself.
 const SPARE_PART: u64 = 16;
-/// But no more than this, bytes.
+/// Of a large one no more than this, bytes.
 const MOST_SPARE: u64 = 1 << 30;
+/// But this part at least: what a file system keeps for itself grows with it (ext4: 1/64 for inodes, and a journal).
+const LEAST_SPARE_PART: u64 = 32;
 
 /// Where workers keep the files they fetch, and what they make of them: exactly one of the three. A change replaces the pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
@@ -74,7 +76,7 @@ impl Cache {
 /// When the size cannot be read.
 pub fn bytes_for_files(size: &ByteQuantity) -> Result<u64, InvalidQuantity> {
     let bytes = size.bytes()?;
-    Ok(bytes - (bytes / SPARE_PART).min(MOST_SPARE))
+    Ok(bytes - (bytes / SPARE_PART).min(MOST_SPARE).max(bytes / LEAST_SPARE_PART))
 }
 
 #[cfg(test)]
@@ -94,7 +96,7 @@ mod tests {
         assert_eq!((field, bytes_for_files(size)), ("emptyDir.sizeLimit", Ok(60 << 20)));
         let volume = cache(json!({"ephemeral": {"size": "200Gi"}}));
         let (field, size) = volume.declared_size().unwrap();
-        assert_eq!((field, bytes_for_files(size)), ("ephemeral.size", Ok(199 << 30)));
+        assert_eq!((field, bytes_for_files(size)), ("ephemeral.size", Ok((200 << 30) - (200 << 30) / 32)));
         for unknown in [json!({"emptyDir": {}}), json!({"persistentVolumeClaim": {"claimName": "c"}})] {
             assert_eq!(cache(unknown).declared_size(), None);
         }

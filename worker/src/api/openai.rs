@@ -541,7 +541,10 @@ mod tests {
             "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": false, "stop": null,
             "logprobs": false, "top_logprobs": null, "stream": false, "max_tokens": null, "seed": null, "temperature": null,
         }));
-        assert_eq!(same.unwrap(), plain);
+        // Who asks says which target of an alias answers, and nothing else.
+        let same = same.unwrap();
+        assert!(same.asker.is_some() && plain.asker.is_none());
+        assert_eq!(Request { asker: None, ..same }, plain);
     }
 
     #[test]

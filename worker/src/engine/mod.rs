@@ -541,10 +541,12 @@ impl Core {
         let Some(active) = &mut self.active else { return };
         self.waiting.retain(|row| !row.is_cancelled());
         self.running.retain_mut(|row| {
-            if row.is_cancelled() {
+            // Asked once: its reader may leave at any moment, and a row that goes gives its blocks back.
+            let is_cancelled = row.is_cancelled();
+            if is_cancelled {
                 row.release(&mut active.cache.pool);
             }
-            !row.is_cancelled()
+            !is_cancelled
         });
     }
 

@@ -272,7 +272,8 @@ fn stale_claim_templates(
 /// What is said of groups that cannot be read.
 fn unreadable(observed: &Observed<'_>) -> Vec<Problem> {
     let one = |((_, name), why): (&(String, String), &String)| Problem {
-        reason: reason::INVALID,
+        // Everything but the document is carried out.
+        reason: reason::GROUP_UNREADABLE,
         message: format!(
             "ModelGroup `{name}` cannot be read: {why}; correct it, or remove it from spec.groups"
         ),
@@ -316,6 +317,7 @@ fn advice(
         document,
         is_written: stored.is_none_or(is_other),
         spread: observed.placement.spec.spread(),
+        template: observed.live.deployment.as_deref().and_then(resources::template_hash),
         workers: &observed.workers,
         demand: &observed.demand,
         published: published.as_ref().map(|(hints, _)| hints),

@@ -53,8 +53,11 @@ fn a_group_that_cannot_be_read_is_told_and_not_taken_from_the_workers() {
     assert_eq!((plan.writes.len(), plan.compiled.document), (0, None));
     assert_eq!(plan.document.unwrap().sequence, 1, "what is stored stays");
     let [problem] = &plan.compiled.problems[..] else { panic!("{:?}", plan.compiled.problems) };
-    assert_eq!(problem.reason, reason::INVALID);
+    assert_eq!(problem.reason, reason::GROUP_UNREADABLE);
     assert!(problem.message.starts_with("ModelGroup `a` cannot be read: invalid type: null"));
+    // The rest of the placement is carried out.
+    world.placement.spec.replicas = 5;
+    assert_eq!(world.plan().writes.iter().map(|w| w.kind).collect::<Vec<_>>(), [OwnedKind::Deployment]);
 }
 
 #[test]
@@ -419,9 +422,10 @@ fn the_disk_budget_is_what_is_declared_or_what_the_cache_holds_and_never_more() 
     };
     assert_eq!(disk_bytes(None, None), Ok(None));
     assert_eq!(disk_bytes(None, Some("1Gi")), Ok(Some(1 << 30)));
-    assert_eq!(disk_bytes(own("64Gi"), None), Ok(Some(63 << 30)));
-    assert_eq!(disk_bytes(folder("64Gi"), None), Ok(Some(63 << 30)));
-    assert_eq!(disk_bytes(own("64Gi"), Some("64Gi")), Ok(Some(64 << 30)));
+    assert_eq!(disk_bytes(own("64Gi"), None), Ok(Some(62 << 30)));
+    assert_eq!(disk_bytes(folder("64Gi"), None), Ok(Some(62 << 30)));
+    assert_eq!(disk_bytes(own("64Gi"), Some("64Gi")), Ok(Some(62 << 30)), "what is no file needs room too");
+    assert_eq!(disk_bytes(own("64Gi"), Some("32Gi")), Ok(Some(32 << 30)));
     for cache in [own("1Gi"), folder("1Gi")] {
         assert_eq!(disk_bytes(cache, Some("1025Mi")), Err(vec![reason::INVALID]));
     }

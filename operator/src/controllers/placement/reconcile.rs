@@ -170,7 +170,7 @@ pub async fn reconcile(placement: Arc<ModelPlacement>, ctx: Arc<Context>) -> Res
         replicas: decided.replicas,
         groups: groups.iter().map(|(key, group)| (key.clone(), group.as_ref())).collect(),
         namespace_labels: ctx.namespace_labels(&key.0),
-        unreadable: unreadable(&placement, &ctx),
+        unreadable: unreadable(&placement, &live, &ctx),
         live,
         workers,
         demand,
@@ -272,16 +272,19 @@ fn groups(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, Arc<ModelG
         .collect()
 }
 
-/// The groups of its own namespace that it names and that cannot be read, and why.
-fn unreadable(placement: &ModelPlacement, ctx: &Context) -> BTreeMap<Key, String> {
+/// The groups that it names and that cannot be read, and why. Of another namespace only those that its workers serve: more is
+/// not told of groups that may not allow it.
+fn unreadable(placement: &ModelPlacement, live: &Live, ctx: &Context) -> BTreeMap<Key, String> {
     let namespace = placement.namespace().unwrap_or_default();
-    let targets =
-        placement.spec.groups.iter().map(|g| g.target(&namespace)).filter(|(ns, _)| *ns == namespace);
-    targets
-        .filter_map(|(ns, name)| {
-            let key = (ns.to_owned(), name.to_owned());
+    let stored = live.config_map.as_deref().and_then(resources::document_ref);
+    let is_served = |name: &str| stored.as_ref().is_some_and(|stored| stored.groups.contains_key(name));
+    let groups = placement.spec.groups.iter();
+    groups
+        .filter_map(|placed| {
+            let (of, name) = placed.target(&namespace);
+            let key = (of.to_owned(), name.to_owned());
             let why = ctx.caches.unreadable_groups.why(&key)?;
-            Some((key, why))
+            (of == namespace || is_served(&placed.name)).then_some((key, why))
         })
         .collect()
 }

@@ -35,6 +35,8 @@ pub struct Seen<'a> {
     pub is_written: bool,
     /// On how many workers one lens may be.
     pub spread: Spread,
+    /// Hash of the pod template that pods are made from now.
+    pub template: Option<&'a str>,
     /// The workers.
     pub workers: &'a [ObservedWorker],
     /// How much is asked for.
@@ -125,7 +127,7 @@ fn situation(seen: &Seen<'_>) -> Situation {
         bases: bases.into_iter().map(base).collect(),
         default_base: document.default_group().map(|group| group.base.key.clone()),
         lenses: lenses(&groups, &bytes(&reports), seen.demand),
-        workers: workers(document, seen.workers, &reports),
+        workers: workers(seen, &reports),
         spread: seen.spread,
     }
 }
@@ -167,18 +169,20 @@ fn lenses(
 
 /// Workers that run, and those that will soon: of a new placement all are told of together, before the first of them has
 /// loaded what it would share with the others. One that has trouble gets nothing until it reports.
-fn workers(
-    document: &WorkerDocument,
-    workers: &[ObservedWorker],
-    reports: &[&WorkerReport],
-) -> Vec<WorkerRoom> {
+fn workers(seen: &Seen<'_>, reports: &[&WorkerReport]) -> Vec<WorkerRoom> {
+    let (document, workers) = (seen.document, seen.workers);
+    // While pods are replaced, the new ones warm up for all that the old ones will leave behind. Those go on with what they have.
+    let is_newest = |worker: &ObservedWorker| worker.pod.template.as_deref() == seen.template;
+    let replaces = workers.iter().any(|worker| worker.pod.counts() && is_newest(worker));
     let most = reports.iter().filter_map(|report| lens_budget(report)).max();
     // What one will have that has not said.
     let usual = document.memory.lens_bytes.or(most).unwrap_or(u64::MAX);
     let comes = |worker: &&ObservedWorker| worker.report.is_some() || worker.pod.trouble.is_none();
     let room = |worker: &ObservedWorker| {
         let report = worker.report.as_deref();
-        let leaves = !worker.pod.counts() || report.is_some_and(|report| report.state.draining);
+        let is_replaced = replaces && !is_newest(worker);
+        let leaves =
+            is_replaced || !worker.pod.counts() || report.is_some_and(|report| report.state.draining);
         WorkerRoom {
             name: worker.pod.name.clone(),
             lens_budget_bytes: report.and_then(lens_budget).unwrap_or(usual),

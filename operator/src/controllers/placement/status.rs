@@ -74,6 +74,10 @@ pub fn status(facts: &Facts<'_>, now: Timestamp) -> (ModelPlacementStatus, Optio
         summarized_at: old.summarized_at.clone(),
         last_handled_reconcile_at: asked::handled(placement, old.last_handled_reconcile_at.as_ref()),
     };
+    if facts.problems.iter().any(Problem::stops_everything) || facts.waiting_for.is_some() {
+        // No pod was made of it: noted, it would replace pods once the declaration is what it was before.
+        status.worker_image = old.worker_image.clone();
+    }
     if facts.pause.is_some() {
         // What the declaration asks for now is not what there is.
         status.worker_image = old.worker_image.clone();

@@ -13,6 +13,14 @@ pub fn agree(kind: &str, spec: &mut Value) {
     if kind == "ModelGroup" {
         source(&mut spec["base"]["source"]);
         spec["lenses"].as_array_mut().into_iter().flatten().for_each(|lens| source(&mut lens["source"]));
+        aliases(spec);
+        if let Some(allowed) = spec.get_mut("allowedPlacements") {
+            if allowed["namespaces"] != "Selector" {
+                remove(allowed, "selector");
+            } else if allowed["selector"]["matchLabels"].as_object().is_none_or(serde_json::Map::is_empty) {
+                allowed["selector"] = json!({"matchLabels": {"team": "vision"}});
+            }
+        }
         tidy(spec);
         return;
     }
@@ -47,7 +55,60 @@ pub fn agree(kind: &str, spec: &mut Value) {
     if spec["worker"]["resources"]["limits"] != Value::Null {
         remove(&mut spec["worker"]["resources"], "requests");
     }
+    only_one(spec, "accelerator", &["resourceName", "deviceClassName"]);
+    only_one(spec, "cache", &["emptyDir", "ephemeral", "persistentVolumeClaim"]);
+    if spec["cache"] != Value::Null && spec["memory"] != Value::Null {
+        remove(&mut spec["memory"], "diskBudget");
+    }
+    let number = |value: &Value| value.as_i64();
+    if let Some(spread) = spec.get_mut("spread") {
+        let least = number(&spread["minCopies"]).unwrap_or(1);
+        if number(&spread["maxCopies"]).unwrap_or(4) < least {
+            spread["maxCopies"] = json!(least);
+        }
+    }
+    if let Some(autoscaling) = spec.get_mut("autoscaling") {
+        let least = number(&autoscaling["minReplicas"]).unwrap_or(0);
+        if number(&autoscaling["maxReplicas"]).is_none_or(|most| most < least) {
+            autoscaling["maxReplicas"] = json!(least.max(1));
+        }
+        if least > 0 {
+            remove(autoscaling, "scaleToZeroAfterSeconds");
+        }
+    }
     tidy(spec);
+}
+
+/// Of fields that exclude each other the first that is there stays; where none is, nothing does.
+fn only_one(spec: &mut Value, field: &str, choices: &[&str]) {
+    let Some(choice) = spec.get(field) else { return };
+    let kept = choices.iter().find(|one| choice.get(**one).is_some_and(|value| !value.is_null()));
+    match kept {
+        Some(kept) => choices.iter().filter(|one| *one != kept).for_each(|one| remove(&mut spec[field], one)),
+        None => remove(spec, field),
+    }
+}
+
+/// Aliases have names of their own, and lead to lenses that are there.
+fn aliases(spec: &mut Value) {
+    let names = |list: &Value| -> Vec<Value> {
+        list.as_array().into_iter().flatten().map(|item| item["name"].clone()).collect()
+    };
+    let lenses = names(&spec["lenses"]);
+    let Some(aliases) = spec.get_mut("aliases").and_then(Value::as_array_mut) else { return };
+    if lenses.is_empty() {
+        aliases.clear();
+    }
+    aliases.retain(|alias| !lenses.contains(&alias["name"]));
+    for alias in aliases {
+        let targets = alias["targets"].as_array_mut().into_iter().flatten();
+        for (target, lens) in targets.zip(lenses.iter().cycle()) {
+            target["lensName"] = lens.clone();
+        }
+        if let Some(targets) = alias["targets"].as_array_mut() {
+            targets.truncate(lenses.len());
+        }
+    }
 }
 
 /// Leaves out what no simulated node has: volumes, devices, classes, accounts; and lets pods go there.
@@ -57,6 +118,9 @@ pub fn ground(kind: &str, spec: &mut Value) {
     }
     remove(spec, "accelerator");
     remove(spec, "sourceVolumes");
+    remove(spec, "cache");
+    // Nobody asks there, so nothing would be scaled by.
+    remove(spec, "autoscaling");
     let worker = &mut spec["worker"];
     for field in ["resources", "priorityClassName", "serviceAccountName", "runtimeClassName"] {
         remove(worker, field);
