@@ -123,7 +123,7 @@ pub async fn malformed_objects_are_skipped_with_an_event(world: &World) -> Resul
     declare(&story, "g", "good").await?;
     story.apply::<ModelPlacement>(&placement("of-broken", BROKEN)).await?;
     says(&story.all::<ModelPlacement>(), "good", ["Ready", "True", "Serving"]).await?;
-    says(&story.all::<ModelPlacement>(), "of-broken", ["Accepted", "False", "Invalid"]).await?;
+    says(&story.all::<ModelPlacement>(), "of-broken", ["Accepted", "False", "GroupUnreadable"]).await?;
     let events = story.all::<Event>();
     eventually(PATIENCE, "each of them has an event", async || {
         let told: BTreeSet<String> = events
