@@ -9,8 +9,8 @@ use tokio::time::{Instant, sleep};
 
 use super::plan::{Call, Crash, Deed, Fault, Roll, Verb};
 
-/// The operator follows so many things once it leads: seven kinds, and two Secrets.
-const FOLLOWED: usize = 9;
+/// The operator follows so many things once it leads: nine kinds, and two Secrets.
+const FOLLOWED: usize = 11;
 /// How long to wait between two looks.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 

@@ -165,7 +165,10 @@ impl Cache {
             Ok((_, found)) if found == record.sha256 => fs::remove_file(&arrived)?,
             _ => {
                 fs::rename(&arrived, &blob)?;
-                hasher.remember(FileIdentity::at(&blob)?, record.sha256.clone());
+                // Nobody claims it yet, so it may have made room for another one already: whoever links it finds out.
+                if let Ok(identity) = FileIdentity::at(&blob) {
+                    hasher.remember(identity, record.sha256.clone());
+                }
             }
         }
         partial.discard();

@@ -39,7 +39,7 @@ pub async fn each_lens_is_where_it_is_assigned_and_a_third_worker_takes_its_shar
     space.serves("shared", &[QWEN]).await?;
     let sequence = space.document("shared").await?.sequence;
     let lives = space.lives("shared").await?;
-    let before = shares(release, &space, &lenses, true).await?;
+    let before = shares(release, &space, &lenses, 2, true).await?;
     // Once until the gateway has heard where they are; from then on nothing goes elsewhere.
     ask_each(&space, &lenses, &before).await?;
     let earlier = served_elsewhere(release, &space, &before).await?;
@@ -49,7 +49,7 @@ pub async fn each_lens_is_where_it_is_assigned_and_a_third_worker_takes_its_shar
 
     space.apply(&[workers.replicas(3).manifest()]).await?;
     space.serves("shared", &[QWEN]).await?;
-    let after = shares(release, &space, &lenses, false).await?;
+    let after = shares(release, &space, &lenses, 3, false).await?;
     let moved: Vec<&String> = before.keys().filter(|lens| before[*lens] != after[*lens]).collect();
     for lens in &moved {
         ensure!(
@@ -72,8 +72,15 @@ pub async fn each_lens_is_where_it_is_assigned_and_a_third_worker_takes_its_shar
     space.remove().await
 }
 
-/// Waits until each lens is assigned to one worker and in its memory; `alone` also that no other has it in memory.
-async fn shares(release: &Release, space: &Space<'_>, lenses: &[Made], alone: bool) -> Result<Shares> {
+/// Waits until each lens is assigned to one of so many workers, all of which have some, and in its memory; `alone` also that no
+/// other has it in memory.
+async fn shares(
+    release: &Release,
+    space: &Space<'_>,
+    lenses: &[Made],
+    workers: usize,
+    alone: bool,
+) -> Result<Shares> {
     space
         .eventually("each lens is in memory where it is assigned", async || {
             let mut shares = Shares::new();
@@ -90,11 +97,12 @@ async fn shares(release: &Release, space: &Space<'_>, lenses: &[Made], alone: bo
                     }
                 }
             }
-            let holds = amiss.is_empty() && shares.len() == lenses.len();
+            let having = shares.values().collect::<std::collections::BTreeSet<_>>().len();
+            let holds = amiss.is_empty() && shares.len() == lenses.len() && having == workers;
             Ok(if holds {
                 Ok(shares)
             } else {
-                Err(format!("{} assigned; {}", shares.len(), amiss.join(", ")))
+                Err(format!("{} assigned to {having} workers; {}", shares.len(), amiss.join(", ")))
             })
         })
         .await

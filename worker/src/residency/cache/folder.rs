@@ -45,9 +45,11 @@ impl Cache {
         let (stay, leave): (BTreeMap<_, _>, BTreeMap<_, _>) =
             all.into_iter().partition(|(id, _)| kept.contains(id.as_str()));
         state.folders = stay;
+        // Under the lock they only leave their names, so that none is removed that was just made under one of them.
+        let aside: Vec<_> = leave.into_iter().map(|(id, blobs)| (set_aside(&own, &id), blobs)).collect();
         drop(state);
-        for (id, blobs) in leave {
-            let _ = fs::remove_dir_all(own.join(id));
+        for (path, blobs) in aside {
+            let _ = fs::remove_dir_all(path);
             self.give_up(&blobs);
         }
     }
@@ -56,11 +58,12 @@ impl Cache {
     pub fn forget(&self, folder: &Path) {
         let Some(own) = self.claims.own_folder() else { return };
         let Some(id) = folder.file_name().and_then(|name| name.to_str()) else { return };
-        let blobs = self.state.lock().folders.remove(id);
-        if let Some(blobs) = blobs {
-            let _ = fs::remove_dir_all(own.join(id));
-            self.give_up(&blobs);
-        }
+        let mut state = self.state.lock();
+        let Some(blobs) = state.folders.remove(id) else { return };
+        let path = set_aside(&own, id);
+        drop(state);
+        let _ = fs::remove_dir_all(path);
+        self.give_up(&blobs);
     }
 
     fn give_up(&self, blobs: &[String]) {
@@ -68,6 +71,13 @@ impl Cache {
             self.claims.give_up(blob);
         }
     }
+}
+
+/// Takes a folder's name from it, and gives where it is then.
+fn set_aside(own: &Path, id: &str) -> PathBuf {
+    let aside = own.join(format!(".{}", uuid::Uuid::new_v4()));
+    let _ = fs::rename(own.join(id), &aside);
+    aside
 }
 
 impl Draft {
