@@ -68,7 +68,8 @@ impl Call {
             "PATCH" => Verb::Patch,
             "DELETE" => Verb::Delete,
             _ if parameter("watch") == Some("true") => Verb::Watch,
-            _ if name.is_none() => Verb::List,
+            // What an API serves is asked for once, and nothing to be followed.
+            _ if name.is_none() && !rest.is_empty() => Verb::List,
             _ => Verb::Get,
         };
         let subject = format!("{} {}", uri.path(), parameter("fieldSelector").unwrap_or_default());
@@ -278,6 +279,7 @@ mod tests {
         assert_eq!(call("GET", "/api/v1/pods").resource, "pods");
         assert_eq!(call("GET", "/api/v1/namespaces/n").resource, "namespaces");
         assert_eq!(call("GET", "/api/v1/namespaces/n/configmaps/c").verb, Verb::Get);
+        assert_eq!(call("GET", "/apis/resource.k8s.io/v1").verb, Verb::Get);
     }
 
     #[test]

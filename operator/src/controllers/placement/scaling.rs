@@ -139,10 +139,14 @@ fn load(workers: &[ObservedWorker], asked: Asked) -> Load {
         let life = format!("{}/{}", report.worker.name, report.worker.instance);
         (life, ended.fold(0, u64::saturating_add))
     }));
+    // One that starts is there for somebody, be it only for whoever made the placement. While nothing stands in its way,
+    // it is waited for: were it removed in the middle of a long download, the next one would begin it again.
+    let starts = |worker: &ObservedWorker| !worker.pod.ready && worker.pod.trouble.is_none();
+    let is_silent = |worker: &ObservedWorker| worker.pod.ready && worker.report.is_none();
     Load {
         rows: rows.fold(0, u32::saturating_add),
         held: asked.waiting,
-        is_silent: there().any(|worker| worker.pod.ready && worker.report.is_none()),
+        is_silent: there().any(|worker| is_silent(worker) || starts(worker)),
         can_wake: asked.is_heard,
         counted,
     }
@@ -158,7 +162,7 @@ mod tests {
     use super::*;
     use crate::controllers::{
         fixtures::{World, pod},
-        pod::PodFacts,
+        pod::{PodFacts, Trouble},
     };
 
     #[test]
@@ -184,14 +188,17 @@ mod tests {
             worker.pod.leaving = true;
             worker
         };
-        let starting =
-            ObservedWorker { pod: PodFacts { ready: false, ..pod("c", None) }, report: None, lost: None };
+        let trouble = Some(Trouble { reason: "Unschedulable", message: String::new(), needs_change: false });
+        let stuck = PodFacts { ready: false, trouble, ..pod("c", None) };
+        let stuck = ObservedWorker { pod: stuck, report: None, lost: None };
         let asked = Asked { waiting: 4, sent: [("gateway".to_owned(), 9)].into(), is_heard: true };
-        let mut workers = vec![busy, leaving, starting];
+        let mut workers = vec![busy, leaving, stuck];
         let heard = load(&workers, asked);
         assert_eq!((heard.rows, heard.held, heard.is_silent, heard.can_wake), (5, 4, false, true));
         let counted: Vec<_> = heard.counted.iter().map(|(who, count)| (who.as_str(), *count)).collect();
         assert_eq!(counted, [("a/1", 40), ("gateway", 9)]);
+        workers[2].pod.trouble = None;
+        assert!(load(&workers, Asked::default()).is_silent, "it starts, and is waited for");
         workers[2].pod.ready = true;
         assert!(load(&workers, Asked::default()).is_silent, "it may have rows and does not say so");
     }
