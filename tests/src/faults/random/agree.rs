@@ -111,7 +111,7 @@ fn aliases(spec: &mut Value) {
     }
 }
 
-/// Leaves out what no simulated node has: volumes, devices, classes, accounts; and lets pods go there.
+/// Leaves out what no simulated node has: volumes, devices, classes, accounts, zones; and lets pods go there.
 pub fn ground(kind: &str, spec: &mut Value) {
     if kind == "ModelGroup" {
         return;
@@ -122,9 +122,14 @@ pub fn ground(kind: &str, spec: &mut Value) {
     // Nobody asks there, so nothing would be scaled by.
     remove(spec, "autoscaling");
     let worker = &mut spec["worker"];
-    for field in ["resources", "priorityClassName", "serviceAccountName", "runtimeClassName"] {
-        remove(worker, field);
-    }
+    let absent = [
+        "resources",
+        "priorityClassName",
+        "serviceAccountName",
+        "runtimeClassName",
+        "topologySpreadConstraints",
+    ];
+    absent.iter().for_each(|field| remove(worker, field));
     worker["nodeSelector"] = json!({LABEL: "true"});
     worker["tolerations"] = json!([{"operator": "Exists"}]);
     spec["replicas"] = json!(1 + spec["replicas"].as_i64().unwrap_or(0).rem_euclid(2));
