@@ -182,7 +182,8 @@ fn pod(container: &Value) -> Value {
         "capabilities": {"drop": ["ALL"]},
     });
     json!({
-        "restartPolicy": "Never",
+        // The node hears of a service some moments after it is there: who asked before asks again.
+        "restartPolicy": "OnFailure",
         "terminationGracePeriodSeconds": 0,
         "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [container],
