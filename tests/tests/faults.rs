@@ -11,9 +11,7 @@ use turret_tests::cluster::environment::{Environment, KUBECONFIG};
 use turret_tests::faults::deletion::whatever_is_deleted_and_however_nothing_hangs_and_nothing_is_left;
 use turret_tests::faults::malformed::malformed_objects_are_skipped_with_an_event;
 use turret_tests::faults::plan::Fault;
-use turret_tests::faults::random::{
-    random_objects_are_judged_the_same_without_a_cluster, random_objects_come_to_the_same_end_in_any_order,
-};
+use turret_tests::faults::random::random_objects_are_judged_the_same_without_a_cluster;
 use turret_tests::faults::real_pods::real_workers_are_told_what_a_killed_operator_had_begun;
 use turret_tests::faults::world::World;
 
@@ -62,9 +60,6 @@ fn trials(runtime: &Arc<Runtime>, world: Option<&Arc<World>>) -> Vec<Trial> {
                 whatever_is_deleted_and_however_nothing_hangs_and_nothing_is_left(world).await
             },
         ),
-        trial(runtime, world, "random_objects_come_to_the_same_end_in_any_order", async |world: &World| {
-            random_objects_come_to_the_same_end_in_any_order(world).await
-        }),
         trial(
             runtime,
             world,
